@@ -1,0 +1,1 @@
+"""Clients and wire types of kvlane, an LLM request router."""

@@ -1,0 +1,1 @@
+"""The router: client requests in, one lane per replica out."""

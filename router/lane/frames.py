@@ -1,0 +1,212 @@
+"""The frames of a lane and their sans-IO codec.
+
+A lane is an ordered pipe of bytes. On it each frame is a little-endian uint32 length and that many bytes of
+MessagePack: an array whose first item is the frame's tag. Later versions of a frame may append fields; readers ignore
+what they do not know and give what is missing its default.
+
+The conversation: the replica sends `Challenge`; the router answers `Hello` with proof that it knows the replica's
+secret; the replica answers `Welcome` or `Refused`. Then `Submit`, `Abort` and `Ping` go up, `Step`, `Draining` and
+`Pong` come down. `Challenge`, `Hello` and `Refused` keep their layout in every version, so that two versions can tell
+each other that they differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import struct
+from typing import Final, TypeAlias
+
+import msgspec
+
+from router.types import EngineInfo, Load
+
+VERSION: Final = 1
+MAX_FRAME_BYTES: Final = 256 << 20
+"""Larger than any body limit; a longer frame is a broken or hostile peer."""
+MAX_HANDSHAKE_BYTES: Final = 4096
+"""Until the peer has proved that it knows the secret."""
+
+_LENGTH: Final = struct.Struct("<I")
+
+
+class FrameError(Exception):
+    """The peer sent bytes that are no frame; the lane cannot go on."""
+
+
+class Challenge(msgspec.Struct, array_like=True, tag=1, frozen=True, gc=False):
+    version: int
+    nonce: bytes
+
+
+class Hello(msgspec.Struct, array_like=True, tag=2, frozen=True, gc=False):
+    version: int
+    proof: bytes
+    """HMAC-SHA256 of the challenge's nonce and the router's name under the replica's secret."""
+    router: str
+    """Name of the router process, for logs."""
+
+
+class Refused(msgspec.Struct, array_like=True, tag=3, frozen=True, gc=False):
+    code: str
+    """``version``, ``secret`` or ``protocol``."""
+    message: str
+
+
+class Welcome(msgspec.Struct, array_like=True, tag=4, frozen=True):
+    version: int
+    replica: str
+    info: EngineInfo
+    load: Load
+    draining: bool = False
+
+
+class Submit(msgspec.Struct, array_like=True, tag=5, frozen=True):
+    stream: int
+    """Unique on this lane and rising by one per submit, so `Step.acked` can be one number."""
+    request_id: str
+    rpc: int
+    method: str
+    path: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    timeout_s: float | None = None
+    priority: int = 0
+
+
+class Abort(msgspec.Struct, array_like=True, tag=6, frozen=True, gc=False):
+    stream: int
+
+
+class Ping(msgspec.Struct, array_like=True, tag=7, frozen=True, gc=False):
+    nonce: int
+
+
+class Pong(msgspec.Struct, array_like=True, tag=8, frozen=True, gc=False):
+    nonce: int
+
+
+class Head(msgspec.Struct, array_like=True, frozen=True):
+    """Status and headers of an HTTP response."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+
+
+class End(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How a stream ended. `error` is empty, or a `KvlaneError` name with its message."""
+
+    finish: str = ""
+    """``stop``, ``length``, ``abort`` …; empty where the rendered answer says it and nobody else needs it."""
+    error: str = ""
+    message: str = ""
+    param: str | None = None
+
+
+class Output(msgspec.Struct, array_like=True, frozen=True):
+    """One stream's output in one step."""
+
+    stream: int
+    payload: bytes = b""
+    tokens: int = 0
+    """Tokens that the payload holds."""
+    end: End | None = None
+    head: Head | None = None
+    """With the stream's first output; HTTP only."""
+
+
+class Step(msgspec.Struct, array_like=True, tag=9, frozen=True):
+    """What one engine step did: all this router's streams' output, and the load after it."""
+
+    seq: int
+    """Rises by one per step frame on this lane."""
+    acked: int
+    """The highest stream id that this load counts."""
+    load: Load
+    outputs: list[Output]
+
+
+class Draining(msgspec.Struct, array_like=True, tag=10, frozen=True, gc=False):
+    """The replica takes no new streams; those in flight go on for at most `grace_s` seconds."""
+
+    grace_s: float
+
+
+UpFrame: TypeAlias = Hello | Submit | Abort | Ping
+DownFrame: TypeAlias = Challenge | Refused | Welcome | Step | Draining | Pong
+Frame: TypeAlias = UpFrame | DownFrame
+
+_encoder = msgspec.msgpack.Encoder()
+_up_decoder = msgspec.msgpack.Decoder(Hello | Submit | Abort | Ping)
+_down_decoder = msgspec.msgpack.Decoder(Challenge | Refused | Welcome | Step | Draining | Pong)
+
+
+def encode(frame: Frame) -> bytes:
+    """One frame with its length before it."""
+    buffer = bytearray(4)
+    _encoder.encode_into(frame, buffer, 4)
+    _LENGTH.pack_into(buffer, 0, len(buffer) - 4)
+    return bytes(buffer)
+
+
+def decode_up(body: bytes | memoryview) -> UpFrame:
+    """A frame from a router. Raises `FrameError`."""
+    try:
+        return _up_decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise FrameError(f"not a frame: {error}") from error
+
+
+def decode_down(body: bytes | memoryview) -> DownFrame:
+    """A frame from a replica. Raises `FrameError`."""
+    try:
+        return _down_decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise FrameError(f"not a frame: {error}") from error
+
+
+class FrameSplitter:
+    """Cuts a stream of bytes into frame bodies; feed it whatever arrives."""
+
+    def __init__(self, limit: int = MAX_HANDSHAKE_BYTES) -> None:
+        self.limit = limit
+        """Longest body accepted, in bytes; raise it after the handshake."""
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[memoryview]:
+        """The bodies that `data` completes, in order. Raises `FrameError` on one longer than `limit`."""
+        if self._rest:
+            # A long frame comes in many reads: append, and copy once when all of it is here.
+            self._rest += data
+            if len(self._rest) < 4 or len(self._rest) < 4 + self._length_at(self._rest, 0):
+                return []
+            data = bytes(self._rest)
+            self._rest.clear()
+        view = memoryview(data)
+        bodies = []
+        start, size = 0, len(data)
+        while size - start >= 4:
+            end = start + 4 + self._length_at(data, start)
+            if end > size:
+                break
+            bodies.append(view[start + 4 : end])
+            start = end
+        if start < size:
+            self._rest += view[start:]
+        return bodies
+
+    def _length_at(self, data: bytes | bytearray, start: int) -> int:
+        length: int = _LENGTH.unpack_from(data, start)[0]
+        if length > self.limit:
+            raise FrameError(f"a frame of {length} bytes is longer than the limit of {self.limit}")
+        return length
+
+
+def prove(secret: bytes, nonce: bytes, router: str) -> bytes:
+    """The proof for `Hello`."""
+    return hmac.new(secret, nonce + router.encode(), hashlib.sha256).digest()
+
+
+def proof_holds(secret: bytes, nonce: bytes, hello: Hello) -> bool:
+    """Whether the router that sent `hello` knows the secret; takes the same time either way."""
+    return hmac.compare_digest(prove(secret, nonce, hello.router), hello.proof)

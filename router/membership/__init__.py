@@ -1,0 +1,1 @@
+"""Who the replicas are: from Ray, or from the configuration."""

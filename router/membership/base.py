@@ -1,0 +1,32 @@
+"""The seam for membership: a source that tells, whole and anew at each change, which replicas there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+
+
+class ReplicaRecord(msgspec.Struct, frozen=True):
+    """How to reach one replica. Two records of one replica that differ mean that it must be reached anew."""
+
+    replica: str
+    host: str
+    port: int
+    secret: bytes
+    application: str = ""
+    """The Serve application it belongs to."""
+    actor: Any = None
+    """The replica's Ray actor handle where there is one; carriers that go through Ray need it."""
+
+
+OnMembers = Callable[[Mapping[str, ReplicaRecord]], None]
+"""Takes all replicas there are now, by name."""
+
+
+class Membership(Protocol):
+    """A source of replicas."""
+
+    async def run(self, on_members: OnMembers) -> None:
+        """Reports the replicas at once and after each change, until cancelled. Outages of the source are outlived."""

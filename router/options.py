@@ -1,0 +1,145 @@
+"""The configuration tree: frozen values with their units, limits and the reason for each default.
+
+Pure data. `router.config` reads it from TOML, environment and flags; `router.app` hands each part to its stage.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Bytes = Annotated[int, msgspec.Meta(ge=1)]
+Name = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every part of the tree."""
+
+
+class HttpOptions(Options):
+    """The OpenAI-compatible HTTP ingress."""
+
+    enabled: bool = True
+    host: str = "127.0.0.1"  # Loopback, so that nothing is exposed before somebody says so.
+    port: Port = 8000  # vLLM's own default: clients need no change. 0 takes any free port.
+    max_body_bytes: Bytes = 32 << 20  # A 1M-token prompt with a few images.
+    max_header_bytes: Bytes = 64 << 10  # Twice what large cookies and traces need.
+    header_timeout_s: Seconds = 10.0  # From a request's first byte to the end of its headers.
+    body_timeout_s: Seconds = 30.0  # Longest pause while a body arrives.
+    idle_timeout_s: Seconds = 620.0  # Above the 600 s of Google's load balancers, which must close first.
+    stream_buffer_bytes: Bytes = 4 << 20  # What a slow client may leave unread before its stream is aborted.
+    max_connections: Count = 10_000  # Below common file-descriptor limits, so that accepting never fails.
+    cors_origins: tuple[str, ...] = ("*",)  # As vLLM's own server; empty turns CORS off.
+    default_model: str = ""  # Model of requests that name none; empty refuses them.
+    trust_request_id: bool = True  # Clients' x-request-id is kept; false makes up a new one.
+
+
+class GrpcOptions(Options):
+    """The gRPC ingress."""
+
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    port: Port = 9000
+    max_message_bytes: Bytes = 32 << 20  # As the HTTP body.
+    max_concurrent_streams: Count = 4096  # Per connection; grpc's own default of 100 would queue silently.
+    stream_buffer_bytes: Bytes = 4 << 20
+    keepalive_time_s: Seconds = 60.0  # Below the idle limits of common load balancers.
+    keepalive_timeout_s: Seconds = 20.0
+    tls_cert_file: str = ""  # PEM chain; empty serves plaintext.
+    tls_key_file: str = ""
+    tls_client_ca_file: str = ""  # Set: clients must show a certificate that this CA signed.
+    reflection: bool = True
+    shutdown_grace_s: Seconds = 30.0
+
+
+class LaneOptions(Options):
+    """Lanes to replicas."""
+
+    carrier: Literal["socket", "actor"] = "socket"  # `actor` where only Ray's own ports are open.
+    connect_timeout_s: Seconds = 5.0
+    reconnect_min_s: Seconds = 0.1
+    reconnect_max_s: Seconds = 5.0
+    ping_interval_s: Seconds = 2.0  # A host that vanished is noticed after interval + timeout.
+    ping_timeout_s: Seconds = 8.0  # Longer than any pause of a healthy replica's event loop.
+
+
+class MembershipOptions(Options):
+    """How the router learns of replicas."""
+
+    kind: Literal["ray", "static"] = "ray"
+    ray_address: str = "auto"  # The Ray cluster to join.
+    ray_namespace: Name = "kvlane"
+    relist_interval_s: Seconds = 5.0  # A missed change heals within this time.
+    replicas: tuple[StaticReplica, ...] = ()  # `static` only.
+
+
+class StaticReplica(Options, kw_only=True):
+    """A replica at a fixed address."""
+
+    name: Name
+    host: str = "127.0.0.1"
+    port: Port
+    secret_file: str = ""  # File that holds the replica's lane secret.
+
+
+class PolicyOptions(Options):
+    """Which policy routes, and its own options (see `kvlane policies`)."""
+
+    name: Name = "power-of-two"  # Spreads load well and needs no tuning.
+    options: dict[str, Any] = {}
+
+
+class LimitOptions(Options):
+    """Admission."""
+
+    max_streams: Count = 20_000  # Per router process; beyond it requests get 429.
+    no_replica_wait_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # Bridges a replica's replacement.
+    max_tries: Count = 3  # Replicas tried per request before its first byte.
+
+
+class EngineOptions(Options):
+    """One model's engine replicas, run by Ray Serve."""
+
+    name: Name = "tiny"  # The Serve application, and the model's name unless `served_model_name` is set.
+    kind: Literal["vllm", "sim"] = "vllm"
+    model: str = ""  # Hugging Face id or path; empty makes a tiny random-weight Llama on the spot.
+    served_model_name: str = ""
+    replicas: Count = 1
+    args: dict[str, Any] = {}  # Any vLLM engine argument, or the simulated engine's options.
+    num_cpus: Annotated[float, msgspec.Meta(ge=0)] = 1.0  # Ray CPUs of one replica.
+    num_gpus: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # Ray GPUs of one tensor-parallel worker.
+    tensor_parallel_size: Count = 1
+    required: bool = True  # Readiness waits for a replica of this model.
+    env: dict[str, str] = {}  # Environment variables of the replica's process.
+    lane_host: str = ""  # Address that replicas listen on; empty takes the Ray node's.
+    drain_timeout_s: Seconds = 120.0  # How long a replica that goes away may finish its streams.
+    health_check_period_s: Seconds = 2.0  # A dead engine is replaced after about three of these.
+
+
+class RayOptions(Options):
+    """Ray itself; only `kvlane up` starts it."""
+
+    num_cpus: Annotated[int, msgspec.Meta(ge=0)] = 0  # CPUs to declare; 0 asks for what the replicas need.
+
+
+class LogOptions(Options):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(Options):
+    """Everything; each field is a TOML table of the same name."""
+
+    http: HttpOptions = HttpOptions()
+    grpc: GrpcOptions = GrpcOptions()
+    lane: LaneOptions = LaneOptions()
+    membership: MembershipOptions = MembershipOptions()
+    policy: PolicyOptions = PolicyOptions()
+    limits: LimitOptions = LimitOptions()
+    engines: tuple[EngineOptions, ...] = ()
+    ray: RayOptions = RayOptions()
+    log: LogOptions = LogOptions()
+    workers: Count = 1  # Router processes on the same ports.
