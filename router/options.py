@@ -20,7 +20,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every part of the tree."""
 
 
-class HttpOptions(Options):
+class HttpOptions(Options, frozen=True):
     """The OpenAI-compatible HTTP ingress."""
 
     enabled: bool = True
@@ -38,7 +38,7 @@ class HttpOptions(Options):
     trust_request_id: bool = True  # Clients' x-request-id is kept; false makes up a new one.
 
 
-class GrpcOptions(Options):
+class GrpcOptions(Options, frozen=True):
     """The gRPC ingress."""
 
     enabled: bool = True
@@ -56,7 +56,7 @@ class GrpcOptions(Options):
     shutdown_grace_s: Seconds = 30.0
 
 
-class LaneOptions(Options):
+class LaneOptions(Options, frozen=True):
     """Lanes to replicas."""
 
     carrier: Literal["socket", "actor"] = "socket"  # `actor` where only Ray's own ports are open.
@@ -67,7 +67,7 @@ class LaneOptions(Options):
     ping_timeout_s: Seconds = 8.0  # Longer than any pause of a healthy replica's event loop.
 
 
-class MembershipOptions(Options):
+class MembershipOptions(Options, frozen=True):
     """How the router learns of replicas."""
 
     kind: Literal["ray", "static"] = "ray"
@@ -77,7 +77,7 @@ class MembershipOptions(Options):
     replicas: tuple[StaticReplica, ...] = ()  # `static` only.
 
 
-class StaticReplica(Options, kw_only=True):
+class StaticReplica(Options, frozen=True, kw_only=True):
     """A replica at a fixed address."""
 
     name: Name
@@ -86,14 +86,14 @@ class StaticReplica(Options, kw_only=True):
     secret_file: str = ""  # File that holds the replica's lane secret.
 
 
-class PolicyOptions(Options):
+class PolicyOptions(Options, frozen=True):
     """Which policy routes, and its own options (see `kvlane policies`)."""
 
     name: Name = "power-of-two"  # Spreads load well and needs no tuning.
     options: dict[str, Any] = {}
 
 
-class LimitOptions(Options):
+class LimitOptions(Options, frozen=True):
     """Admission."""
 
     max_streams: Count = 20_000  # Per router process; beyond it requests get 429.
@@ -101,7 +101,7 @@ class LimitOptions(Options):
     max_tries: Count = 3  # Replicas tried per request before its first byte.
 
 
-class EngineOptions(Options):
+class EngineOptions(Options, frozen=True):
     """One model's engine replicas, run by Ray Serve."""
 
     name: Name = "tiny"  # The Serve application, and the model's name unless `served_model_name` is set.
@@ -120,17 +120,17 @@ class EngineOptions(Options):
     health_check_period_s: Seconds = 2.0  # A dead engine is replaced after about three of these.
 
 
-class RayOptions(Options):
+class RayOptions(Options, frozen=True):
     """Ray itself; only `kvlane up` starts it."""
 
     num_cpus: Annotated[int, msgspec.Meta(ge=0)] = 0  # CPUs to declare; 0 asks for what the replicas need.
 
 
-class LogOptions(Options):
+class LogOptions(Options, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Config(Options):
+class Config(Options, frozen=True):
     """Everything; each field is a TOML table of the same name."""
 
     http: HttpOptions = HttpOptions()

@@ -86,7 +86,7 @@ class Pong(msgspec.Struct, array_like=True, tag=8, frozen=True, gc=False):
     nonce: int
 
 
-class Head(msgspec.Struct, array_like=True, frozen=True):
+class Head(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Status and headers of an HTTP response."""
 
     status: int
@@ -103,7 +103,7 @@ class End(msgspec.Struct, array_like=True, frozen=True, gc=False):
     param: str | None = None
 
 
-class Output(msgspec.Struct, array_like=True, frozen=True):
+class Output(msgspec.Struct, array_like=True, gc=False):
     """One stream's output in one step."""
 
     stream: int
@@ -115,7 +115,7 @@ class Output(msgspec.Struct, array_like=True, frozen=True):
     """With the stream's first output; HTTP only."""
 
 
-class Step(msgspec.Struct, array_like=True, tag=9, frozen=True):
+class Step(msgspec.Struct, array_like=True, tag=9, gc=False):
     """What one engine step did: all this router's streams' output, and the load after it."""
 
     seq: int
@@ -152,17 +152,19 @@ def encode(frame: Frame) -> bytes:
 def decode_up(body: bytes | memoryview) -> UpFrame:
     """A frame from a router. Raises `FrameError`."""
     try:
-        return _up_decoder.decode(body)
+        frame: UpFrame = _up_decoder.decode(body)
     except msgspec.MsgspecError as error:
         raise FrameError(f"not a frame: {error}") from error
+    return frame
 
 
 def decode_down(body: bytes | memoryview) -> DownFrame:
     """A frame from a replica. Raises `FrameError`."""
     try:
-        return _down_decoder.decode(body)
+        frame: DownFrame = _down_decoder.decode(body)
     except msgspec.MsgspecError as error:
         raise FrameError(f"not a frame: {error}") from error
+    return frame
 
 
 class FrameSplitter:

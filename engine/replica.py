@@ -1,0 +1,352 @@
+"""A replica: one engine behind a lane server.
+
+Job: take streams that routers submit over their lanes, hand them to the engine, and send each router one step frame per
+turn of the event loop with all its streams' new output. Rule: a stream that was accepted ends on its lane exactly once,
+unless the router aborted it or the lane is gone. `LaneSession` owns the state of one lane, `Replica` the set of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+from engine.base import Abort, Engine
+from router.errors import ClientTooSlow, KvlaneError, ReplicaDraining, ReplicaFailed
+from router.lane import frames
+from router.lane.carriers import tune
+from router.lane.frames import Draining, End, FrameError, Head, Output, Step
+from router.types import Headers, Load
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 5.0
+STREAM_BACKLOG_BYTES = 16 << 20
+"""What one stream may hold back while its router does not read the lane."""
+STEP_PAYLOAD_BYTES = 4 << 20
+"""After a pause the backlog goes out in frames of about this size, so that none comes near the frame limit."""
+MAX_PAYLOAD_BYTES = 64 << 20
+"""Longer pieces of an HTTP body go in several outputs; gRPC messages are far below this."""
+LANE_BUFFER_BYTES = 4 << 20
+"""Unsent bytes in the transport before output is held back and joined."""
+
+
+class Replica:
+    """One engine and the lanes that lead to it."""
+
+    def __init__(self, name: str, engine: Engine, secret: bytes) -> None:
+        self.name = name
+        self.engine = engine
+        self.secret = secret
+        self.draining = False
+        self.grace_s = 0.0
+        self.active = 0
+        """Streams accepted and not ended, all lanes together."""
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._sessions: set[LaneSession] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Starts the engine."""
+        await self.engine.start()
+        self.engine.on_step(self.load_changed)
+
+    def session(self) -> asyncio.Protocol:
+        """The replica's side of one new lane; connect it to a transport."""
+        return LaneSession(self)
+
+    async def listen(self, host: str, port: int = 0) -> int:
+        """Opens the TCP port of the `socket` carrier; returns the port."""
+        self._server = await asyncio.get_running_loop().create_server(self.session, host, port, backlog=1024)
+        bound: int = self._server.sockets[0].getsockname()[1]
+        return bound
+
+    def load(self) -> Load:
+        """The engine's load now."""
+        return self.engine.load()
+
+    async def check_health(self) -> None:
+        """Raises `ReplicaFailed` when the engine is dead."""
+        await self.engine.check_health()
+
+    async def drain(self, grace_s: float) -> int:
+        """Takes no new streams, tells all routers, and waits for streams in flight; returns how many were cut."""
+        self.draining, self.grace_s = True, grace_s
+        for session in self._sessions:
+            session.send_draining()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("replica %s: %d streams did not end within %g s", self.name, self.active, grace_s)
+        return self.active
+
+    async def close(self) -> None:
+        """Closes all lanes, with what they still hold sent first, and the engine."""
+        if self._server is not None:
+            self._server.close()
+        for session in tuple(self._sessions):
+            session.close()
+        await self.engine.close()
+
+    def opened(self, session: LaneSession) -> None:
+        self._sessions.add(session)
+
+    def closed(self, session: LaneSession) -> None:
+        self._sessions.discard(session)
+
+    def stream_began(self) -> None:
+        self.active += 1
+        self._idle.clear()
+
+    def stream_ended(self) -> None:
+        self.active -= 1
+        if not self.active:
+            self._idle.set()
+
+    def load_changed(self) -> None:
+        """The engine did a step, or its load fell by an abort: every router shall know."""
+        for session in self._sessions:
+            session.schedule_flush()
+
+
+class LaneSession(asyncio.Protocol):
+    """The replica's side of one lane."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self._loop = asyncio.get_running_loop()
+        self._splitter = frames.FrameSplitter()
+        self._nonce = os.urandom(32)
+        self._router = ""
+        self._ready = False
+        self._streams: dict[int, LaneStream] = {}
+        self._pending: list[Output] = []
+        self._flush_due = False
+        self._paused = False
+        self._seq = 0
+        self._acked = 0
+        self._told: tuple[int, Load] | None = None
+
+    # -- the transport's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: asyncio.Transport = transport  # type: ignore[assignment]
+        tune(transport)
+        self._transport.set_write_buffer_limits(high=LANE_BUFFER_BYTES)
+        self._replica.opened(self)
+        self._handshake = self._loop.call_later(HANDSHAKE_TIMEOUT_S, self._transport.abort)
+        self._write(frames.Challenge(frames.VERSION, self._nonce))
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for body in self._splitter.feed(data):
+                self._received(frames.decode_up(body))
+        except FrameError as error:
+            self._refuse("protocol", str(error))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._handshake.cancel()
+        self._replica.closed(self)
+        self._ready = False
+        if self._streams:
+            log.info(
+                "replica %s: lane to %s lost with %d streams", self._replica.name, self._router, len(self._streams)
+            )
+        for stream in tuple(self._streams.values()):
+            self._abort(stream)
+        self._pending.clear()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        for stream in self._streams.values():
+            stream.backlog = 0
+        self.schedule_flush()
+
+    # -- frames from the router
+
+    def _received(self, frame: frames.UpFrame) -> None:
+        if not self._ready:
+            self._greeted(frame)
+        elif isinstance(frame, frames.Submit):
+            self._submitted(frame)
+        elif isinstance(frame, frames.Abort):
+            stream = self._streams.get(frame.stream)
+            if stream is not None:
+                self._abort(stream)
+                self._replica.load_changed()
+        elif isinstance(frame, frames.Ping):
+            self._write(frames.Pong(frame.nonce))
+        else:
+            raise FrameError("a second hello")
+
+    def _greeted(self, hello: frames.UpFrame) -> None:
+        if not isinstance(hello, frames.Hello):
+            raise FrameError("a lane begins with a hello")
+        if hello.version != frames.VERSION:
+            self._refuse("version", f"this replica speaks lane version {frames.VERSION}, not {hello.version}")
+        elif not frames.proof_holds(self._replica.secret, self._nonce, hello):
+            self._refuse("secret", "the router does not know this replica's secret")
+        else:
+            self._handshake.cancel()
+            self._router, self._ready = hello.router, True
+            self._splitter.limit = frames.MAX_FRAME_BYTES
+            replica = self._replica
+            self._write(
+                frames.Welcome(frames.VERSION, replica.name, replica.engine.info(), replica.load(), replica.draining)
+            )
+
+    def _refuse(self, code: str, message: str) -> None:
+        log.warning("replica %s: lane from %s refused: %s", self._replica.name, self._router or "a router", message)
+        self._write(frames.Refused(code, message))
+        self._ready = False
+        self._transport.close()
+
+    def _submitted(self, call: frames.Submit) -> None:
+        if call.stream <= self._acked:
+            raise FrameError(f"stream {call.stream} after stream {self._acked}")
+        self._acked = call.stream
+        stream = LaneStream(self, call.stream)
+        self._streams[call.stream] = stream
+        self._replica.stream_began()
+        if self._replica.draining:
+            stream.fail(ReplicaDraining(f"replica {self._replica.name} is draining"))
+            return
+        try:
+            stream.stop = self._replica.engine.submit(call, stream)
+        except Exception:
+            log.exception("replica %s: the engine did not take request %s", self._replica.name, call.request_id)
+            stream.fail(ReplicaFailed("the engine did not take the request"))
+
+    # -- output
+
+    def put(self, output: Output, urgent: bool) -> None:
+        """Adds to the next step frame, which goes out in this turn of the loop, at once if urgent."""
+        self._pending.append(output)
+        if urgent:
+            self._flush()
+        elif not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def schedule_flush(self) -> None:
+        if not self._flush_due and self._ready:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    @property
+    def paused(self) -> bool:
+        """Whether the router reads too slowly, so that output is held back."""
+        return self._paused
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        if not self._ready or self._paused:
+            return
+        load = self._replica.load()
+        if not self._pending and self._told == (self._acked, load):
+            return
+        self._told = (self._acked, load)
+        while True:
+            outputs, self._pending = _cut(self._pending)
+            self._seq += 1
+            self._write(Step(self._seq, self._acked, load, outputs))
+            if not self._pending or self._paused:
+                break
+
+    def send_draining(self) -> None:
+        if self._ready:
+            self._flush()
+            self._write(Draining(self._replica.grace_s))
+
+    def close(self) -> None:
+        """Sends what is pending and closes the lane."""
+        self._flush()
+        self._transport.close()
+
+    def _write(self, frame: frames.DownFrame) -> None:
+        self._transport.write(frames.encode(frame))
+
+    # -- the end of a stream
+
+    def _abort(self, stream: LaneStream) -> None:
+        self.forget(stream)
+        stream.stop()
+
+    def forget(self, stream: LaneStream) -> None:
+        """The stream is over, however it ended."""
+        if self._streams.pop(stream.id, None) is not None:
+            stream.over = True
+            self._replica.stream_ended()
+
+
+def _cut(outputs: list[Output]) -> tuple[list[Output], list[Output]]:
+    """The outputs for one frame, and the rest."""
+    size = 0
+    for i, output in enumerate(outputs):
+        size += len(output.payload)
+        if size > STEP_PAYLOAD_BYTES:
+            return outputs[: i + 1], outputs[i + 1 :]
+    return outputs, []
+
+
+def _nothing() -> None:
+    """What there is to stop before the engine took a stream."""
+
+
+class LaneStream:
+    """One stream on one lane; the engine writes to it (`engine.base.StreamOut`)."""
+
+    __slots__ = ("_head", "_session", "backlog", "id", "over", "stop")
+
+    def __init__(self, session: LaneSession, stream: int) -> None:
+        self._session = session
+        self._head: Head | None = None
+        self.id = stream
+        self.stop: Abort = _nothing
+        self.over = False
+        self.backlog = 0
+        """Bytes that wait because the router does not read."""
+
+    def head(self, status: int, headers: Headers) -> None:
+        self._head = Head(status, tuple(headers))
+
+    def data(self, payload: bytes, tokens: int = 0, *, urgent: bool = False) -> None:
+        if self.over:
+            return
+        session = self._session
+        if session.paused:
+            if self.backlog > STREAM_BACKLOG_BYTES:
+                self._overflow()
+                return
+            self.backlog += len(payload)
+        if len(payload) > MAX_PAYLOAD_BYTES:
+            self._put_in_pieces(payload, tokens)
+            return
+        session.put(Output(self.id, payload, tokens, None, self._head), urgent)
+        self._head = None
+
+    def end(self, finish: str = "") -> None:
+        self._finish(End(finish))
+
+    def fail(self, error: KvlaneError) -> None:
+        self._finish(End("", error.name, error.message, error.param))
+
+    def _finish(self, end: End) -> None:
+        if not self.over:
+            self._session.put(Output(self.id, b"", 0, end, self._head), False)
+            self._session.forget(self)
+
+    def _overflow(self) -> None:
+        self.fail(ClientTooSlow(f"the router left {self.backlog} bytes of this stream unread"))
+        self.stop()
+
+    def _put_in_pieces(self, payload: bytes, tokens: int) -> None:
+        for start in range(0, len(payload), MAX_PAYLOAD_BYTES):
+            piece = payload[start : start + MAX_PAYLOAD_BYTES]
+            self._session.put(Output(self.id, piece, tokens if not start else 0, None, self._head), False)
+            self._head = None

@@ -1,0 +1,117 @@
+"""Dispatch: the hot path, where the stages meet.
+
+Job: admit a request, choose its replica, run it on that replica's lane, and try another replica if the first fails
+before the client saw a byte. Rule: no await between the snapshot, the choice and the charge. It owns no state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from router.admission import Admission
+from router.errors import DeadlineExceeded, KvlaneError, NoReplica
+from router.lane.frames import End
+from router.options import LimitOptions
+from router.policies.base import Policy
+from router.replicas import Replicas
+from router.types import Decision, Reason, Receipt, Request, Sink, Snapshot
+
+log = logging.getLogger(__name__)
+
+
+class Observer(Protocol):
+    """Who counts."""
+
+    def retried(self, error: KvlaneError) -> None:
+        """A request goes to another replica."""
+
+    def policy_failed(self, error: Exception) -> None:
+        """The policy raised or answered nonsense."""
+
+
+class Dispatcher:
+    """Runs requests (`router.ingress.base.Dispatch`)."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        policy: Policy,
+        policy_name: str,
+        fallback: Policy,
+        replicas: Replicas,
+        limits: LimitOptions,
+        observer: Observer,
+        clock: Callable[[], float],
+    ) -> None:
+        self._admission = admission
+        self._policy = policy
+        self._policy_name = policy_name
+        self._fallback = fallback
+        self._replicas = replicas
+        self._limits = limits
+        self._observer = observer
+        self._clock = clock
+
+    async def run(self, request: Request, sink: Sink) -> End:
+        """Routes `request` and streams its output into `sink`; raises a `KvlaneError` if it does not end whole."""
+        with self._admission.admit():
+            if request.timeout_s is None:
+                return await self._route(request, sink)
+            try:
+                async with asyncio.timeout(request.timeout_s) as deadline:
+                    return await self._route(request, sink)
+            except TimeoutError as error:
+                if not deadline.expired():
+                    raise
+                raise DeadlineExceeded(f"not done within {request.timeout_s:.3f} s") from error
+
+    async def _route(self, request: Request, sink: Sink) -> End:
+        tried: set[str] = set()
+        while True:
+            snapshot = await self._candidates(request.model, tried)
+            decision = self._choose(request, snapshot)
+            with self._replicas.lease(decision.replica) as lane:
+                sink.routed(self._receipt(request, snapshot, decision, retry=bool(tried)))
+                try:
+                    return await lane.run(request, sink)
+                except KvlaneError as error:
+                    tried.add(decision.replica)
+                    if sink.started or not error.retryable or len(tried) >= self._limits.max_tries:
+                        raise
+                    self._observer.retried(error)
+
+    async def _candidates(self, model: str, tried: set[str]) -> Snapshot:
+        """The pool without the replicas that failed this request; waits a while for one to come."""
+        try:
+            return self._replicas.snapshot(model, tried)
+        except NoReplica:
+            deadline = self._clock() + self._limits.no_replica_wait_s
+        while True:
+            try:
+                async with asyncio.timeout(deadline - self._clock()):
+                    await self._replicas.wait_for_news()
+            except TimeoutError:
+                return self._replicas.snapshot(model, tried)
+            try:
+                return self._replicas.snapshot(model, tried)
+            except NoReplica:
+                continue
+
+    def _choose(self, request: Request, snapshot: Snapshot) -> Decision:
+        try:
+            decision = self._policy.choose(request, snapshot)
+            if any(view.replica == decision.replica for view in snapshot.replicas):
+                return decision
+            raise LookupError(f"it chose {decision.replica!r}, which is not in the snapshot")
+        except Exception as error:  # a plugin's defect must not cost a request
+            self._observer.policy_failed(error)
+            decision = self._fallback.choose(request, snapshot)
+            return Decision(decision.replica, Reason.POLICY_FAILED)
+
+    def _receipt(self, request: Request, snapshot: Snapshot, decision: Decision, *, retry: bool) -> Receipt:
+        depth = next(view.queue_depth for view in snapshot.replicas if view.replica == decision.replica)
+        reason = Reason.RETRY if retry else decision.reason
+        return Receipt(request.request_id, decision.replica, self._policy_name, reason, depth)

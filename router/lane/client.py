@@ -1,0 +1,273 @@
+"""The router's side of a lane.
+
+Job: submit streams to one replica and hand each step's output to the streams' sinks. Rule: nothing here awaits between
+a step's arrival and its sinks, and a failing sink ends its own stream only. A `Lane` owns its streams' state; whoever
+opened it (`router.replicas`) owns the lane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from router.errors import KvlaneError, ReplicaLost, from_wire
+from router.lane import frames
+from router.lane.frames import Abort, Draining, End, FrameError, Pong, Step, Submit, Welcome
+from router.types import Load, ReplicaView, Request, Sink
+
+log = logging.getLogger(__name__)
+
+
+class LaneRefused(ReplicaLost):
+    """The replica does not want this router: other lane version, wrong secret or broken protocol."""
+
+
+class LaneListener(Protocol):
+    """Who opened the lane."""
+
+    def lane_opened(self, lane: Lane) -> None:
+        """The replica said welcome; `lane.welcome` is set."""
+
+    def lane_draining(self, lane: Lane) -> None:
+        """The replica takes no new streams."""
+
+    def lane_lost(self, lane: Lane, error: ReplicaLost) -> None:
+        """The lane is gone; all its streams have been failed."""
+
+
+class _Stream:
+    __slots__ = ("done", "sink")
+
+    def __init__(self, sink: Sink, done: asyncio.Future[End]) -> None:
+        self.sink = sink
+        self.done = done
+
+
+class Lane(asyncio.Protocol):
+    """One open lane; connect it to a carrier's transport."""
+
+    def __init__(self, replica: str, secret: bytes, router: str, listener: LaneListener) -> None:
+        self.replica = replica
+        self.welcome: Welcome | None = None
+        self.load = Load()
+        self.steps = 0
+        self.tokens = 0
+        """Tokens received, for metrics."""
+        self._secret = secret
+        self._router = router
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._splitter = frames.FrameSplitter(limit=frames.MAX_FRAME_BYTES)
+        self._streams: dict[int, _Stream] = {}
+        self._leases = 0
+        self._last_stream = 0
+        self._acked = 0
+        self._view: ReplicaView | None = None
+        self._heard = True
+        self._silent_s = 0.0
+        self._error: ReplicaLost | None = None
+        self._transport: asyncio.Transport | None = None
+
+    # -- for dispatch
+
+    def lease(self) -> Lease:
+        """A charge on this replica, held until the request ends."""
+        return Lease(self)
+
+    def view(self) -> ReplicaView:
+        """The replica as policies see it."""
+        view = self._view
+        if view is None:
+            assert self.welcome is not None
+            view = self._view = ReplicaView(
+                self.replica,
+                self.load,
+                self._last_stream - self._acked,
+                self._leases,
+                self.welcome.info.max_num_seqs,
+            )
+        return view
+
+    async def run(self, request: Request, sink: Sink) -> End:
+        """Submits a stream and returns when it ended whole.
+
+        Raises the `KvlaneError` that it ended with: the replica's own, `ReplicaLost` with the lane, or what the sink
+        raised. When the caller is cancelled the stream is aborted in the engine.
+        """
+        transport = self._transport
+        if transport is None or self.welcome is None:
+            raise self._error or ReplicaLost(f"no lane to replica {self.replica}")
+        self._last_stream = stream_id = self._last_stream + 1
+        self._view = None
+        stream = self._streams[stream_id] = _Stream(sink, self._loop.create_future())
+        transport.write(
+            frames.encode(
+                Submit(
+                    stream_id,
+                    request.request_id,
+                    request.rpc,
+                    request.method,
+                    request.path,
+                    request.headers,
+                    request.body,
+                    request.timeout_s,
+                    request.priority,
+                )
+            )
+        )
+        try:
+            end = await stream.done
+        finally:
+            if self._streams.pop(stream_id, None) is not None and self._transport is not None:
+                self._transport.write(frames.encode(Abort(stream_id)))
+        if end.error:
+            raise from_wire(end.error, end.message, end.param)
+        return end
+
+    # -- for the lane's owner
+
+    @property
+    def streams(self) -> int:
+        """Streams in flight."""
+        return len(self._streams)
+
+    def tick(self, elapsed_s: float, timeout_s: float) -> None:
+        """Pings a silent replica; gives the lane up after `timeout_s` of silence. Call it at regular times."""
+        if self._transport is None:
+            return
+        if self._heard:
+            self._heard, self._silent_s = False, 0.0
+            return
+        self._silent_s += elapsed_s
+        if self._silent_s > timeout_s:
+            self._lose(ReplicaLost(f"replica {self.replica} was silent for {self._silent_s:.0f} s"))
+        else:
+            self._transport.write(frames.encode(frames.Ping(self.steps)))
+
+    def close(self) -> None:
+        """Closes the lane; its streams fail."""
+        self._lose(ReplicaLost(f"the lane to replica {self.replica} was closed"))
+
+    # -- the transport's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # carriers open write transports only
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = True
+        try:
+            for body in self._splitter.feed(data):
+                self._received(frames.decode_down(body))
+        except FrameError as error:
+            self._lose(LaneRefused(f"replica {self.replica} broke the lane protocol: {error}"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lose(ReplicaLost(f"the lane to replica {self.replica} was lost" + (f": {exc}" if exc else "")))
+
+    # -- frames from the replica
+
+    def _received(self, frame: frames.DownFrame) -> None:
+        if type(frame) is Step:
+            self._stepped(frame)
+        elif type(frame) is Pong:
+            pass
+        elif type(frame) is Draining:
+            self._listener.lane_draining(self)
+        elif type(frame) is Welcome:
+            self._welcomed(frame)
+        elif type(frame) is frames.Challenge:
+            self._challenged(frame)
+        elif type(frame) is frames.Refused:
+            self._lose(LaneRefused(f"replica {self.replica} refused the lane ({frame.code}): {frame.message}"))
+
+    def _stepped(self, step: Step) -> None:
+        self.load, self._acked, self._view = step.load, step.acked, None
+        self.steps += 1
+        streams = self._streams
+        for output in step.outputs:
+            stream = streams.get(output.stream)
+            if stream is None:  # aborted meanwhile
+                continue
+            try:
+                if output.head is not None:
+                    stream.sink.head(output.head.status, output.head.headers)
+                if output.payload:
+                    self.tokens += output.tokens
+                    stream.sink.data(output.payload, output.tokens)
+            except KvlaneError as error:
+                self._fail(stream, error)
+            except Exception as error:
+                log.exception("a sink failed")
+                self._fail(stream, error)
+            else:
+                if output.end is not None:
+                    del streams[output.stream]
+                    if not stream.done.done():
+                        stream.done.set_result(output.end)
+
+    def _fail(self, stream: _Stream, error: Exception) -> None:
+        if not stream.done.done():
+            stream.done.set_exception(error)  # `run` still finds the stream in flight and aborts it
+        stream.sink = _DEAF
+
+    def _challenged(self, challenge: frames.Challenge) -> None:
+        if challenge.version != frames.VERSION:
+            self._lose(
+                LaneRefused(
+                    f"replica {self.replica} speaks lane version {challenge.version}, this router {frames.VERSION}"
+                )
+            )
+        elif self._transport is not None:
+            proof = frames.prove(self._secret, challenge.nonce, self._router)
+            self._transport.write(frames.encode(frames.Hello(frames.VERSION, proof, self._router)))
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        self.welcome, self.load = welcome, welcome.load
+        self._listener.lane_opened(self)
+        if welcome.draining:
+            self._listener.lane_draining(self)
+
+    def _lose(self, error: ReplicaLost) -> None:
+        transport, self._transport = self._transport, None
+        if self._error is not None:
+            return
+        self._error = error
+        if transport is not None:
+            transport.abort()
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            if not stream.done.done():
+                stream.done.set_exception(type(error)(error.message))
+        self._listener.lane_lost(self, error)
+
+
+class _Deaf:
+    """Takes what still comes for a stream whose sink failed."""
+
+    started = True
+
+    def routed(self, receipt: object) -> None: ...
+    def head(self, status: int, headers: object) -> None: ...
+    def data(self, payload: bytes, tokens: int) -> None: ...
+
+
+_DEAF = _Deaf()
+
+
+class Lease:
+    """A request's charge on its replica; a context manager, so that every way out gives it back."""
+
+    __slots__ = ("_lane",)
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+
+    def __enter__(self) -> Lane:
+        self._lane._leases += 1
+        self._lane._view = None
+        return self._lane
+
+    def __exit__(self, *_: object) -> None:
+        self._lane._leases -= 1
+        self._lane._view = None

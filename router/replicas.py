@@ -1,0 +1,292 @@
+"""All replicas as this router knows them, and a lane to each.
+
+Job: follow membership, keep one lane per replica (with back-off), and give policies the snapshot of a model's pool.
+Rule: only a READY replica gets new requests; a replica leaves the pool in the very callback that learns of its loss.
+`Replicas` is the only writer of this state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import random
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+from router.errors import ModelNotFound, NoReplica, ReplicaLost
+from router.ingress.base import ModelStatus, Readiness
+from router.lane.carriers import Carrier
+from router.lane.client import Lane, Lease
+from router.membership.base import ReplicaRecord
+from router.options import LaneOptions
+from router.types import ModelCard, Snapshot
+
+log = logging.getLogger(__name__)
+
+
+class State(enum.Enum):
+    """Where a replica stands in its life, seen from here."""
+
+    JOINING = enum.auto()
+    """Listed; no lane yet, or not any more."""
+    READY = enum.auto()
+    LEAVING = enum.auto()
+    """Not listed any more, the lane still open: streams in flight go on."""
+    DRAINING = enum.auto()
+    """It said that it takes no new streams."""
+    ENDING = enum.auto()
+    """Draining and not listed any more."""
+    GONE = enum.auto()
+
+
+class Event(enum.Enum):
+    OPENED = enum.auto()
+    SAID_DRAINING = enum.auto()
+    LOST = enum.auto()
+    LISTED = enum.auto()
+    UNLISTED = enum.auto()
+
+
+LIFE: Mapping[tuple[State, Event], State] = {
+    (State.JOINING, Event.OPENED): State.READY,
+    (State.JOINING, Event.LOST): State.JOINING,
+    (State.JOINING, Event.UNLISTED): State.GONE,
+    (State.READY, Event.SAID_DRAINING): State.DRAINING,
+    (State.READY, Event.LOST): State.JOINING,
+    (State.READY, Event.UNLISTED): State.LEAVING,
+    (State.LEAVING, Event.LISTED): State.READY,
+    (State.LEAVING, Event.SAID_DRAINING): State.ENDING,
+    (State.LEAVING, Event.LOST): State.GONE,
+    (State.DRAINING, Event.LOST): State.JOINING,
+    (State.DRAINING, Event.UNLISTED): State.ENDING,
+    (State.ENDING, Event.LISTED): State.DRAINING,
+    (State.ENDING, Event.LOST): State.GONE,
+}
+"""The life of a replica; a pair that is missing changes nothing."""
+
+
+class _Member:
+    """One replica: its record, its state, its lane, and the task that keeps the lane open."""
+
+    def __init__(self, owner: Replicas, record: ReplicaRecord) -> None:
+        self.record = record
+        self.state = State.JOINING
+        self.lane: Lane | None = None
+        self._owner = owner
+        self._opened = asyncio.Event()
+        self._lost = asyncio.Event()
+        self.task = asyncio.create_task(self._keep_lane(), name=f"lane {record.replica}")
+
+    def happens(self, event: Event) -> None:
+        before = self.state
+        self.state = LIFE.get((before, event), before)
+        if self.state is not before:
+            log.info("replica %s: %s -> %s", self.record.replica, before.name.lower(), self.state.name.lower())
+            self._owner.changed()
+
+    @property
+    def gone(self) -> bool:
+        return self.state is State.GONE
+
+    def unlisted(self) -> None:
+        """Membership does not list it any more."""
+        self.happens(Event.UNLISTED)
+        if self.state is State.GONE:
+            self.task.cancel()
+            if self.lane is not None:
+                self.lane.close()
+
+    async def _keep_lane(self) -> None:
+        options = self._owner.options
+        delay_s = options.reconnect_min_s
+        while not self.gone:
+            self._opened.clear()
+            self._lost.clear()
+            try:
+                async with asyncio.timeout(options.connect_timeout_s):
+                    await self._owner.carrier.connect(self.record, self._new_lane)
+                    await self._opened.wait()
+            except (OSError, TimeoutError) as error:
+                if self.lane is not None:
+                    self.lane.close()
+                log.info("replica %s: no lane: %s", self.record.replica, str(error) or "timed out")
+            else:
+                if not self._lost.is_set():
+                    delay_s = options.reconnect_min_s
+                await self._lost.wait()
+            if not self.gone:
+                await asyncio.sleep(delay_s * self._owner.random.uniform(0.5, 1.0))
+                delay_s = min(delay_s * 2, options.reconnect_max_s)
+
+    def _new_lane(self) -> Lane:
+        self.lane = Lane(self.record.replica, self.record.secret, self._owner.name, self)
+        return self.lane
+
+    def lane_opened(self, lane: Lane) -> None:
+        if lane is self.lane:
+            self._opened.set()
+            self._owner.announced(lane)
+            self.happens(Event.OPENED)
+
+    def lane_draining(self, lane: Lane) -> None:
+        if lane is self.lane:
+            self.happens(Event.SAID_DRAINING)
+
+    def lane_lost(self, lane: Lane, error: ReplicaLost) -> None:
+        if lane is self.lane:
+            log.info("replica %s: %s", self.record.replica, error.message)
+            self.lane = None
+            self.happens(Event.LOST)
+            self._opened.set()
+            self._lost.set()
+
+    async def close(self) -> None:
+        self.state = State.GONE
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        if self.lane is not None:
+            self.lane.close()
+
+
+class Replicas:
+    """The replicas of all models."""
+
+    def __init__(
+        self,
+        name: str,
+        carrier: Carrier,
+        options: LaneOptions,
+        required: Collection[str] = (),
+        rng: random.Random | None = None,
+    ) -> None:
+        self.name = name
+        """This router process, as replicas log it."""
+        self.carrier = carrier
+        self.options = options
+        self.random = rng or random.Random()
+        self._required = tuple(required)
+        self._members: dict[str, _Member] = {}
+        self._pools: dict[str, tuple[Lane, ...]] = {}
+        self._lanes: dict[str, Lane] = {}
+        self._cards: dict[str, ModelCard] = {}
+        self._routes: dict[str, tuple[re.Pattern[str], set[str]]] = {}
+        self._news = asyncio.Event()
+
+    # -- for membership
+
+    def listed(self, records: Mapping[str, ReplicaRecord]) -> None:
+        """Takes all replicas that there are now."""
+        for name, member in tuple(self._members.items()):
+            if member.state is State.GONE:
+                del self._members[name]
+            elif name not in records:
+                member.unlisted()
+            elif _same(records[name], member.record):
+                member.happens(Event.LISTED)
+        for name, record in records.items():
+            known = self._members.get(name)
+            if known is not None and not _same(known.record, record):
+                known.unlisted()
+                self._members[f"{name} at {known.record.host}:{known.record.port}"] = known
+                known = None
+            if known is None:
+                self._members[name] = _Member(self, record)
+
+    def changed(self) -> None:
+        """Some replica's state changed: builds the pools anew."""
+        lanes = [m.lane for m in self._members.values() if m.state is State.READY and m.lane is not None]
+        pools: dict[str, list[Lane]] = {}
+        for lane in lanes:
+            assert lane.welcome is not None
+            for card in lane.welcome.info.models:
+                pools.setdefault(card.name, []).append(lane)
+        self._lanes = {lane.replica: lane for lane in lanes}
+        self._pools = {model: tuple(pool) for model, pool in pools.items()}
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    def announced(self, lane: Lane) -> None:
+        """Learns a replica's models and routes."""
+        assert lane.welcome is not None
+        for card in lane.welcome.info.models:
+            self._cards[card.name] = card
+        for route in lane.welcome.info.routes:
+            _, methods = self._routes.setdefault(route.path, (_pattern(route.path), set()))
+            methods.update(route.methods)
+
+    async def keep_alive(self) -> None:
+        """Pings silent lanes until cancelled."""
+        interval_s = self.options.ping_interval_s
+        while True:
+            await asyncio.sleep(interval_s)
+            for member in tuple(self._members.values()):
+                if member.lane is not None:
+                    member.lane.tick(interval_s, self.options.ping_timeout_s)
+
+    async def close(self) -> None:
+        """Closes all lanes; streams in flight fail."""
+        await asyncio.gather(*(member.close() for member in self._members.values()))
+        self._members.clear()
+        self.changed()
+
+    # -- for dispatch
+
+    def snapshot(self, model: str, excluding: Collection[str] = ()) -> Snapshot:
+        """The pool of `model` without some replicas. Raises `ModelNotFound`, or `NoReplica` where it is empty."""
+        pool = self._pools.get(model)
+        if pool is None and model not in self._cards and model not in self._required:
+            raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
+        views = tuple([lane.view() for lane in pool or () if lane.replica not in excluding])
+        if not views:
+            raise NoReplica(f"no replica of model `{model}` is ready")
+        return Snapshot(model, views)
+
+    def lease(self, replica: str) -> Lease:
+        """A charge on a replica of the last snapshot. No await may stand between the two."""
+        return self._lanes[replica].lease()
+
+    async def wait_for_news(self) -> None:
+        """Returns after the next change of any pool."""
+        await self._news.wait()
+
+    # -- for the ingresses
+
+    def models(self) -> tuple[ModelStatus, ...]:
+        return tuple(ModelStatus(card, len(self._pools.get(name, ()))) for name, card in sorted(self._cards.items()))
+
+    def methods(self, path: str) -> tuple[str, ...]:
+        found: set[str] = set()
+        exact = self._routes.get(path)
+        if exact is not None:
+            found = exact[1]
+        else:
+            for pattern, methods in self._routes.values():
+                if pattern.fullmatch(path):
+                    found |= methods
+        return tuple(sorted(found))
+
+    def readiness(self) -> Readiness:
+        names: Iterable[str] = self._required or self._cards
+        counts = {name: len(self._pools.get(name, ())) for name in names}
+        return Readiness(bool(counts) and all(counts.values()), counts)
+
+    # -- for metrics
+
+    def lanes(self) -> tuple[Lane, ...]:
+        """The lanes of all ready replicas."""
+        return tuple(self._lanes.values())
+
+
+def _same(one: ReplicaRecord, other: ReplicaRecord) -> bool:
+    """Whether two records lead to the same lane; actor handles of one actor are not equal."""
+    return (one.host, one.port, one.secret) == (other.host, other.port, other.secret)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    """A path template such as ``/v1/responses/{id}`` or ``/files/{name:path}`` as an expression."""
+    parts = re.split(r"\{([^}]*)\}", template)
+    pieces = [
+        re.escape(part) if i % 2 == 0 else (".+" if part.endswith(":path") else "[^/]+") for i, part in enumerate(parts)
+    ]
+    return re.compile("".join(pieces))
