@@ -25,6 +25,12 @@ log = logging.getLogger(__name__)
 class Observer(Protocol):
     """Who counts."""
 
+    def began(self) -> float:
+        """A request begins; the result is handed to `ended`."""
+
+    def ended(self, request: Request, began: float, outcome: str) -> None:
+        """A request ended: `ok`, `cancelled` or an error's name."""
+
     def retried(self, error: KvlaneError) -> None:
         """A request goes to another replica."""
 
@@ -57,16 +63,32 @@ class Dispatcher:
 
     async def run(self, request: Request, sink: Sink) -> End:
         """Routes `request` and streams its output into `sink`; raises a `KvlaneError` if it does not end whole."""
-        with self._admission.admit():
-            if request.timeout_s is None:
+        began, outcome = self._observer.began(), "ok"
+        try:
+            with self._admission.admit():
+                return await self._within_deadline(request, sink)
+        except KvlaneError as error:
+            outcome = error.name
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except Exception:
+            outcome = "internal"
+            raise
+        finally:
+            self._observer.ended(request, began, outcome)
+
+    async def _within_deadline(self, request: Request, sink: Sink) -> End:
+        if request.timeout_s is None:
+            return await self._route(request, sink)
+        try:
+            async with asyncio.timeout(request.timeout_s) as deadline:
                 return await self._route(request, sink)
-            try:
-                async with asyncio.timeout(request.timeout_s) as deadline:
-                    return await self._route(request, sink)
-            except TimeoutError as error:
-                if not deadline.expired():
-                    raise
-                raise DeadlineExceeded(f"not done within {request.timeout_s:.3f} s") from error
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise DeadlineExceeded(f"not done within {request.timeout_s:.3f} s") from error
 
     async def _route(self, request: Request, sink: Sink) -> End:
         tried: set[str] = set()

@@ -12,7 +12,7 @@ import enum
 import logging
 import random
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from router.errors import ModelNotFound, NoReplica, ReplicaLost
 from router.ingress.base import ModelStatus, Readiness
@@ -136,10 +136,14 @@ class _Member:
     def lane_lost(self, lane: Lane, error: ReplicaLost) -> None:
         if lane is self.lane:
             log.info("replica %s: %s", self.record.replica, error.message)
+            self._owner.retired(lane)
             self.lane = None
             self.happens(Event.LOST)
             self._opened.set()
             self._lost.set()
+
+    def first_output(self, waited_s: float) -> None:
+        self._owner.first_output(waited_s)
 
     async def close(self) -> None:
         self.state = State.GONE
@@ -158,12 +162,15 @@ class Replicas:
         carrier: Carrier,
         options: LaneOptions,
         required: Collection[str] = (),
+        first_output: Callable[[float], None] = lambda waited_s: None,
         rng: random.Random | None = None,
     ) -> None:
         self.name = name
         """This router process, as replicas log it."""
         self.carrier = carrier
         self.options = options
+        self.first_output = first_output
+        """Takes each stream's time from submit to first output, in seconds."""
         self.random = rng or random.Random()
         self._required = tuple(required)
         self._members: dict[str, _Member] = {}
@@ -172,6 +179,7 @@ class Replicas:
         self._cards: dict[str, ModelCard] = {}
         self._routes: dict[str, tuple[re.Pattern[str], set[str]]] = {}
         self._news = asyncio.Event()
+        self._retired_steps = self._retired_tokens = 0
 
     # -- for membership
 
@@ -205,6 +213,11 @@ class Replicas:
         self._pools = {model: tuple(pool) for model, pool in pools.items()}
         news, self._news = self._news, asyncio.Event()
         news.set()
+
+    def retired(self, lane: Lane) -> None:
+        """A lane is gone; its counts stay in the totals."""
+        self._retired_steps += lane.steps
+        self._retired_tokens += lane.tokens
 
     def announced(self, lane: Lane) -> None:
         """Learns a replica's models and routes."""
@@ -276,6 +289,14 @@ class Replicas:
     def lanes(self) -> tuple[Lane, ...]:
         """The lanes of all ready replicas."""
         return tuple(self._lanes.values())
+
+    def totals(self) -> tuple[int, int]:
+        """Step frames and tokens received since the start."""
+        open_lanes = [member.lane for member in self._members.values() if member.lane is not None]
+        return (
+            self._retired_steps + sum(lane.steps for lane in open_lanes),
+            self._retired_tokens + sum(lane.tokens for lane in open_lanes),
+        )
 
 
 def _same(one: ReplicaRecord, other: ReplicaRecord) -> bool:

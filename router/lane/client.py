@@ -35,13 +35,18 @@ class LaneListener(Protocol):
     def lane_lost(self, lane: Lane, error: ReplicaLost) -> None:
         """The lane is gone; all its streams have been failed."""
 
+    def first_output(self, waited_s: float) -> None:
+        """A stream's first output came `waited_s` after its submit."""
+
 
 class _Stream:
-    __slots__ = ("done", "sink")
+    __slots__ = ("began", "done", "sink")
 
-    def __init__(self, sink: Sink, done: asyncio.Future[End]) -> None:
+    def __init__(self, sink: Sink, done: asyncio.Future[End], began: float) -> None:
         self.sink = sink
         self.done = done
+        self.began = began
+        """When it was submitted, in loop time; 0 once output came."""
 
 
 class Lane(asyncio.Protocol):
@@ -100,7 +105,7 @@ class Lane(asyncio.Protocol):
             raise self._error or ReplicaLost(f"no lane to replica {self.replica}")
         self._last_stream = stream_id = self._last_stream + 1
         self._view = None
-        stream = self._streams[stream_id] = _Stream(sink, self._loop.create_future())
+        stream = self._streams[stream_id] = _Stream(sink, self._loop.create_future(), self._loop.time())
         transport.write(
             frames.encode(
                 Submit(
@@ -193,6 +198,9 @@ class Lane(asyncio.Protocol):
                 if output.head is not None:
                     stream.sink.head(output.head.status, output.head.headers)
                 if output.payload:
+                    if stream.began:
+                        self._listener.first_output(self._loop.time() - stream.began)
+                        stream.began = 0.0
                     self.tokens += output.tokens
                     stream.sink.data(output.payload, output.tokens)
             except KvlaneError as error:

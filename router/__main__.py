@@ -1,0 +1,150 @@
+"""The command `kvlane`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+
+from router import config as config_files
+from router.errors import ConfigError
+from router.options import Config
+from router.policies import registry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 fine, 1 it failed, 2 it could not be understood."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except ConfigError as error:
+        print(f"kvlane: {error.message}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvlane", description="A KV-cache-aware request router for vLLM on Ray Serve."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    up = commands.add_parser("up", help="everything on this machine: Ray, engine replicas, router, and a demo answer")
+    _add_config(up)
+    up.add_argument("--engine", choices=("vllm", "sim"), help="engine of the replicas (default: vllm)")
+    up.add_argument("--model", metavar="ID_OR_PATH", help="model to serve (default: a tiny one with random weights)")
+    up.add_argument("--replicas", type=int, metavar="N", help="replicas of the model (default: 2)")
+    _add_router_flags(up)
+    up.add_argument("--once", action="store_true", help="exit after the demo answers")
+    up.set_defaults(run=_up)
+
+    serve = commands.add_parser("serve", help="the router alone, joining a running Ray cluster")
+    _add_config(serve)
+    _add_router_flags(serve)
+    serve.set_defaults(run=_serve)
+
+    deploy = commands.add_parser("deploy", help="the engine replicas alone, onto a running Ray cluster")
+    _add_config(deploy)
+    deploy.add_argument("--no-wait", action="store_true", help="return before the replicas are ready")
+    deploy.set_defaults(run=_deploy)
+
+    check = commands.add_parser("check", help="validate a configuration file and print it normalized")
+    check.add_argument("file")
+    check.set_defaults(run=_check)
+
+    policies = commands.add_parser("policies", help="list the installed policies and their options")
+    policies.set_defaults(run=_policies)
+
+    shown = commands.add_parser("version", help="print the version")
+    shown.set_defaults(run=_version)
+
+    worker = commands.add_parser("worker")  # not for people: see router.workers
+    worker.set_defaults(run=_worker)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="configuration in TOML; flags and KVLANE_… variables override")
+
+
+def _add_router_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", metavar="NAME", help="routing policy; see `kvlane policies`")
+    parser.add_argument("--http", metavar="HOST:PORT", help="address of the HTTP ingress")
+    parser.add_argument("--grpc", metavar="HOST:PORT", help="address of the gRPC ingress")
+    parser.add_argument("--workers", type=int, metavar="N", help="router processes")
+
+
+def _router_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    flags: dict[str, Any] = {"policy.name": arguments.policy, "workers": arguments.workers}
+    for ingress in ("http", "grpc"):
+        address = getattr(arguments, ingress)
+        if address is not None:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdigit():
+                raise ConfigError(f"--{ingress} {address}: expected HOST:PORT")
+            flags |= {f"{ingress}.host": host.strip("[]"), f"{ingress}.port": int(port)}
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _load(arguments: argparse.Namespace, flags: dict[str, Any]) -> Config:
+    return config_files.load(arguments.config, flags=flags)
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from router import up  # Ray takes a second to import; the other commands need not wait for it
+
+    config = _load(arguments, _router_flags(arguments))
+    config = up.with_engine(config, arguments.engine, arguments.model, arguments.replicas)
+    return up.run(config, once=arguments.once)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from router import workers
+
+    config = _load(arguments, _router_flags(arguments))
+    workers.log_to_stderr(config)
+    return workers.serve(config, ready=workers.say)
+
+
+def _deploy(arguments: argparse.Namespace) -> int:
+    from router import up
+
+    return up.deploy(_load(arguments, {}), wait=not arguments.no_wait)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    sys.stdout.write(config_files.dump(config_files.load(arguments.file)))
+    return 0
+
+
+def _policies(_: argparse.Namespace) -> int:
+    for spec in registry.installed():
+        about = (inspect.getdoc(spec.policy) or "").partition("\n")[0]
+        print(f"{spec.name}  ({spec.dist})\n    {about}")
+        for option in msgspec.structs.fields(spec.options):
+            default = "required" if option.required else f"default {option.default!r}"
+            print(f"    {option.encode_name}: {getattr(option.type, '__name__', option.type)}, {default}")
+    for policy in registry.broken():
+        print(f"{policy.name}  ({policy.dist})\n    cannot be used: {policy.cause}")
+    return 0
+
+
+def _version(_: argparse.Namespace) -> int:
+    print(f"kvlane {version('kvlane')}")
+    return 0
+
+
+def _worker(_: argparse.Namespace) -> int:
+    from router import workers
+
+    return workers.worker()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The composition root: builds one router process out of its stages, starts it, and takes it down in order.
+
+Rule: nobody else constructs stages. `App` owns every task and server of the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import socket
+import time
+
+from router.admission import Admission
+from router.dispatch import Dispatcher
+from router.errors import ConfigError
+from router.ingress.grpc import GrpcIngress
+from router.ingress.http import HttpIngress
+from router.lane.carriers import Carrier, SocketCarrier
+from router.membership.base import Membership
+from router.observe.metrics import Metrics
+from router.options import Config, EngineOptions
+from router.policies import registry
+from router.replicas import Replicas
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_GRACE_S = 30.0
+"""How long streams in flight may go on after a stop was asked for."""
+
+
+class App:
+    """One router process."""
+
+    def __init__(self, config: Config, *, reuse_port: bool = False) -> None:
+        """Raises `ConfigError` for what cannot be built."""
+        self.config = config
+        self.http_port = self.grpc_port = 0
+        self._reuse_port = reuse_port
+        rng = random.Random()
+        self._metrics = Metrics()
+        self._admission = Admission(config.limits.max_streams)
+        self.replicas = Replicas(
+            f"{socket.gethostname()}:{os.getpid()}",
+            _carrier(config),
+            config.lane,
+            required=[model_name(engine) for engine in config.engines if engine.required],
+            first_output=self._metrics.first_output,
+        )
+        self.dispatcher = Dispatcher(
+            self._admission,
+            registry.create(config.policy.name, config.policy.options, rng),
+            config.policy.name,
+            registry.create("least-queue", {}, rng),
+            self.replicas,
+            config.limits,
+            self._metrics,
+            time.monotonic,
+        )
+        self._membership = _membership(config)
+        self._metrics.watch(self._admission, self.replicas)
+        self._http: HttpIngress | None = None
+        self._grpc: GrpcIngress | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Binds the ports and begins to follow membership. Raises `ConfigError` for a port that cannot be bound."""
+        config = self.config
+        self._tasks = [
+            asyncio.create_task(self._membership.run(self.replicas.listed), name="membership"),
+            asyncio.create_task(self.replicas.keep_alive(), name="keep alive"),
+            asyncio.create_task(self._publish_readiness(), name="readiness"),
+        ]
+        for task in self._tasks:
+            task.add_done_callback(_report)
+        try:
+            if config.http.enabled:
+                self._http = HttpIngress(config.http, self.dispatcher, self.replicas, metrics=self._metrics.exposition)
+                self.http_port = await self._http.start(reuse_port=self._reuse_port)
+            if config.grpc.enabled:
+                self._grpc = GrpcIngress(config.grpc, self.dispatcher, self.replicas, reuse_port=self._reuse_port)
+                self.grpc_port = await self._grpc.start()
+        except (OSError, RuntimeError) as error:
+            await self.stop(0)
+            raise ConfigError(f"cannot listen: {error}") from error
+
+    async def wait_ready(self) -> None:
+        """Returns once every required model has a ready replica."""
+        while not self.replicas.readiness().ready:
+            await self.replicas.wait_for_news()
+
+    async def stop(self, grace_s: float = SHUTDOWN_GRACE_S) -> None:
+        """Refuses new requests, lets streams in flight end for `grace_s`, and closes everything."""
+        if self._grpc is not None:
+            self._grpc.set_ready(False)
+        self._admission.close()
+        ingresses = [ingress.stop(grace_s) for ingress in (self._http, self._grpc) if ingress is not None]
+        await asyncio.gather(*ingresses)
+        for task in self._tasks:
+            task.remove_done_callback(_report)
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.replicas.close()
+
+    async def _publish_readiness(self) -> None:
+        while True:
+            if self._grpc is not None:
+                self._grpc.set_ready(self.replicas.readiness().ready)
+            await self.replicas.wait_for_news()
+
+
+def model_name(engine: EngineOptions) -> str:
+    """The name that clients ask for."""
+    return engine.served_model_name or engine.name
+
+
+def _carrier(config: Config) -> Carrier:
+    if config.lane.carrier == "socket":
+        return SocketCarrier()
+    if config.membership.kind != "ray":
+        raise ConfigError("lane.carrier: 'actor' needs membership.kind = 'ray'")
+    from router.lane.actor import ActorCarrier  # Ray is imported only where it is used: it takes a second
+
+    return ActorCarrier()
+
+
+def _membership(config: Config) -> Membership:
+    if config.membership.kind == "static":
+        from router.membership.static import StaticMembership
+
+        return StaticMembership(config.membership)
+    from router.membership.ray import RayMembership
+
+    return RayMembership(config.membership)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("%s failed; this process goes on without it", task.get_name(), exc_info=error)

@@ -1,0 +1,250 @@
+"""`kvlane up` and `kvlane deploy`: Ray, engine replicas and router on one machine, with a demo.
+
+Job: bring everything up with visible progress, show two streamed answers, and take down exactly what it brought up.
+Rule: what it found running (a Ray cluster, a Serve instance, an application) it leaves running.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import PurePath
+from typing import Any
+
+import msgspec
+import ray
+from rich.console import Console
+
+from engine import deployment
+from router import demo
+from router.app import SHUTDOWN_GRACE_S, model_name
+from router.errors import ConfigError
+from router.options import Config, EngineOptions
+from router.workers import STOP_MARGIN_S, Order, spawn_arguments
+
+START_TIMEOUT_S = 1800.0
+"""A large model takes many minutes to load; longer means that it hangs."""
+DEFAULT_REPLICAS = 2
+TINY_NOTE = "the model is a tiny Llama with random weights, made on this machine: its words are noise"
+
+console = Console(highlight=False)
+
+
+class StartFailed(ConfigError):
+    """Something did not come up; the message says what."""
+
+
+def with_engine(config: Config, kind: str | None, model: str | None, replicas: int | None) -> Config:
+    """The configuration with the engine that the flags describe, or the default one where it has none.
+
+    Raises `ConfigError` where flags and several configured engines would contradict each other.
+    """
+    given: dict[str, Any] = {"kind": kind, "model": model, "replicas": replicas}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(config.engines) > 1 and given:
+        raise ConfigError("--engine, --model and --replicas need a configuration with at most one engine")
+    if config.engines and not given:
+        return config
+    engine = config.engines[0] if config.engines else EngineOptions(replicas=DEFAULT_REPLICAS)
+    if model:
+        given["name"] = PurePath(model).name.lower()
+        given["served_model_name"] = model
+    try:
+        engine = msgspec.convert(msgspec.to_builtins(engine) | given, EngineOptions)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"--replicas: {error}") from error
+    return msgspec.structs.replace(config, engines=(engine,))
+
+
+def run(config: Config, *, once: bool) -> int:
+    """Everything on this machine until Ctrl-C; with `once` until the demo is over. Returns the exit status."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    with ExitStack() as stack:
+        try:
+            _up(config, stack)
+            if not once:
+                console.print("serving; Ctrl-C stops")
+                threading.Event().wait()
+        except KeyboardInterrupt:
+            if once:
+                return 130
+            console.print("stopping")
+        except StartFailed as error:
+            console.print(f"kvlane: {error.message}", style="red")
+            return 1
+    return 0
+
+
+def deploy(config: Config, *, wait: bool) -> int:
+    """Deploys the engines onto the running Ray cluster; returns the exit status."""
+    if not config.engines:
+        raise ConfigError("engines: nothing to deploy")
+    address = config.membership.ray_address
+    try:
+        ray.init(address=address, namespace=config.membership.ray_namespace, log_to_driver=False)
+    except ConnectionError as error:
+        raise ConfigError(f"membership.ray_address: no Ray cluster at {address!r}: {error}") from error
+    try:
+        deployment.deploy(config)
+        if wait:
+            _wait_for_engines(config)
+    except StartFailed as error:
+        console.print(f"kvlane: {error.message}", style="red")
+        return 1
+    finally:
+        ray.shutdown()
+    return 0
+
+
+def _up(config: Config, stack: ExitStack) -> None:
+    with _progress("Ray"):
+        stack.enter_context(_ray(config))
+    if any(engine.kind == "vllm" and not engine.model for engine in config.engines):
+        console.print(f"note: {TINY_NOTE}", style="yellow")
+    stack.enter_context(_engines(config))
+    with _progress("router"):
+        line = stack.enter_context(_router(config))
+    console.print(line)
+    addresses = dict(word.split("=", 1) for word in line.split()[1:])
+    model = model_name(config.engines[0])
+    if "http" in addresses:
+        demo.over_http(console, addresses["http"], model)
+    if "grpc" in addresses:
+        demo.over_grpc(console, addresses["grpc"], model)
+
+
+@contextmanager
+def _ray(config: Config) -> Iterator[None]:
+    """A Ray cluster: the one that runs, or one of our own that ends with us."""
+    namespace = config.membership.ray_namespace
+    try:
+        try:
+            ray.init(address=config.membership.ray_address, namespace=namespace, log_to_driver=False)
+        except ConnectionError:
+            ray.init(
+                address="local",
+                namespace=namespace,
+                num_cpus=config.ray.num_cpus or max(os.cpu_count() or 1, _cpus_needed(config)),
+                include_dashboard=False,
+                log_to_driver=False,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise StartFailed(f"Ray did not start: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _cpus_needed(config: Config) -> int:
+    per_replica = [engine.num_cpus * max(1, engine.tensor_parallel_size) for engine in config.engines]
+    return int(sum(cpus * engine.replicas for cpus, engine in zip(per_replica, config.engines, strict=True)) + 1)
+
+
+@contextmanager
+def _engines(config: Config) -> Iterator[None]:
+    """The engine replicas, deployed and ready."""
+    names = deployment.deploy(config)
+    try:
+        _wait_for_engines(config)
+        yield
+    finally:
+        with _progress("engines stopping"):
+            deployment.undeploy(names)
+
+
+def _wait_for_engines(config: Config) -> None:
+    wanted = sum(engine.replicas for engine in config.engines)
+    models = ", ".join(engine.model or model_name(engine) for engine in config.engines)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    with _progress(f"engines: loading {models}") as tell:
+        while True:
+            status = deployment.statuses(config)
+            ready = sum(application.ready for application in status.values())
+            tell(f"{ready} of {wanted} replicas ready")
+            for name, application in status.items():
+                if application.failed:
+                    raise StartFailed(f"{name} did not start: {application.message}")
+            if ready >= wanted:
+                return
+            if time.monotonic() > deadline:
+                raise StartFailed(f"{ready} of {wanted} replicas were ready after {START_TIMEOUT_S:.0f} s")
+            time.sleep(0.5)
+
+
+@contextmanager
+def _router(config: Config) -> Iterator[str]:
+    """The router as a child process; gives its `ready …` line."""
+    address = ray.get_runtime_context().gcs_address
+    membership = msgspec.structs.replace(config.membership, ray_address=address)
+    order = Order(msgspec.structs.replace(config, membership=membership))
+    child = subprocess.Popen(
+        spawn_arguments(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        child.stdin.write(msgspec.json.encode(order).decode() + "\n")
+        child.stdin.flush()
+        line = child.stdout.readline().strip()
+        if not line:
+            raise StartFailed(f"the router ended with status {child.wait()}; its log stands above")
+        yield line
+    finally:
+        child.terminate()
+        try:
+            child.wait(SHUTDOWN_GRACE_S + STOP_MARGIN_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        child.stdin.close()
+        child.stdout.close()
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[str], None]]:
+    """Shows what is under way and for how long: a live line on a terminal, a line per change elsewhere."""
+    began, told = time.monotonic(), ""
+
+    def line() -> str:
+        detail = f": {told}" if told else ""
+        return f"{what}{detail} ({time.monotonic() - began:.0f} s)"
+
+    if not console.is_terminal:
+
+        def tell_plainly(news: str) -> None:
+            nonlocal told
+            if news != told:
+                told = news
+                console.print(line())
+
+        yield tell_plainly
+    else:
+        with console.status(line()) as status:
+            over = threading.Event()
+
+            def tell(news: str) -> None:
+                nonlocal told
+                told = news
+
+            def tick() -> None:
+                while not over.wait(0.5):
+                    status.update(line())
+
+            ticker = threading.Thread(target=tick, daemon=True)
+            ticker.start()
+            try:
+                yield tell
+            finally:
+                over.set()
+                ticker.join()
+    console.print(f"{what}: done ({time.monotonic() - began:.0f} s)")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
