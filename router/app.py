@@ -93,7 +93,7 @@ class App:
     async def stop(self, grace_s: float = SHUTDOWN_GRACE_S) -> None:
         """Refuses new requests, lets streams in flight end for `grace_s`, and closes everything."""
         if self._grpc is not None:
-            self._grpc.set_ready(False)
+            await self._grpc.set_ready(False)
         self._admission.close()
         ingresses = [ingress.stop(grace_s) for ingress in (self._http, self._grpc) if ingress is not None]
         await asyncio.gather(*ingresses)
@@ -106,7 +106,7 @@ class App:
     async def _publish_readiness(self) -> None:
         while True:
             if self._grpc is not None:
-                self._grpc.set_ready(self.replicas.readiness().ready)
+                await self._grpc.set_ready(self.replicas.readiness().ready)
             await self.replicas.wait_for_news()
 
 

@@ -82,4 +82,4 @@ async def _chat(console: Console, address: str, model: str) -> None:
 
 def _receipt(console: Console, route: str, ttft_s: float) -> None:
     words = "  ".join(route.split(";"))
-    console.print(f"\n  -> {words}  ttft={ttft_s * 1000:.0f} ms", style="green")
+    console.print(f"\n  -> {words}  ttft={ttft_s * 1000:.0f} ms", style="green", soft_wrap=True)

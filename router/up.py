@@ -6,6 +6,7 @@ Rule: what it found running (a Ray cluster, a Serve instance, an application) it
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import msgspec
 import ray
+from ray import serve
 from rich.console import Console
 
 from engine import deployment
@@ -30,6 +32,7 @@ from router.workers import STOP_MARGIN_S, Order, spawn_arguments
 START_TIMEOUT_S = 1800.0
 """A large model takes many minutes to load; longer means that it hangs."""
 DEFAULT_REPLICAS = 2
+SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 TINY_NOTE = "the model is a tiny Llama with random weights, made on this machine: its words are noise"
 
 console = Console(highlight=False)
@@ -103,10 +106,10 @@ def deploy(config: Config, *, wait: bool) -> int:
 
 def _up(config: Config, stack: ExitStack) -> None:
     with _progress("Ray"):
-        stack.enter_context(_ray(config))
+        ray_is_ours = stack.enter_context(_ray(config))
     if any(engine.kind == "vllm" and not engine.model for engine in config.engines):
         console.print(f"note: {TINY_NOTE}", style="yellow")
-    stack.enter_context(_engines(config))
+    stack.enter_context(_engines(config, leave_serve=ray_is_ours))
     with _progress("router"):
         line = stack.enter_context(_router(config))
     console.print(line)
@@ -119,24 +122,33 @@ def _up(config: Config, stack: ExitStack) -> None:
 
 
 @contextmanager
-def _ray(config: Config) -> Iterator[None]:
-    """A Ray cluster: the one that runs, or one of our own that ends with us."""
+def _ray(config: Config) -> Iterator[bool]:
+    """A Ray cluster: the one that runs, or one of our own that ends with us; tells whether it is ours."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    ours = False
     namespace = config.membership.ray_namespace
     try:
         try:
-            ray.init(address=config.membership.ray_address, namespace=namespace, log_to_driver=False)
+            ray.init(
+                address=config.membership.ray_address,
+                namespace=namespace,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         except ConnectionError:
+            ours = True
             ray.init(
                 address="local",
                 namespace=namespace,
                 num_cpus=config.ray.num_cpus or max(os.cpu_count() or 1, _cpus_needed(config)),
                 include_dashboard=False,
                 log_to_driver=False,
+                logging_level=logging.ERROR,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise StartFailed(f"Ray did not start: {error}") from error
     try:
-        yield
+        yield ours
     finally:
         ray.shutdown()
 
@@ -147,15 +159,24 @@ def _cpus_needed(config: Config) -> int:
 
 
 @contextmanager
-def _engines(config: Config) -> Iterator[None]:
-    """The engine replicas, deployed and ready."""
-    names = deployment.deploy(config)
+def _engines(config: Config, *, leave_serve: bool) -> Iterator[None]:
+    """The engine replicas, deployed and ready; `leave_serve` where Serve ends with the cluster anyway."""
+    serve_ran = _serve_runs()
+    before = deployment.statuses() if serve_ran else {}
+    ours = [e.name for e in config.engines if deployment.application_name(e.name) not in before]
     try:
+        deployment.deploy(config)
         _wait_for_engines(config)
         yield
     finally:
-        with _progress("engines stopping"):
-            deployment.undeploy(names)
+        with _progress("engines stop"):
+            deployment.undeploy(ours)
+            if not serve_ran and not leave_serve:
+                serve.shutdown()
+
+
+def _serve_runs() -> bool:
+    return any(actor["name"] == SERVE_CONTROLLER for actor in ray.util.list_named_actors(all_namespaces=True))
 
 
 def _wait_for_engines(config: Config) -> None:
@@ -164,12 +185,15 @@ def _wait_for_engines(config: Config) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     with _progress(f"engines: loading {models}") as tell:
         while True:
-            status = deployment.statuses(config)
-            ready = sum(application.ready for application in status.values())
+            status = deployment.statuses()
+            ready = 0
+            for engine in config.engines:
+                application = status.get(deployment.application_name(engine.name))
+                if application is not None:
+                    ready += min(application.ready, engine.replicas)
+                    if application.status == "DEPLOY_FAILED":
+                        raise StartFailed(f"engine {engine.name!r} did not start: {application.message}")
             tell(f"{ready} of {wanted} replicas ready")
-            for name, application in status.items():
-                if application.failed:
-                    raise StartFailed(f"{name} did not start: {application.message}")
             if ready >= wanted:
                 return
             if time.monotonic() > deadline:
@@ -196,13 +220,12 @@ def _router(config: Config) -> Iterator[str]:
             raise StartFailed(f"the router ended with status {child.wait()}; its log stands above")
         yield line
     finally:
-        child.terminate()
+        child.stdin.close()
         try:
             child.wait(SHUTDOWN_GRACE_S + STOP_MARGIN_S)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-        child.stdin.close()
         child.stdout.close()
 
 

@@ -71,10 +71,11 @@ def say(line: str) -> None:
 
 
 async def _foreground(order: Order, ready: Callable[[str], None], parent_pipe: bool) -> int:
-    stop = _stop_signal(parent_pipe)
+    stop = asyncio.Event()
+    _stop_on_signals(stop, parent_pipe)
     app = App(order.config, reuse_port=order.reuse_port)
     await app.start()
-    announce = asyncio.create_task(_announce(app, ready))
+    announce = asyncio.create_task(_announce(app, ready, stop))
     await stop.wait()
     log.info("stopping: streams in flight may end")
     announce.cancel()
@@ -83,8 +84,9 @@ async def _foreground(order: Order, ready: Callable[[str], None], parent_pipe: b
     return 0
 
 
-async def _announce(app: App, ready: Callable[[str], None]) -> None:
+async def _announce(app: App, ready: Callable[[str], None], stop: asyncio.Event) -> None:
     await app.wait_ready()
+    _stop_on_signals(stop)  # once more: joining Ray has put a handler over ours that prints a stack trace
     ready(_address_line(app.config, app.http_port, app.grpc_port))
 
 
@@ -97,18 +99,17 @@ def _address_line(config: Config, http_port: int, grpc_port: int) -> str:
     return " ".join(words)
 
 
-def _stop_signal(parent_pipe: bool) -> asyncio.Event:
-    stop = asyncio.Event()
+def _stop_on_signals(stop: asyncio.Event, parent_pipe: bool = False) -> None:
     loop = asyncio.get_running_loop()
     if parent_pipe:  # nothing more comes on it: readable means that the parent is gone
         loop.add_reader(sys.stdin.fileno(), stop.set)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    return stop
 
 
 async def _supervise(order: Order, ready: Callable[[str], None], parent_pipe: bool) -> int:
-    stop, config = _stop_signal(parent_pipe), order.config
+    stop, config = asyncio.Event(), order.config
+    _stop_on_signals(stop, parent_pipe)
     with ExitStack() as held:
         http_port = held.enter_context(_reserved(config.http.host, config.http.port))
         grpc_port = held.enter_context(_reserved(config.grpc.host, config.grpc.port))
@@ -159,7 +160,8 @@ async def _keep_worker(number: int, config: Config, all_ready: asyncio.Barrier) 
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    process.terminate()
+    assert process.stdin is not None
+    process.stdin.close()
     try:
         async with asyncio.timeout(SHUTDOWN_GRACE_S + STOP_MARGIN_S):
             await process.wait()

@@ -1,0 +1,251 @@
+"""The Ray Serve deployment: each engine is an application, each replica an actor with an engine and a lane server.
+
+Job: describe the replicas to Serve (resources, health, drain), and be the class that Serve runs. Rule: Serve owns every
+replica's life; nothing here starts, counts or restarts them. `EngineReplica` owns what one of them is made of.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from engine.actor_lane import ActorPipes
+from engine.base import Engine
+from engine.registration import Registration
+from engine.replica import Replica
+from router.errors import ConfigError
+from router.membership.base import ReplicaRecord
+from router.options import Config, EngineOptions
+
+log = logging.getLogger(__name__)
+
+APPLICATION_PREFIX: Final = "kvlane-"
+DEPLOYMENT: Final = "engine"
+SHUTDOWN_MARGIN_S: Final = 15.0
+"""What a replica gets after its drain to close its engine."""
+DRAIN_POLL_S: Final = 0.1
+"""How long Serve waits before it calls the destructor; its default of 2 s would only delay the drain."""
+HEALTH_TIMEOUT_S: Final = 10.0
+CONSTRUCTOR_TRIES: Final = 3
+"""A model that does not load three times will not load; Serve's default of 20 hides that for long."""
+MAX_CALLS: Final = 1000
+"""Ray's own default for concurrent calls. Requests come by lanes, which Serve does not count."""
+EVERY_ADDRESS: Final = ("0.0.0.0", "::")
+
+
+class EngineReplica:
+    """What Serve runs: one engine, its lane server, and its entry in the directory."""
+
+    async def __init__(self, options: EngineOptions, namespace: str) -> None:  # type: ignore[misc]
+        """Serve awaits it. Raises what the engine raises where it does not start."""
+        log_to_stderr()
+        self._options = options
+        replica_id = serve.get_replica_context().replica_id
+        self._name = f"{options.name}-{replica_id.unique_id}"
+        secret = secrets.token_bytes(32)
+        self._replica = Replica(self._name, make_engine(options), secret)
+        await self._replica.start()
+        node = ray.util.get_node_ip_address()
+        host = options.lane_host or node
+        port = await self._replica.listen(host)
+        self._pipes = ActorPipes(self._name, self._replica.session)
+        self._pipes.open()
+        self._registration = Registration(
+            ReplicaRecord(
+                self._name,
+                node if host in EVERY_ADDRESS else host,
+                port,
+                secret,
+                replica_id.deployment_id.app_name,
+                ray.get_runtime_context().current_actor,
+            ),
+            namespace,
+        )
+        await self._registration.enter()
+
+    async def check_health(self) -> None:
+        """Serve asks every `health_check_period_s`; raises `ReplicaFailed` when the engine is dead."""
+        await self._replica.check_health()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """The load that Serve cannot see, since requests come by lanes."""
+        load = self._replica.load()
+        return {"running": float(load.running), "waiting": float(load.waiting)}
+
+    async def __call__(self) -> str:
+        """For a plain call on the deployment's handle, which wakes an application that has no replica."""
+        return self._name
+
+    async def __del__(self) -> None:
+        """Serve awaits it before it ends the process.
+
+        The replica stays listed while its streams end: its lanes say that it drains, and a router that is still to open
+        a lane hears the same in the welcome.
+        """
+        log.info("replica %s drains", self._name)
+        cut = await self._replica.drain(self._options.drain_timeout_s)
+        log.info("replica %s has drained, %d streams cut", self._name, cut)
+        await self._registration.leave()
+        self._pipes.close()
+        await self._replica.close()
+
+
+class ApplicationState(NamedTuple):
+    """How far an engine's application is."""
+
+    status: str
+    """Serve's word: ``DEPLOYING``, ``RUNNING``, ``DEPLOY_FAILED``, ``UNHEALTHY``, ``DELETING`` …"""
+    ready: int
+    """Replicas that run."""
+    message: str
+
+
+def build_application(options: EngineOptions, *, namespace: str) -> serve.Application:
+    """The Serve application of one engine; `namespace` is the directory's. Raises `ConfigError`."""
+    engine_args(options)
+    deployment = serve.deployment(
+        EngineReplica,
+        name=DEPLOYMENT,
+        num_replicas=options.replicas,
+        max_ongoing_requests=MAX_CALLS,
+        max_constructor_retry_count=CONSTRUCTOR_TRIES,
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+        graceful_shutdown_timeout_s=options.drain_timeout_s + SHUTDOWN_MARGIN_S,
+        health_check_period_s=options.health_check_period_s,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        **resources(options),
+    )
+    return deployment.bind(options, namespace)
+
+
+def deploy(config: Config) -> None:
+    """Hands all engines to Serve, whose proxies stay off, and returns while they load; see `statuses`.
+
+    The process must have joined Ray. An engine whose options are those that run already is left alone. Raises
+    `ConfigError` before anything is changed.
+    """
+    names = [options.name for options in config.engines]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two engines have one name: {', '.join(sorted(names))}", param="engines")
+    targets = [
+        serve.RunTarget(
+            build_application(options, namespace=config.membership.ray_namespace),
+            name=application_name(options.name),
+            route_prefix=None,
+        )
+        for options in config.engines
+    ]
+    serve.start(proxy_location="Disabled")
+    if targets:
+        serve.run_many(targets, wait_for_applications_running=False)
+
+
+def statuses() -> dict[str, ApplicationState]:
+    """The state of every engine's application, by the application's name. Blocks for one call to Serve."""
+    found = {}
+    for name, application in serve.status().applications.items():
+        deployment = application.deployments.get(DEPLOYMENT)
+        if name.startswith(APPLICATION_PREFIX):
+            ready = deployment.replica_states.get("RUNNING", 0) if deployment else 0
+            message = application.message or (deployment.message if deployment else "")
+            found[name] = ApplicationState(ApplicationStatus(application.status).value, ready, message)
+    return found
+
+
+def undeploy(names: Iterable[str]) -> None:
+    """Removes the applications of these engines, side by side; returns when their replicas have drained and ended."""
+    applications = [application_name(name) for name in names]
+    with ThreadPoolExecutor(max(1, len(applications)), "undeploy") as threads:
+        list(threads.map(serve.delete, applications))
+
+
+def application_name(engine: str) -> str:
+    """The Serve application of the engine of that name."""
+    return APPLICATION_PREFIX + engine
+
+
+def resources(options: EngineOptions) -> dict[str, Any]:
+    """Serve's options for what one replica needs of the cluster.
+
+    Without GPUs the replica and its workers are processes of one node. With GPUs and several workers each worker is an
+    actor in a bundle of its own, and the first bundle is the replica's, which itself holds no GPU.
+    """
+    env = dict(options.env)
+    actor: dict[str, Any] = {"runtime_env": {"env_vars": env}}
+    workers = options.tensor_parallel_size
+    if not _workers_are_actors(options):
+        return {"ray_actor_options": {**actor, "num_cpus": options.num_cpus * workers, "num_gpus": options.num_gpus}}
+    if options.num_gpus < 1:
+        env.setdefault("VLLM_RAY_PER_WORKER_GPUS", str(options.num_gpus))
+    bundles = [{"GPU": options.num_gpus} for _ in range(workers)]
+    if options.num_cpus:
+        bundles.insert(0, {"CPU": options.num_cpus})  # Ray refuses empty bundles.
+    return {
+        "ray_actor_options": {**actor, "num_cpus": options.num_cpus},
+        "placement_group_bundles": bundles,
+        # Near each other where that is possible; more workers than a node has GPUs are possible too.
+        "placement_group_strategy": "PACK",
+    }
+
+
+def engine_args(options: EngineOptions) -> dict[str, Any]:
+    """The engine's arguments, with those that follow from the resources. Raises `ConfigError` for a contradiction."""
+    args = dict(options.args)
+    workers = options.tensor_parallel_size
+    if options.kind != "vllm":
+        if workers > 1:
+            raise ConfigError("only the engine vllm runs tensor-parallel", param="tensor_parallel_size")
+        return args
+    if args.setdefault("tensor_parallel_size", workers) != workers:
+        raise ConfigError(
+            f"engine {options.name!r}: set tensor_parallel_size beside args, where its resources follow from it",
+            param="tensor_parallel_size",
+        )
+    if _workers_are_actors(options):
+        args.setdefault("distributed_executor_backend", "ray")
+    if workers == 1:
+        del args["tensor_parallel_size"]
+    return args
+
+
+def make_engine(options: EngineOptions) -> Engine:
+    """The engine that the options ask for, not started. Imports only that engine. Raises `ConfigError`."""
+    name = options.served_model_name or options.name
+    args = engine_args(options)
+    if options.kind == "sim":
+        from engine.simulated import SimulatedEngine
+
+        return SimulatedEngine(args, name)
+    from engine.vllm import VllmEngine
+
+    return VllmEngine(options.model or _tiny_model(), name, args)
+
+
+def log_to_stderr() -> None:
+    """Ray keeps what a replica writes to stderr, and sets up no logging but its own."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for package in ("engine", "router"):
+        logger = logging.getLogger(package)
+        if not logger.handlers:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+
+
+def _workers_are_actors(options: EngineOptions) -> bool:
+    return options.tensor_parallel_size > 1 and options.num_gpus > 0
+
+
+def _tiny_model() -> str:
+    from engine.tiny_model import make_tiny_model
+
+    return str(make_tiny_model(Path(tempfile.gettempdir()) / "kvlane"))

@@ -1,0 +1,314 @@
+"""A vLLM engine under one replica: `AsyncLLM` in this process, its engine core in a child process.
+
+HTTP streams run through vLLM's own OpenAI application (`engine.vllm_http`), gRPC streams straight on `AsyncLLM`
+(`engine.vllm_grpc`). Rule: this module owns the engine's life and the count of its streams, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any, Final
+
+from engine.base import Abort, StreamOut
+from engine.vllm_args import prepare_cpu, serve_namespace
+from engine.vllm_grpc import GrpcStreams
+from engine.vllm_http import HttpStream
+from router.errors import ConfigError, KvlaneError, ReplicaFailed, ReplicaLost
+from router.lane.frames import Submit
+from router.types import EngineInfo, Load, ModelCard, RouteInfo, Rpc
+
+_CLOSE_GRACE_S: Final = 5.0
+"""How long aborted streams may take to end before their tasks are cancelled."""
+
+_log = logging.getLogger(__name__)
+
+
+class VllmEngine:
+    """One model on vLLM. `args` are vLLM's engine and server arguments by name; see `engine.vllm_args`."""
+
+    def __init__(self, model: str, served_model_name: str, args: dict[str, Any]) -> None:
+        self._model = model
+        self._served_model_name = served_model_name
+        self._args = args
+        self._engine: Any = None
+        self._app: Any = None
+        self._grpc: GrpcStreams | None = None
+        self._info: EngineInfo | None = None
+        self._steps = _Steps()
+        self._active: set[object] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = AsyncExitStack()
+
+    async def start(self) -> None:
+        """Loads the model; the event loop stays free meanwhile. Raises `ConfigError` for arguments that vLLM refuses."""
+        try:
+            namespace = await asyncio.to_thread(self._namespace)
+            self._engine = await _finish_or_undo(asyncio.create_task(asyncio.to_thread(self._launch, namespace)))
+            await self._start_app(namespace)
+        except BaseException:
+            await self.close()
+            raise
+
+    def info(self) -> EngineInfo:
+        """What the engine serves; valid after `start`."""
+        if self._info is None:
+            raise ReplicaFailed("the engine has not started")
+        return self._info
+
+    def load(self) -> Load:
+        """The load now.
+
+        `running` is the batch of the last step, less what ended or was aborted since; `waiting` is all the rest of
+        the streams taken and not ended, so it holds those still in the tokenizer too, and a stream of `n` choices
+        counts `n` times once the engine has it. `queued_prefill_tokens` is vLLM's own figure: whole prompts until
+        their first token, KV cache hits not taken off. `step_ms` is from one step's end to the next's.
+        """
+        if self._engine is None:
+            return Load()
+        unfinished = self._engine.get_num_unfinished_requests()
+        running = min(self._steps.running, unfinished)
+        return Load(
+            running=running,
+            waiting=max(len(self._active), unfinished) - running,
+            queued_prefill_tokens=self._engine.get_num_queued_tokens(),
+            kv_usage=self._steps.kv_usage,
+            step_ms=self._steps.step_ms,
+        )
+
+    def on_step(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` after each engine step, before the tasks that render the step's output have run."""
+        self._steps.listeners.append(listener)
+
+    def submit(self, call: Submit, out: StreamOut) -> Abort:
+        """Takes a stream; returns at once. The abort takes the stream out of the counts at once."""
+        if self._grpc is None:
+            out.fail(ReplicaFailed("the engine is not running"))
+            return _nothing
+        if self._lost():
+            out.fail(ReplicaLost("the engine died"))
+            return _nothing
+        stream = object()
+        counted = _CountedOut(out, lambda: self._active.discard(stream))
+        self._active.add(stream)
+        if call.rpc == Rpc.HTTP:
+            http = HttpStream(self._app, call, counted, self._lost)
+            self._keep(asyncio.create_task(http.run()))
+            stop = http.disconnect
+        else:
+            task = asyncio.create_task(self._grpc.run(call, counted))
+            self._keep(task)
+            stop = task.cancel  # type: ignore[assignment]
+
+        def abort() -> None:
+            self._active.discard(stream)
+            stop()
+
+        return abort
+
+    async def check_health(self) -> None:
+        """Raises `ReplicaFailed` when the engine is dead."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._engine is None:
+            raise ReplicaFailed("the engine is not running")
+        try:
+            await self._engine.check_health()
+        except EngineDeadError as error:
+            raise ReplicaFailed("the engine died") from error
+
+    async def close(self) -> None:
+        """Ends all streams, then the engine and its processes. May be called more than once."""
+        self._grpc = None
+        if self._tasks:
+            await self._end_streams()
+        await self._closing.aclose()
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            # On the loop's own thread: the engine's sockets and tasks belong to this loop.
+            engine.shutdown()
+
+    def _namespace(self) -> argparse.Namespace:
+        from vllm.platforms import current_platform
+        from vllm.reasoning import ReasoningParserManager
+        from vllm.tool_parsers import ToolParserManager
+
+        cpu: bool = current_platform.is_cpu()
+        if cpu:
+            prepare_cpu()
+        namespace = serve_namespace(self._model, self._served_model_name, self._args, cpu=cpu)
+        if namespace.tool_parser_plugin:
+            ToolParserManager.import_tool_parser(namespace.tool_parser_plugin)
+        if namespace.reasoning_parser_plugin:
+            ReasoningParserManager.import_reasoning_parser(namespace.reasoning_parser_plugin)
+        return namespace
+
+    def _launch(self, namespace: argparse.Namespace) -> Any:
+        """Starts the engine core's process and waits until it has loaded the model; tens of seconds."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = AsyncEngineArgs.from_cli_args(namespace)
+        # As a server: the context decides vLLM's default batch size.
+        context = UsageContext.OPENAI_API_SERVER
+        try:
+            config = arguments.create_engine_config(usage_context=context)
+        except (ValueError, TypeError, OSError) as error:
+            raise ConfigError(f"vLLM refuses its arguments: {' '.join(str(error).split())}") from error
+        return AsyncLLM.from_vllm_config(
+            vllm_config=config,
+            usage_context=context,
+            stat_loggers=[self._steps.logger_factory()],
+            enable_log_requests=arguments.enable_log_requests,
+            aggregate_engine_logging=arguments.aggregate_engine_logging,
+            disable_log_stats=arguments.disable_log_stats,
+        )
+
+    async def _start_app(self, namespace: argparse.Namespace) -> None:
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+
+        await self._engine.reset_mm_cache()  # As the server: drops the dummy data of the profile run.
+        tasks = await self._engine.get_supported_tasks()
+        self._app = build_app(namespace, tasks, self._engine.model_config)
+        state = self._app.state
+        state.server = _Server()
+        await init_app_state(self._engine, state, namespace, tasks)
+        # Logs the engine's statistics now and then, and takes the start-up's objects out of garbage collection.
+        await self._closing.enter_async_context(self._app.router.lifespan_context(self._app))
+        self._info = _info(self._engine, self._app)
+        self._grpc = GrpcStreams(self._engine, state)
+
+    def _lost(self) -> bool:
+        return self._engine is None or bool(self._engine.errored)
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._dropped)
+
+    def _dropped(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a stream's task failed", exc_info=error)
+
+    async def _end_streams(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks, timeout=_CLOSE_GRACE_S)
+
+
+class _Steps:
+    """What the engine's last step said of itself. With several engine cores, each one's last step."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.kv_usage = 0.0
+        self.step_ms = 0.0
+        self.listeners: list[Callable[[], None]] = []
+        self._cores: dict[int, Any] = {}
+        self._last = 0.0
+
+    def logger_factory(self) -> Callable[[Any, int], Any]:
+        """For `AsyncLLM`'s `stat_loggers`."""
+        from vllm.v1.metrics.loggers import StatLoggerBase
+
+        record = self._record
+
+        class StepLogger(StatLoggerBase):  # type: ignore[misc]
+            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+                pass
+
+            def record(
+                self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+            ) -> None:
+                record(scheduler_stats, engine_idx)
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+        return StepLogger
+
+    def _record(self, stats: Any, core: int) -> None:
+        now = time.perf_counter()
+        if self.running:
+            self.step_ms = (now - self._last) * 1e3  # After a pause there is nothing to measure from.
+        self._last = now
+        if stats is not None:
+            self._cores[core] = stats
+            self.running = sum(each.num_running_reqs for each in self._cores.values())
+            self.kv_usage = sum(each.kv_cache_usage for each in self._cores.values()) / len(self._cores)
+        for listener in self.listeners:
+            listener()
+
+
+class _CountedOut:
+    """A `StreamOut` that says when it ended; what comes per token goes straight through."""
+
+    __slots__ = ("_ended", "_out", "data", "head")
+
+    def __init__(self, out: StreamOut, ended: Callable[[], None]) -> None:
+        self._out = out
+        self._ended = ended
+        self.head = out.head
+        self.data = out.data
+
+    def end(self, finish: str = "") -> None:
+        self._ended()
+        self._out.end(finish)
+
+    def fail(self, error: KvlaneError) -> None:
+        self._ended()
+        self._out.fail(error)
+
+
+class _Server:
+    """Stands in for uvicorn in the application's state: its error handler asks the server to exit when the engine dies.
+
+    Nothing to do here: `check_health` tells Ray Serve, which replaces the replica.
+    """
+
+    should_exit = False
+
+
+async def _finish_or_undo(launch: asyncio.Task[Any]) -> Any:
+    """The launched engine. A thread cannot be cancelled: if this is, the engine is shut down as soon as it is up."""
+    try:
+        return await asyncio.shield(launch)
+    except asyncio.CancelledError:
+        launch.add_done_callback(_undo)
+        raise
+
+
+def _undo(launch: asyncio.Task[Any]) -> None:
+    if not launch.cancelled() and launch.exception() is None:
+        launch.result().shutdown()
+
+
+def _info(engine: Any, app: Any) -> EngineInfo:
+    import vllm
+
+    config = engine.vllm_config
+    served = app.state.openai_serving_models
+    length = config.model_config.max_model_len
+    bases = tuple(ModelCard(path.name, max_model_len=length) for path in served.base_model_paths)
+    adapters = tuple(ModelCard(name, bases[0].name, length) for name in served.lora_requests)
+    routes = [route for route in app.routes if getattr(route, "methods", None)]
+    return EngineInfo(
+        kind="vllm",
+        models=bases + adapters,
+        routes=tuple(RouteInfo(route.path, tuple(sorted(route.methods))) for route in routes),
+        max_num_seqs=config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size,
+        kv_blocks=config.cache_config.num_gpu_blocks or 0,
+        kv_block_tokens=config.cache_config.block_size,
+        prefix_caching=bool(config.cache_config.enable_prefix_caching),
+        version=vllm.__version__,
+    )
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,126 @@
+"""Turns a table of vLLM arguments into the namespace that ``vllm serve`` would parse.
+
+Rule: vLLM's own parser judges every value, so names, types, choices and defaults are those of the vLLM that is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+from typing import Any, Final, NoReturn
+
+from router.errors import ConfigError
+
+_GIVEN_ELSEWHERE: Final = {"model": "model", "model_tag": "model", "served_model_name": "served_model_name"}
+_OF_THE_SERVER: Final = (
+    "host", "port", "uds", "config", "headless", "grpc", "api_server_count", "enable_ssl_refresh",
+    "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers",
+    "uvicorn_log_level", "disable_uvicorn_access_log", "disable_access_log_for_endpoints",
+    "h11_max_incomplete_event_size", "h11_max_header_count",
+)  # fmt: skip
+
+CPU_KV_CACHE_BYTES: Final = 1 << 30
+"""KV cache of a CPU engine unless it is told otherwise: vLLM's own default takes a large part of the machine's memory,
+and replicas share it."""
+
+
+def serve_namespace(model: str, served_model_name: str, args: dict[str, Any], *, cpu: bool) -> argparse.Namespace:
+    """vLLM's arguments for `model`, with `args` (names with underscores or dashes) over the defaults.
+
+    Raises `ConfigError` for a name that vLLM does not have, a value that it refuses, and a name that has no effect here.
+    """
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+
+    parser = _parser()
+    actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
+    wanted = {name.replace("-", "_"): value for name, value in args.items()}
+    for name in wanted:
+        _check_name(name, tuple(actions))
+    if cpu:
+        wanted = _cpu_defaults(wanted) | wanted
+    words = ["--model", model]
+    if served_model_name:
+        words += ["--served-model-name", served_model_name]
+    for name, value in wanted.items():
+        words += _words(actions[name], value)
+    try:
+        namespace: argparse.Namespace = parser.parse_args(words)
+        validate_parsed_serve_args(namespace)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM refuses its arguments: {error}") from error
+    for name, value in wanted.items():
+        # What a command line cannot say.
+        if value is None:
+            setattr(namespace, name, None)
+    return namespace
+
+
+def prepare_cpu() -> None:
+    """Sets what a CPU engine takes from the environment only, unless it is set there.
+
+    `nobind`: OpenMP threads are not pinned. vLLM's `auto` pins each engine's threads to the same first cores, so that
+    two replicas on one machine fight for them; Ray's OMP_NUM_THREADS (the replica's CPUs) sets their number instead.
+    """
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def _cpu_defaults(wanted: dict[str, Any]) -> dict[str, Any]:
+    # float32: the bfloat16 kernels of the CPU build die with SIGILL on virtual machines whose AMX is masked.
+    # enforce_eager: compiling takes longer than most CPU engines live.
+    defaults: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
+    if not os.environ.get("VLLM_CPU_KVCACHE_SPACE") and "gpu_memory_utilization" not in wanted:
+        defaults["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    return defaults
+
+
+def _check_name(name: str, known: tuple[str, ...]) -> None:
+    if name in _GIVEN_ELSEWHERE:
+        raise ConfigError(f"vLLM's argument {name!r} is the field {_GIVEN_ELSEWHERE[name]!r} here", param=name)
+    if name in _OF_THE_SERVER:
+        raise ConfigError(f"vLLM's argument {name!r} has no effect here: the replica opens no port of its own", param=name)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"vLLM has no argument {name!r}{hint}", param=name)
+
+
+def _words(action: argparse.Action, value: Any) -> list[str]:
+    """The command-line words that give `action` this value."""
+    flag = max(action.option_strings, key=len)
+    if flag.startswith("--no-"):
+        flag = "--" + flag.removeprefix("--no-")
+    if value is None:
+        return []
+    if action.nargs == 0:
+        return _flag_words(action, flag, value)
+    if isinstance(value, (list, tuple)) and action.nargs in ("+", "*"):
+        return [flag, *map(_word, value)]
+    if isinstance(value, (list, tuple)) and isinstance(action, argparse._AppendAction):
+        return [f"{flag}={_word(item)}" for item in value]
+    return [f"{flag}={_word(value)}"]
+
+
+def _flag_words(action: argparse.Action, flag: str, value: Any) -> list[str]:
+    if not isinstance(value, bool):
+        raise ConfigError(f"vLLM's argument {action.dest!r} is true or false, not {value!r}", param=action.dest)
+    if value:
+        return [flag]
+    off = "--no-" + flag.removeprefix("--")
+    return [off] if off in action.option_strings else []
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _parser() -> Any:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"vLLM refuses its arguments: {message}")
+
+    return make_arg_parser(Parser(prog="vllm"))

@@ -1,0 +1,117 @@
+"""Runs one HTTP stream through vLLM's OpenAI application in process: no socket, no second parse of anything.
+
+Rule: payload bytes are passed on as the application made them. An abort is what a client's disconnect is to the
+application, which is how it reaches `AsyncLLM.abort` at any moment: cancelling the task that runs the application would
+not, because vLLM's handlers run in a task of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, MutableMapping
+from typing import Any, Final
+from urllib.parse import unquote
+
+from engine.base import StreamOut
+from router.errors import ReplicaFailed, ReplicaLost
+from router.lane.frames import Submit
+
+Message = MutableMapping[str, Any]
+
+_DONE: Final = b"data: [DONE]\n\n"
+_URGENT_PIECES: Final = 2
+"""A chat stream's first event holds the role alone; the second holds the first token."""
+
+_log = logging.getLogger(__name__)
+
+
+class HttpStream:
+    """One call of the application.
+
+    `lost` says whether the engine is dead. What the application makes of a dead engine is not passed on: the stream
+    fails with `ReplicaLost` instead, so that one without a byte yet can go to another replica.
+    """
+
+    def __init__(self, app: Any, call: Submit, out: StreamOut, lost: Callable[[], bool]) -> None:
+        self._app = app
+        self._call = call
+        self._out = out
+        self._lost = lost
+        self._gone = asyncio.Event()
+        self._body_taken = False
+        self._pieces = 0
+        self._events = False
+        self._complete = False
+        self._failed = False
+
+    def disconnect(self) -> None:
+        """The client is gone: the application stops its work and what it still sends is dropped."""
+        self._gone.set()
+
+    async def run(self) -> None:
+        """Returns when the application is done with the call; `out` is ended or failed by then unless disconnected."""
+        try:
+            await self._app(_scope(self._call), self._receive, self._send)
+        except Exception as error:
+            # The application answers 500 by itself and raises what happened for its server's log.
+            _log.error("request %s: vLLM's application raised", self._call.request_id, exc_info=error)
+        if not self._complete and not self._failed and not self._gone.is_set():
+            self._out.fail(ReplicaFailed("vLLM's application ended without a whole answer"))
+
+    async def _receive(self) -> Message:
+        if not self._body_taken:
+            self._body_taken = True
+            return {"type": "http.request", "body": self._call.body, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        if self._failed or self._gone.is_set():
+            return
+        if self._lost():
+            self._failed = True
+            self._out.fail(ReplicaLost("the engine died"))
+        elif message["type"] == "http.response.start":
+            self._start(message)
+        elif message["type"] == "http.response.body":
+            self._body(message)
+
+    def _start(self, message: Message) -> None:
+        headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in message["headers"]]
+        self._events = any(name == "content-type" and value.startswith("text/event-stream") for name, value in headers)
+        self._out.head(message["status"], headers)
+
+    def _body(self, message: Message) -> None:
+        body = message.get("body", b"")
+        if body:
+            self._pieces += 1
+            # vLLM sends each event as one piece, and an event holds one token as good as always; parsing it to be
+            # sure would cost more than the number is worth. Comments (":") keep the connection alive and hold none,
+            # and a body that is no event stream counts none.
+            tokens = 1 if self._events and body != _DONE and not body.startswith(b":") else 0
+            self._out.data(body, tokens, urgent=self._events and self._pieces <= _URGENT_PIECES)
+        if not message.get("more_body", False):
+            self._complete = True
+            self._out.end()
+
+
+def _scope(call: Submit) -> dict[str, Any]:
+    """The ASGI scope, as uvicorn would make it from the same request."""
+    path, _, query = call.path.partition("?")
+    return {
+        "type": "http",
+        # Below 2.4 Starlette watches `receive` for a disconnect instead of waiting for a send to fail.
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "scheme": "http",
+        "method": call.method,
+        "path": unquote(path),
+        "raw_path": path.encode("latin-1", "replace"),
+        "query_string": query.encode("latin-1", "replace"),
+        "root_path": "",
+        "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in call.headers],
+        "client": None,
+        "server": ("replica", None),
+        "state": {},
+    }

@@ -1,0 +1,364 @@
+"""The gRPC ingress: the service `kvlane.v1.Inference` on a grpc.aio server, with health and reflection.
+
+Handlers take and give raw bytes: a request is parsed once to route it and travels on as it came; a response is written
+as the replica made it. Rule: a call ends in exactly one of an answer, a status made by `grpc_errors.render`, or its
+client's own cancel. The ingress owns the server and every call's writer task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeAlias, cast
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from kvlane.v1 import inference_pb2 as pb
+
+from router.errors import (
+    ClientTooSlow,
+    ConfigError,
+    DeadlineExceeded,
+    Fault,
+    InternalError,
+    InvalidRequest,
+    KvlaneError,
+    ShuttingDown,
+)
+from router.ingress.base import Dispatch, Fleet
+from router.ingress.grpc_errors import render
+from router.ingress.grpc_requests import (
+    SERVICE,
+    Caller,
+    caller_of,
+    chat_request,
+    embed_request,
+    generate_request,
+    models_request,
+)
+from router.ingress.grpc_sink import Context, StreamSink, UnarySink, request_id_metadata
+from router.options import GrpcOptions
+from router.types import Request, Sink
+
+log = logging.getLogger(__name__)
+
+FLUSH_S: Final = 0.25
+"""At the end of `stop`: time for final statuses to leave before connections are cut."""
+
+Parse: TypeAlias = Callable[[bytes, Caller, Callable[[], str]], Request]
+Handler: TypeAlias = Callable[["_Call"], Awaitable[bytes | None]]
+
+
+class GrpcIngress:
+    """Serves gRPC until stopped. Start it only after any fork: gRPC's threads do not survive one."""
+
+    def __init__(
+        self,
+        options: GrpcOptions,
+        dispatch: Dispatch,
+        fleet: Fleet,
+        *,
+        reuse_port: bool = False,
+        new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> None:
+        self._options = options
+        self._dispatch = dispatch
+        self._fleet = fleet
+        self._reuse_port = reuse_port
+        self._new_id = new_id
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._calls: set[asyncio.Task[object]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._cutting = False
+
+    async def start(self) -> int:
+        """Listens; returns the port bound. Raises `ConfigError` where address or TLS files cannot be used."""
+        await self.set_ready(False)
+        server = grpc.aio.server(options=_server_options(self._options, reuse_port=self._reuse_port))
+        server.add_generic_rpc_handlers((self._handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._options.reflection:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+        port = _bind(server, self._options)
+        await server.start()
+        self._server = server
+        return port
+
+    async def set_ready(self, ready: bool) -> None:
+        """What the standard health service answers for the server and for `Inference`."""
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no new calls and gives those in flight `grace_s` seconds; what is left then ends with UNAVAILABLE."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        await self._health.enter_graceful_shutdown()
+        # Refuses new calls at once. Health and reflection streams never end by themselves, so waiting for all calls
+        # would always take the whole grace: only our own count.
+        draining = asyncio.create_task(server.stop(grace_s + 2 * FLUSH_S))
+        try:
+            if not await self._idle_within(grace_s):
+                self._cutting = True
+                for call in self._calls:
+                    call.cancel()
+                await self._idle_within(FLUSH_S)
+        finally:
+            await server.stop(FLUSH_S)
+            await draining
+
+    async def _idle_within(self, timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Generate": self._streaming("Generate", self._streamed(generate_request)),
+                "Chat": self._streaming("Chat", self._streamed(chat_request)),
+                "Embed": self._unary("Embed", self._embed),
+                "Models": self._unary("Models", self._models),
+            },
+        )
+
+    # The handlers read their one request themselves (as if requests were streams): grpc.aio's own reading leaves a call
+    # that sends none without any answer. No serializers: bytes in, bytes out.
+    def _streaming(self, method: str, handler: Handler) -> grpc.RpcMethodHandler[bytes, bytes]:
+        return grpc.stream_stream_rpc_method_handler(self._guarded(method, handler))
+
+    def _unary(self, method: str, handler: Handler) -> grpc.RpcMethodHandler[bytes, bytes]:
+        return grpc.stream_unary_rpc_method_handler(self._guarded(method, handler))
+
+    def _guarded(self, method: str, handler: Handler) -> Callable[[object, Context], Awaitable[bytes | None]]:
+        """The one place where a call's failure becomes its status."""
+
+        async def guarded(_requests: object, context: Context) -> bytes | None:
+            task = _current_task()
+            self._enter(task)
+            call = _Call(method, context)
+            try:
+                return await self._answered(call, handler)
+            except grpc.aio.InternalError as error:
+                # A read or write failed because the client is gone; grpc's own cancel of this task may come later.
+                raise asyncio.CancelledError from error
+            finally:
+                self._leave(task)
+
+        return guarded
+
+    async def _answered(self, call: _Call, handler: Handler) -> bytes | None:
+        try:
+            return await handler(call)
+        except KvlaneError as error:
+            failure = error
+            _log_failure(call, error)
+        except grpc.aio.InternalError:
+            raise
+        except Exception:
+            log.exception("%s: a defect in the gRPC ingress or behind it", call.described())
+            failure = InternalError("internal error")
+        code, message, trailers = render(failure, call.request_id)
+        return await call.context.abort(code, message, trailers)
+
+    def _enter(self, task: asyncio.Task[object]) -> None:
+        self._calls.add(task)
+        self._idle.clear()
+
+    def _leave(self, task: asyncio.Task[object]) -> None:
+        self._calls.discard(task)
+        if not self._calls:
+            self._idle.set()
+
+    def _streamed(self, parse: Parse) -> Handler:
+        async def streamed(call: _Call) -> None:
+            request = await call.request(parse, self._new_id)
+            sink = StreamSink(request.request_id, self._options.stream_buffer_bytes)
+            writer = asyncio.create_task(sink.pump(call.context))
+            try:
+                await self._run_into(sink, request)
+                await writer
+            except Exception:
+                # What came before the failure is the client's; the status goes out behind it.
+                await writer
+                raise
+            finally:
+                if not writer.done():
+                    writer.cancel()
+                    await asyncio.wait([writer])
+
+        return streamed
+
+    async def _run_into(self, sink: StreamSink, request: Request) -> None:
+        try:
+            await self._dispatched(request, sink)
+        except (ClientTooSlow, ShuttingDown):
+            sink.drop()
+            raise
+        except Exception:
+            sink.stop()
+            raise
+        sink.complete()
+
+    async def _embed(self, call: _Call) -> bytes:
+        request = await call.request(embed_request, self._new_id)
+        sink = UnarySink()
+        await self._dispatched(request, sink)
+        await call.context.send_initial_metadata(request_id_metadata(request.request_id))
+        return sink.answer()
+
+    async def _models(self, call: _Call) -> bytes:
+        models_request(await call.body())
+        models = [
+            pb.Model(
+                name=status.card.name,
+                parent=status.card.parent,
+                max_model_len=status.card.max_model_len,
+                ready_replicas=status.ready_replicas,
+            )
+            for status in self._fleet.models()
+        ]
+        return pb.ModelsResponse(models=models).SerializeToString()
+
+    async def _dispatched(self, request: Request, sink: Sink) -> None:
+        try:
+            await self._dispatch.run(request, sink)
+        except asyncio.CancelledError:
+            if not self._cutting:
+                raise
+            _current_task().uncancel()
+            raise ShuttingDown("this router is going away") from None
+
+
+class _Call:
+    """One call: its context, and who it is in the logs."""
+
+    def __init__(self, method: str, context: Context) -> None:
+        self.method = method
+        self.context = context
+        self.request_id = ""
+
+    async def body(self) -> bytes:
+        """The serialized request. Raises `InvalidRequest` where the client sent none."""
+        body = await self.context.read()
+        if not isinstance(body, bytes):
+            raise InvalidRequest("the call brought no request message, or one over the limit")
+        return body
+
+    async def request(self, parse: Parse, new_id: Callable[[], str]) -> Request:
+        """The request to route. Raises `InvalidRequest`, or `DeadlineExceeded` where no time is left."""
+        body = await self.body()
+        # Stubs say that there always is a deadline; a call without one has None.
+        timeout_s = cast("float | None", self.context.time_remaining())
+        caller = caller_of(_text_metadata(self.context), timeout_s)
+        self.request_id = caller.header("x-request-id")
+        request = parse(body, caller, new_id)
+        self.request_id = request.request_id
+        if timeout_s is not None and timeout_s <= 0:
+            raise DeadlineExceeded("the deadline passed before the request was read")
+        return request
+
+    def described(self) -> str:
+        """For logs. Only while the handler runs: grpc frees the call after it, and `peer` would then crash the process,
+        so never hand the call itself to a logger, which may format it later."""
+        return f"{self.method} {self.request_id or '-'} from {self.context.peer()}"
+
+
+def _text_metadata(context: Context) -> dict[str, str]:
+    pairs = cast("tuple[tuple[str, str | bytes], ...]", context.invocation_metadata() or ())
+    return {key: value for key, value in pairs if isinstance(value, str)}
+
+
+def _log_failure(call: _Call, error: KvlaneError) -> None:
+    level = logging.INFO if error.fault is Fault.CLIENT else logging.WARNING
+    log.log(level, "%s: %s: %s", call.described(), error.name, error.message)
+
+
+def _current_task() -> asyncio.Task[object]:
+    task = asyncio.current_task()
+    assert task is not None, "grpc runs each handler in a task"
+    return task
+
+
+def _server_options(options: GrpcOptions, *, reuse_port: bool) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", int(reuse_port)),
+        ("grpc.max_receive_message_length", options.max_message_bytes),
+        ("grpc.max_send_message_length", -1),  # The bound on answers is the stream's buffer.
+        ("grpc.max_concurrent_streams", options.max_concurrent_streams),
+        ("grpc.keepalive_time_ms", round(options.keepalive_time_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(options.keepalive_timeout_s * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # How often clients may ping while they wait for a first token; grpc's default, 5 minutes, cuts them off.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]
+
+
+def _bind(server: grpc.aio.Server, options: GrpcOptions) -> int:
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"{host}:{options.port}"
+    credentials = _credentials(options)
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise ConfigError(f"the gRPC ingress cannot listen on {address}: {error}") from error
+    if port == 0:
+        raise ConfigError(f"the gRPC ingress cannot listen on {address}")
+    return port
+
+
+def _credentials(options: GrpcOptions) -> grpc.ServerCredentials | None:
+    """TLS where it is configured. Raises `ConfigError` on files that are missing or cannot be read."""
+    if not options.tls_cert_file and not options.tls_key_file:
+        if options.tls_client_ca_file:
+            raise ConfigError("grpc.tls_client_ca_file needs grpc.tls_cert_file and grpc.tls_key_file")
+        return None
+    if not options.tls_cert_file or not options.tls_key_file:
+        raise ConfigError("grpc.tls_cert_file and grpc.tls_key_file go together")
+    chain = _read(options.tls_cert_file, "grpc.tls_cert_file")
+    key = _read(options.tls_key_file, "grpc.tls_key_file")
+    roots = _read(options.tls_client_ca_file, "grpc.tls_client_ca_file") if options.tls_client_ca_file else None
+    _check_pem(options)
+    return grpc.ssl_server_credentials([(key, chain)], root_certificates=roots, require_client_auth=roots is not None)
+
+
+def _check_pem(options: GrpcOptions) -> None:
+    """Raises `ConfigError` on files that are no PEM or do not belong together; gRPC would only say that it cannot bind."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # An empty password: an encrypted key is refused here instead of asking for its password on the terminal.
+        context.load_cert_chain(options.tls_cert_file, options.tls_key_file, password="")
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"TLS: {options.tls_cert_file} and {options.tls_key_file} are no certificate chain with its key: {error}"
+        ) from error
+    if options.tls_client_ca_file:
+        try:
+            context.load_verify_locations(options.tls_client_ca_file)
+        except ssl.SSLError as error:
+            raise ConfigError(f"TLS: {options.tls_client_ca_file} holds no certificate: {error}") from error
+
+
+def _read(path: str, option: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ConfigError(f"{option}: cannot read {path}: {error.strerror}") from error

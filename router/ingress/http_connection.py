@@ -1,0 +1,427 @@
+"""One HTTP/1 connection: requests in, responses out, strictly in order, and every wait with a deadline.
+
+A connection owns its transport, its parser, the requests that wait for their turn, the output that a slow client has
+not taken, and the task of the one request under way. A client that closes its sending side (half-close) counts as
+gone, as with other ASGI servers: its request is cancelled at once. What it asked before and was answered is flushed.
+
+Deadlines are looked at by the server's one coarse timer, so a request costs no timer of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final, Protocol, cast
+
+from router.errors import ClientTooSlow, Fault, InternalError, KvlaneError, Overloaded, RequestTimeout, ShuttingDown
+from router.ingress.base import Dispatch
+from router.ingress.cors import Cors
+from router.ingress.http_parser import BODY, HEAD, IDLE, HttpRequest, RequestParser
+from router.ingress.http_response import Envelope, Exchange, Reply, error_reply
+from router.ingress.http_routes import Routes, Target, read_target
+from router.lane.carriers import tune
+from router.options import HttpOptions
+from router.types import Request
+
+logger = logging.getLogger("kvlane.http")
+
+MAX_QUEUED: Final = 8
+"""Pipelined requests that wait for their turn; beyond it nothing more is read."""
+MAX_QUEUED_BYTES: Final = 1 << 20
+"""Bytes of their bodies, likewise."""
+LINGER_S: Final = 5.0
+"""How long a closing connection may stand still: its output unread, or its client still sending after an error."""
+
+_SLICE_BYTES: Final = 16 << 10  # Bounds how many pipelined requests one read can bring at once.
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+
+# What a connection waits for; its deadline follows from it.
+_FRESH: Final = "the first request"
+_BUSY: Final = "a replica"
+_WAITING: Final = "the next request"
+_IN_HEAD: Final = "the headers"
+_IN_BODY: Final = "the body"
+_CLOSING: Final = "the end"
+
+
+class TooManyConnections(Overloaded):
+    """The connection itself is refused, whatever it would have asked."""
+
+    name = "too_many_connections"
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    openai_type = "ServiceUnavailableError"
+
+
+class Site(Protocol):
+    """What the connections of one server share."""
+
+    options: HttpOptions
+    dispatch: Dispatch
+    routes: Routes
+    cors: Cors
+    clock: Callable[[], float]
+
+    def date(self) -> str:
+        """The `date` and `server` lines."""
+
+    def admit(self, connection: Connection) -> bool:
+        """Counts the connection in; False where there are too many."""
+
+    def leave(self, connection: Connection) -> None:
+        """The connection is lost."""
+
+    def adopt(self, task: asyncio.Task[None]) -> None:
+        """Takes a cancelled task whose connection is gone, to be awaited at the latest when the server stops."""
+
+
+class Connection(asyncio.Protocol):
+    """The asyncio protocol of one client connection."""
+
+    def __init__(self, site: Site, loop: asyncio.AbstractEventLoop) -> None:
+        options = site.options
+        self.deadline = math.inf
+        self.flowing = True
+        self._site = site
+        self._loop = loop
+        self._parser = RequestParser(options.max_header_bytes, options.max_body_bytes)
+        self._queue = self._parser.complete
+        self._waits_for: tuple[str, int] = ("", 0)
+        self._exchange: Exchange | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._held_input: list[bytes] = []
+        self._held_output: list[bytes] = []
+        self._held_bytes = 0
+        self._unflushed = 0
+        self._reading = True
+        self._retiring = False
+        self._closing = False
+        self._lost = False
+
+    # The transport's side.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by type.
+        self.write_now: Callable[[bytes], object] = self._transport.write
+        tune(transport)
+        self._wait(_FRESH, self._site.options.header_timeout_s)
+        if not self._site.admit(self):
+            logger.info("refused a connection: %d are open", self._site.options.max_connections)
+            self._refuse(TooManyConnections("Too many connections are open"))
+
+    def data_received(self, data: bytes) -> None:
+        if self._closing:
+            return
+        self._held_input.append(data)
+        self._advance()
+
+    def eof_received(self) -> None:
+        # None closes the transport, but only after a flush that a client that is gone would hold up.
+        if self._exchange is not None:
+            self._abandon()
+            self._transport.abort()
+        else:
+            self._close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        self._closing = True
+        self._abandon()
+        self._parser.stop()
+        self._queue.clear()
+        self._held_input.clear()
+        self._held_output.clear()
+        self._site.leave(self)
+
+    def pause_writing(self) -> None:
+        self._flow(False)
+
+    def resume_writing(self) -> None:
+        self._flow(True)
+        if self._held_output:
+            self._flush()  # May fill the transport again, which then calls `pause_writing` at once.
+        if self.flowing:
+            self._advance()
+
+    def _flow(self, flowing: bool) -> None:
+        self.flowing = flowing
+        if self._exchange is not None:
+            self._exchange.flow()
+
+    # Requests in, in order.
+
+    def _advance(self) -> None:
+        """Reads and answers as far as the input and the client's reading allow."""
+        self._answer_queued()
+        while self._held_input and not self._closing and self._has_room():
+            self._feed(self._held_input.pop(0))
+            self._answer_queued()
+        if self._closing:
+            return
+        if self._parser.wants_continue and self._exchange is None:
+            self._parser.wants_continue = False
+            self.write(_CONTINUE)
+        self._read(not self._held_input)
+        self._set_deadline()
+
+    def _has_room(self) -> bool:
+        queue = self._queue
+        if not queue:
+            return True
+        waiting = sum(len(item.body) for item in queue if isinstance(item, HttpRequest))
+        return len(queue) < MAX_QUEUED and waiting < MAX_QUEUED_BYTES
+
+    def _feed(self, data: bytes) -> None:
+        if len(data) <= _SLICE_BYTES:
+            self._parser.feed(data)
+            return
+        self._parser.feed(data[:_SLICE_BYTES])
+        self._held_input.insert(0, data[_SLICE_BYTES:])
+
+    def _read(self, reading: bool) -> None:
+        if reading != self._reading:
+            self._reading = reading
+            (self._transport.resume_reading if reading else self._transport.pause_reading)()
+
+    def _answer_queued(self) -> None:
+        queue = self._queue
+        while queue and self._exchange is None and self.flowing and not self._closing:
+            item = queue.popleft()
+            if isinstance(item, KvlaneError):
+                self._refuse(item)
+            else:
+                self._handle(item)
+
+    def _handle(self, request: HttpRequest) -> None:
+        site = self._site
+        noted = request.noted
+        envelope = Envelope(
+            request_id=site.routes.request_id(request),
+            method=request.method,
+            path="",
+            http_1_0=request.http_1_0,
+            keep_alive=request.keep_alive and not self._retiring,
+            cors=site.cors.lines(noted.get("origin")),
+            date=site.date,
+        )
+        try:
+            if request.method == "OPTIONS" and "origin" in noted and "access-control-request-method" in noted:
+                preflight = site.cors.preflight(noted)
+                if preflight is not None:
+                    self._reply(_preflight_reply(preflight, envelope), envelope)
+                    return
+            target = read_target(request.target)
+            envelope.path = target.path
+            self._route(request, target, envelope)
+        except KvlaneError as error:
+            log_failure(error, envelope)
+            self._reply(error_reply(error, envelope.path), envelope)
+        except Exception:
+            logger.exception("failed to handle %s %r", request.method, envelope.path)
+            self._reply(error_reply(InternalError("Internal error"), envelope.path), envelope)
+
+    def _route(self, request: HttpRequest, target: Target, envelope: Envelope) -> None:
+        routes = self._site.routes
+        reply = routes.own(request, target.path)
+        if reply is not None:
+            self._reply(reply, envelope)
+            return
+        routed = routes.relay(request, target, envelope.request_id)
+        exchange = Exchange(self, envelope)
+        self._exchange = exchange
+        self._task = self._loop.create_task(self._relay(routed, exchange))
+
+    async def _relay(self, request: Request, exchange: Exchange) -> None:
+        try:
+            await self._site.dispatch.run(request, exchange)
+            exchange.finish()
+        except KvlaneError as error:
+            if not exchange.done:
+                log_failure(error, exchange.envelope)
+            exchange.fail(error)
+        except asyncio.CancelledError:
+            # Where the client is gone or the server cut the answer short, the exchange is done and this does nothing.
+            exchange.fail(ShuttingDown("The request was cancelled"))
+            raise
+        except Exception:
+            logger.exception("failed to relay %s %r", request.method, request.path)
+            exchange.fail(InternalError("Internal error"))
+
+    # Responses out.
+
+    def _reply(self, reply: Reply, envelope: Envelope) -> None:
+        """Answers at once, without a replica."""
+        close = not envelope.keep_alive
+        self.write(reply.render(envelope, close=close))
+        logger.debug("%s %r %d", envelope.method, envelope.path, reply.status)
+        if close:
+            self._close()
+
+    def answered(self, exchange: Exchange, *, close: bool) -> None:
+        """The exchange's response is complete; the next request gets its turn."""
+        envelope = exchange.envelope
+        logger.debug("%s %r %d %s", envelope.method, envelope.path, exchange.status, envelope.request_id)
+        self._exchange = self._task = None
+        if close or self._retiring:
+            self._close()
+        else:
+            self._advance()
+
+    def write(self, data: bytes) -> None:
+        """Writes, or keeps what the client cannot take yet."""
+        if self._lost:
+            return
+        if self.flowing:
+            self._transport.write(data)
+        else:
+            self._held_output.append(data)
+            self._held_bytes += len(data)
+
+    def check_room(self) -> None:
+        """Raises `ClientTooSlow` when more than `stream_buffer_bytes` are unread."""
+        if self.flowing:
+            return
+        unread = self._held_bytes + self._transport.get_write_buffer_size()
+        if unread > self._site.options.stream_buffer_bytes:
+            raise ClientTooSlow(f"The client left {unread} bytes unread")
+
+    def _flush(self) -> None:
+        held = b"".join(self._held_output)
+        self._held_output.clear()
+        self._held_bytes = 0
+        self._transport.write(held)
+
+    # Endings.
+
+    def _refuse(self, error: KvlaneError) -> None:
+        """Answers an input that cannot be read on, and closes once the client had time to read the answer."""
+        envelope = Envelope(self._site.routes.request_id(None), "", "", False, False, "", self._site.date)
+        log_failure(error, envelope)
+        self.write(error_reply(error, "").render(envelope, close=True))
+        # Closed with input unread, the kernel would reset the connection and the answer could be lost.
+        self._close(half=True)
+
+    def _close(self, *, half: bool = False) -> None:
+        """Closes after what is written has gone out; `half` waits for the client to close its side first."""
+        if self._closing:
+            return
+        self._closing = True
+        self._parser.stop()
+        self._queue.clear()
+        self._held_input.clear()
+        if self._held_output:
+            self._flush()
+        self._unflushed = self._transport.get_write_buffer_size()
+        self._wait(_CLOSING, LINGER_S)
+        if half and self._transport.can_write_eof():
+            self._read(True)
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    def cut(self) -> None:
+        """Resets the connection: the client must not take what it has for the whole answer."""
+        if self._lost:
+            return
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        self._exchange = self._task = None
+        self._closing = True
+        self._transport.abort()
+
+    def _abandon(self) -> None:
+        """The client is gone: nobody needs the answer any more."""
+        exchange, task = self._exchange, self._task
+        self._exchange = self._task = None
+        if exchange is not None:
+            exchange.abandon()
+        if task is not None:
+            task.cancel()
+            self._site.adopt(task)
+
+    def retire(self) -> None:
+        """No further requests: closes now if idle, else after the response under way."""
+        self._retiring = True
+        if self._exchange is not None:
+            self._exchange.envelope.keep_alive = False
+        elif not self._queue and self._parser.state == IDLE:
+            self._close()
+
+    def stop_short(self) -> None:
+        """Ends the response under way with an error and closes."""
+        exchange, task = self._exchange, self._task
+        if exchange is not None:
+            exchange.fail(ShuttingDown("The router is shutting down"))
+        if task is not None:
+            task.cancel()
+            self._site.adopt(task)
+        if not self._closing:
+            self._close()
+
+    def abort(self) -> None:
+        """Drops the connection, unflushed output and all."""
+        self._transport.abort()
+
+    # Deadlines.
+
+    def _set_deadline(self) -> None:
+        options = self._site.options
+        state = self._parser.state
+        if self._exchange is not None or self._queue:
+            self._wait(_BUSY, math.inf)
+        elif state == HEAD:
+            self._wait(_IN_HEAD, options.header_timeout_s)
+        elif state == BODY:
+            self._waits_for = ("", 0)  # The pause is what is limited, so any byte starts it anew.
+            self._wait(_IN_BODY, options.body_timeout_s)
+        elif self._parser.begun:
+            self._wait(_WAITING, options.idle_timeout_s)
+
+    def _wait(self, what: str, limit_s: float) -> None:
+        """Sets the deadline, unless this very wait has one already."""
+        wait = (what, self._parser.begun)
+        if wait != self._waits_for:
+            self._waits_for = wait
+            self.deadline = self._site.clock() + limit_s
+
+    def expired(self) -> None:
+        """The deadline has passed."""
+        what = self._waits_for[0]
+        if what in (_IN_HEAD, _IN_BODY):
+            self._refuse(RequestTimeout(f"Timed out waiting for {what}"))
+        elif what != _CLOSING:
+            self._close()
+        else:
+            self._hurry()
+
+    def _hurry(self) -> None:
+        """Gives a closing connection more time as long as its client reads."""
+        unflushed = self._transport.get_write_buffer_size()
+        if 0 < unflushed < self._unflushed:
+            self._unflushed = unflushed
+            self.deadline = self._site.clock() + LINGER_S
+        else:
+            self._transport.abort()
+
+
+def _preflight_reply(preflight: tuple[int, str, bytes], envelope: Envelope) -> Reply:
+    status, lines, body = preflight
+    envelope.cors = ""  # The preflight's own lines say it all.
+    return Reply(status, "text/plain; charset=utf-8", body, lines)
+
+
+def log_failure(error: KvlaneError, envelope: Envelope) -> None:
+    """One line; with a traceback only for what is a defect here."""
+    what = (envelope.method, envelope.path, error.http_status, error.name, error.message, envelope.request_id)
+    if isinstance(error, InternalError):
+        logger.error("%s %r %d %s: %s (%s)", *what, exc_info=error)
+    elif error.fault is Fault.REPLICA:
+        logger.warning("%s %r %d %s: %s (%s)", *what)
+    else:
+        logger.info("%s %r %d %s: %s (%s)", *what)

@@ -1,0 +1,274 @@
+"""HTTP/1 responses: heads as bytes, and `Exchange`, the sink that relays a replica's answer to one request.
+
+An exchange owns the framing of its response and nothing else; bytes go to its connection, which owns the transport and
+what a slow client has not read. The one rule: nothing is written before the first payload (or the end) is here, so
+that until then a failed try can be forgotten.
+"""
+
+from __future__ import annotations
+
+import http
+import math
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import msgspec
+
+from router.errors import KvlaneError, MethodNotAllowed, ReplicaFailed
+from router.ingress import openai
+from router.types import Headers, Receipt
+
+_STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
+
+# Set here, or meant for the connection between replica and router alone.
+_NOT_RELAYED: Final = frozenset(
+    {
+        *("connection", "keep-alive", "proxy-authenticate", "proxy-connection", "te", "trailer", "transfer-encoding"),
+        *("upgrade", "date", "server", "x-request-id", "x-kvlane-route"),
+        *("access-control-allow-origin", "access-control-expose-headers"),
+    }
+)
+
+# How a body ends.
+_CHUNKED: Final = 0
+_SIZED: Final = 1
+_UNTIL_CLOSE: Final = 2
+_NO_BODY: Final = 3
+
+
+class Output(Protocol):
+    """What an exchange needs of its connection."""
+
+    write_now: Callable[[bytes], object]
+    """Straight to the transport; only while `flowing`."""
+    flowing: bool
+    """Whether the client keeps up: nothing waits to be written."""
+
+    def write(self, data: bytes) -> None:
+        """Writes, or keeps what the client cannot take yet."""
+
+    def check_room(self) -> None:
+        """Raises `ClientTooSlow` when the client has left too much unread."""
+
+    def answered(self, exchange: Exchange, *, close: bool) -> None:
+        """The response is complete."""
+
+    def cut(self) -> None:
+        """Breaks the connection so that the client cannot mistake what it has for the whole."""
+
+
+class Envelope(msgspec.Struct):
+    """What the head of every response to one request carries besides the answer's own headers."""
+
+    request_id: str
+    method: str
+    path: str
+    http_1_0: bool
+    keep_alive: bool
+    cors: str
+    """Header lines, each with its line end."""
+    date: Callable[[], str]
+    """The `date` and `server` lines."""
+
+    @property
+    def head_only(self) -> bool:
+        return self.method == "HEAD"
+
+    def lines(self, close: bool) -> str:
+        kept = "connection: keep-alive\r\n" if self.http_1_0 else ""
+        connection = "connection: close\r\n" if close else kept
+        return f"x-request-id: {self.request_id}\r\n{self.cors}{self.date()}{connection}\r\n"
+
+
+class Reply(msgspec.Struct):
+    """A whole response that the router itself gives."""
+
+    status: int
+    content_type: str
+    body: bytes
+    lines: str = ""
+    """Further header lines, each with its line end."""
+
+    def render(self, envelope: Envelope, *, close: bool) -> bytes:
+        """The response's bytes; only the head for a HEAD request."""
+        head = (
+            f"{_STATUS_LINES[self.status]}content-type: {self.content_type}\r\n"
+            f"content-length: {len(self.body)}\r\n{self.lines}{envelope.lines(close)}"
+        )
+        return head.encode("latin-1") + (b"" if envelope.head_only else self.body)
+
+
+def error_reply(error: KvlaneError, path: str, receipt: Receipt | None = None) -> Reply:
+    """The response that tells of `error`, as an OpenAI error object."""
+    lines = [f"x-kvlane-error: {error.name}\r\n"]
+    if error.http_status in (429, 503):
+        lines.append(f"retry-after: {max(1, math.ceil(error.retry_after_s or 1))}\r\n")
+    if isinstance(error, MethodNotAllowed):
+        lines.append(f"allow: {', '.join(error.allow)}\r\n")
+    if receipt is not None:
+        lines.append(f"x-kvlane-route: {receipt.header()}\r\n")
+    return Reply(error.http_status, "application/json", openai.error_body(error, path), "".join(lines))
+
+
+class Exchange:
+    """One relayed request's response; a `Sink`."""
+
+    __slots__ = (
+        "_ending",
+        "_head",
+        "_left",
+        "_open",
+        "_output",
+        "_receipt",
+        "_sse",
+        "_write",
+        "done",
+        "envelope",
+        "started",
+        "status",
+    )
+
+    def __init__(self, output: Output, envelope: Envelope) -> None:
+        self.envelope = envelope
+        self.started = False
+        self.done = False
+        """Complete, or nobody is there to read it."""
+        self.status = 0
+        self._output = output
+        self._write = output.write_now
+        self._open = False
+        """The short way is open: chunked, the head is out and the client keeps up."""
+        self._receipt: Receipt | None = None
+        self._head: bytes | None = None
+        self._ending = _CHUNKED
+        self._left = 0
+        self._sse = False
+
+    def routed(self, receipt: Receipt) -> None:
+        """A new try; what an earlier one gave was not sent and is forgotten."""
+        self._receipt = receipt
+        self._head = None
+
+    def head(self, status: int, headers: Headers) -> None:
+        """Renders the head and keeps it. Raises `ReplicaFailed` for one that cannot be sent."""
+        lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"]
+        length = None
+        self._sse = False
+        for name, value in headers:
+            if name == "content-length":
+                length = value
+            elif name not in _NOT_RELAYED:
+                lines.append(f"{name}: {value}\r\n")
+                if name == "content-type":
+                    self._sse = value.startswith("text/event-stream")
+        lines.append(self._framing(status, length))
+        if self._receipt is not None:
+            lines.append(f"x-kvlane-route: {self._receipt.header()}\r\n")
+        text = "".join(lines)
+        if status < 200 or text.count("\n") != len(lines) - lines.count("") or text.count("\r") != text.count("\n"):
+            raise ReplicaFailed("The replica's answer has a malformed head")
+        close = self._ending == _UNTIL_CLOSE or not self.envelope.keep_alive
+        try:
+            self._head = (text + self.envelope.lines(close)).encode("latin-1")
+        except UnicodeEncodeError as error:
+            raise ReplicaFailed("The replica's answer has a malformed head") from error
+        self.status = status
+
+    def _framing(self, status: int, length: str | None) -> str:
+        if status in (204, 304) or self.envelope.head_only:
+            self._ending = _NO_BODY
+            return "" if length is None or status == 204 else f"content-length: {length}\r\n"
+        if length is not None:
+            if not (length.isascii() and length.isdigit()):
+                raise ReplicaFailed("The replica's answer has a malformed content-length")
+            self._ending = _SIZED
+            self._left = int(length)
+            return f"content-length: {length}\r\n"
+        if self.envelope.http_1_0:
+            self._ending = _UNTIL_CLOSE
+            return ""
+        self._ending = _CHUNKED
+        return "transfer-encoding: chunked\r\n"
+
+    def data(self, payload: bytes, tokens: int) -> None:
+        """Relays one payload. Raises `ClientTooSlow` and `ReplicaFailed`."""
+        if self._open and payload:
+            self._write(b"%x\r\n%b\r\n" % (len(payload), payload))
+        elif payload and not self.done:
+            self._data(payload)
+
+    def _data(self, payload: bytes) -> None:
+        head = self._head
+        if head is None:
+            raise ReplicaFailed("The replica sent output before its head")
+        if self._ending == _NO_BODY:
+            return
+        self._output.check_room()
+        framed = self._frame(payload)
+        if not self.started:
+            self.started = True
+            framed = head + framed
+        self._output.write(framed)
+        self.flow()
+
+    def _frame(self, payload: bytes) -> bytes:
+        if self._ending == _CHUNKED:
+            return b"%x\r\n%b\r\n" % (len(payload), payload)
+        if self._ending == _SIZED:
+            if len(payload) > self._left:
+                raise ReplicaFailed("The replica's answer is longer than its content-length")
+            self._left -= len(payload)
+        return payload
+
+    def flow(self) -> None:
+        """The client began or ceased to keep up."""
+        self._open = self.started and not self.done and self._ending == _CHUNKED and self._output.flowing
+
+    def finish(self) -> None:
+        """The replica's answer is complete."""
+        if self.done:
+            return
+        if self._head is None:
+            self.fail(ReplicaFailed("The replica ended the stream without an answer"))
+            return
+        if self._ending == _SIZED and self._left:
+            self.fail(ReplicaFailed("The replica's answer is shorter than its content-length"))
+            return
+        tail = b"0\r\n\r\n" if self._ending == _CHUNKED else b""
+        if not self.started:
+            self.started = True
+            tail = self._head + tail
+        if tail:
+            self._output.write(tail)
+        self._answered(close=self._ending == _UNTIL_CLOSE)
+
+    def fail(self, error: KvlaneError) -> None:
+        """The answer cannot be completed: an error response, an error event, or a broken connection."""
+        if self.done:
+            return
+        close = openai.ends_connection(error)
+        if not self.started:
+            self.started = True
+            self.status = error.http_status
+            reply = error_reply(error, self.envelope.path, self._receipt)
+            close = close or not self.envelope.keep_alive
+            self._output.write(reply.render(self.envelope, close=close))
+            self._answered(close=close)
+        elif self._sse and self._ending in (_CHUNKED, _UNTIL_CLOSE):
+            event = self._frame(openai.error_event(error, self.envelope.path))
+            self._output.write(event + (b"0\r\n\r\n" if self._ending == _CHUNKED else b""))
+            self._answered(close=close or self._ending == _UNTIL_CLOSE)
+        else:
+            self.done = True
+            self._open = False
+            self._output.cut()
+
+    def _answered(self, *, close: bool) -> None:
+        self.done = True
+        self._open = False
+        self._output.answered(self, close=close or not self.envelope.keep_alive)
+
+    def abandon(self) -> None:
+        """The client is gone."""
+        self.done = True
+        self._open = False

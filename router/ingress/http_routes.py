@@ -1,0 +1,180 @@
+"""Where an HTTP request goes: to the router's own pages, or to a replica.
+
+Sans-IO. The order of the checks is path, method, body, so that a client learns of the most basic mistake first. Only
+paths on `RELAYED` reach an engine, however many its application answers: the others (health, metrics, profiling, cache
+resets, weight updates …) are one engine's administration and must not be in reach of clients.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from typing import Final
+from urllib.parse import parse_qsl, unquote_to_bytes
+
+import httptools
+import msgspec
+
+from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, PathNotFound
+from router.ingress import openai
+from router.ingress.base import Fleet
+from router.ingress.http_parser import HttpRequest
+from router.ingress.http_response import Reply
+from router.options import HttpOptions
+from router.types import Request, Rpc
+
+RELAYED_PREFIXES: Final = ("/v1/", "/v2/", "/inference/v1/", "/cohere/v2/")
+RELAYED: Final = frozenset(
+    {"/tokenize", "/detokenize", "/pooling", "/classify", "/score", "/rerank", "/generative_scoring"}
+)
+# These would change one replica of many behind the others' backs.
+_ONE_REPLICAS_STATE: Final = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+
+_OWN: Final = frozenset({"/healthz", "/readyz", "/metrics", "/v1/models"})
+_MODEL_PREFIX: Final = "/v1/models/"
+_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}").fullmatch
+_JSON: Final = "application/json"
+
+
+class Target(msgspec.Struct):
+    """A request target taken apart."""
+
+    path: str
+    """Decoded; for matching."""
+    query: str
+    raw: str
+    """Path and query as they came; for the replica."""
+
+
+def read_target(target: bytes) -> Target:
+    """Raises `InvalidRequest` where it is no path or not UTF-8."""
+    try:
+        raw = target.decode("ascii")
+        if not raw.startswith("/") and raw != "*":
+            raw = _origin_form(target)
+        raw = raw.partition("#")[0]
+        path, _, query = raw.partition("?")
+        if "%" in path:
+            path = unquote_to_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("The path is not valid UTF-8") from error
+    return Target(path, query, raw)
+
+
+def _origin_form(target: bytes) -> str:
+    """``http://host/path?query``, as sent to proxies, without scheme and host."""
+    try:
+        url = httptools.parse_url(target)
+    except httptools.HttpParserInvalidURLError as error:
+        raise InvalidRequest("The request target is not a path") from error
+    path = (url.path or b"/").decode("ascii")
+    return f"{path}?{url.query.decode('ascii')}" if url.query else path
+
+
+class Routes:
+    """Answers the router's own paths and turns the others into `Request`s."""
+
+    def __init__(
+        self,
+        options: HttpOptions,
+        fleet: Fleet,
+        metrics: Callable[[], tuple[bytes, str]],
+        wall: Callable[[], float],
+        chance: random.Random,
+    ) -> None:
+        self._default_model = options.default_model
+        self._trust_request_id = options.trust_request_id
+        self._fleet = fleet
+        self._metrics = metrics
+        self._wall = wall
+        self._random_bits = chance.getrandbits
+        self._created = int(wall())
+
+    def request_id(self, request: HttpRequest | None) -> str:
+        """The client's own where it may choose one, else 32 random hexadecimal digits."""
+        if request is not None and self._trust_request_id:
+            given = request.noted.get("x-request-id")
+            if given is not None and _REQUEST_ID(given):
+                return given
+        return f"{self._random_bits(128):032x}"
+
+    def own(self, request: HttpRequest, path: str) -> Reply | None:
+        """The router's own answer; None where a replica must give it. Raises `KvlaneError`."""
+        if path not in _OWN and not path.startswith(_MODEL_PREFIX):
+            return None
+        if request.method not in ("GET", "HEAD"):
+            raise MethodNotAllowed(f"{request.method} is not allowed at {path}", allow=("GET", "HEAD"))
+        if path == "/healthz":
+            return Reply(200, "text/plain; charset=utf-8", b"ok")
+        if path == "/readyz":
+            readiness = self._fleet.readiness()
+            return Reply(200 if readiness.ready else 503, _JSON, msgspec.json.encode(readiness))
+        if path == "/metrics":
+            body, content_type = self._metrics()
+            return Reply(200, content_type, body)
+        return self._models(path)
+
+    def _models(self, path: str) -> Reply:
+        models = self._fleet.models()
+        if path == "/v1/models":
+            return Reply(200, _JSON, openai.models_list(models, self._created))
+        name = path.removeprefix(_MODEL_PREFIX)
+        card = openai.model_card(models, name, self._created)
+        if card is None:
+            raise ModelNotFound(f"The model `{name}` does not exist.", param="model")
+        return Reply(200, _JSON, card)
+
+    def relay(self, request: HttpRequest, target: Target, request_id: str) -> Request:
+        """The request for a replica. Raises `PathNotFound`, `MethodNotAllowed` and `InvalidRequest`."""
+        # The engine's application answers a HEAD with 405; the head of a GET is what is asked for.
+        method = "GET" if request.method == "HEAD" else request.method
+        self._check(request.method, method, target.path)
+        facts = self._facts(request, target)
+        headers = request.headers
+        headers.append(("x-request-id", request_id))
+        return Request(
+            request_id=request_id,
+            model=facts.model,
+            rpc=Rpc.HTTP,
+            path=target.raw,
+            body=request.body,
+            method=method,
+            headers=tuple(headers),
+            session_id=request.noted.get("x-session-id") or facts.user,
+            cache_salt=facts.cache_salt,
+            priority=facts.priority,
+        )
+
+    def _check(self, asked: str, method: str, path: str) -> None:
+        relayed = path in RELAYED or path.startswith(RELAYED_PREFIXES)
+        allowed = self._fleet.methods(path) if relayed and path not in _ONE_REPLICAS_STATE else ()
+        if not allowed:
+            raise PathNotFound(f"There is nothing at {path}")
+        if method not in allowed:
+            allow = (*allowed, "HEAD") if "GET" in allowed and "HEAD" not in allowed else allowed
+            raise MethodNotAllowed(f"{asked} is not allowed at {path}", allow=allow)
+
+    def _facts(self, request: HttpRequest, target: Target) -> openai.Facts:
+        if request.body:
+            content_type = request.noted.get("content-type", "")
+            if content_type[:19].lower() == "multipart/form-data":
+                facts = openai.read_multipart(request.body, content_type)
+            else:
+                facts = openai.read_json(request.body)
+            model = facts.model or self._default_model
+        else:
+            facts = openai.Facts()
+            model = self._unnamed_model(request, target.query)
+        if not model:
+            raise InvalidRequest("you must provide a model parameter", param="model")
+        return facts if facts.model else msgspec.structs.replace(facts, model=model)
+
+    def _unnamed_model(self, request: HttpRequest, query: str) -> str:
+        """The model of a request without a body, from where it can stand, in order."""
+        named = dict(parse_qsl(query)).get("model") if "model=" in query else None
+        model = named or request.noted.get("x-kvlane-model") or self._default_model
+        if model:
+            return model
+        base_models = [status.card.name for status in self._fleet.models() if not status.card.parent]
+        return base_models[0] if len(base_models) == 1 else ""

@@ -1,0 +1,123 @@
+"""Membership from the directory actor in a Ray cluster.
+
+Job: join Ray, follow the directory, and report its replicas. Rule: a directory that is away, empty after its restart,
+or out of reach takes no replica from the router; only a directory that knows better does. `RayMembership.run` is the
+one task.
+
+Who notices what: a replica's process that dies resets its lanes at once, which the router's replicas see by themselves;
+the directory sees the death of its actor at once and stops listing it, so that nobody tries to reach it again; a host
+that vanishes is noticed by the lanes' pings first, then by missing heartbeats, then by Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import ray
+
+from router import ray_private
+from router.membership import directory
+from router.membership.base import OnMembers, ReplicaRecord
+from router.membership.directory import Listing
+from router.membership.directory_client import DirectoryAway, DirectoryClient
+from router.options import MembershipOptions
+
+log = logging.getLogger(__name__)
+
+RETRY_S: Final = 0.5
+RESTART_GRACE_S: Final = 5 * directory.HEARTBEAT_S
+"""How long replicas that a restarted directory does not list yet are kept: they repeat themselves every second."""
+HEAD_OUTAGE_S: Final = 3600
+"""How long Ray lets this process live without the cluster's head; its default of 60 s would end the router."""
+
+
+def join(options: MembershipOptions) -> None:
+    """Makes this process a driver of the running cluster; no effect where it is one. Blocks.
+
+    Never starts a cluster. Raises `ConnectionError` where there is none, and what else `ray.init` raises.
+    """
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_OUTAGE_S))
+        ray.init(
+            address=options.ray_address,
+            namespace=options.ray_namespace,
+            ignore_reinit_error=True,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+class MemberView:
+    """The members as the router shall see them, made from listings; times in seconds of any one clock."""
+
+    def __init__(self, grace_s: float = RESTART_GRACE_S) -> None:
+        self.members: Mapping[str, ReplicaRecord] = {}
+        self.epoch, self.version = "", -1
+        self._grace_s = grace_s
+        self._kept_until: float | None = None
+
+    def take(self, listing: Listing, now: float) -> bool:
+        """Takes a listing in; returns whether the members changed."""
+        if self.epoch not in ("", listing.epoch):
+            self._kept_until = now + self._grace_s
+        self.epoch, self.version = listing.epoch, listing.version
+        members = dict(listing.records)
+        if self._kept_until is not None:
+            if now < self._kept_until:
+                members = {**self.members, **members}
+            else:
+                self._kept_until = None
+        changed = members != self.members
+        self.members = members
+        return changed
+
+    def wait_s(self, interval_s: float, now: float) -> float:
+        """How long the next watch may wait: until the next listing is due for this view."""
+        if self._kept_until is None:
+            return interval_s
+        return min(interval_s, max(0.0, self._kept_until - now))
+
+
+class RayMembership:
+    """Follows the directory of one Ray cluster."""
+
+    def __init__(self, options: MembershipOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises `ConfigError` where Ray's version is one that kvlane was not tried with."""
+        ray_private.check_version()
+        self._interval_s = options.relist_interval_s
+        self._clock = clock
+        self._view = MemberView()
+        self._directory = DirectoryClient(options.ray_namespace, lambda: join(options))
+        self._out = False
+
+    async def run(self, on_members: OnMembers) -> None:
+        """See `Membership.run`. Joins the cluster first, and never leaves it: that is for the process's owner."""
+        told = False
+        while True:
+            view = self._view
+            wait_s = view.wait_s(self._interval_s, self._clock())
+            try:
+                listing = await self._directory.watch(view.epoch, view.version, wait_s)
+            except DirectoryAway as error:
+                self._outage(error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            self._recovered()
+            if view.take(listing, self._clock()) or not told:
+                on_members(view.members)
+                told = True
+
+    def _outage(self, error: DirectoryAway) -> None:
+        if not self._out:
+            self._out = True
+            log.warning("the directory is out of reach (%s); %d replicas are kept", error, len(self._view.members))
+
+    def _recovered(self) -> None:
+        if self._out:
+            self._out = False
+            log.info("the directory answers again")

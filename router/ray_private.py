@@ -1,0 +1,59 @@
+"""The one module with Ray API that is not public: running functions inside actors whose class is not ours.
+
+A Serve replica is an actor of Serve's own class, so a lane over actor calls and the watch for an actor's death need
+functions that run there beside Serve's methods. `__ray_call__` does that, and Serve neither counts nor queues such
+calls, so they do not hold a replica back from draining. Its form with a stream of results has no public name yet.
+Ray 2.56 to 2.60 agree on all of it; `check_version` refuses others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import ray
+
+from router.errors import ConfigError
+
+OLDEST: Final = (2, 56)
+NEWEST: Final = (2, 60)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def check_version(version: str = ray.__version__) -> None:
+    """Raises `ConfigError` for a Ray version that this module was not tried with."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if not OLDEST <= (major, minor) <= NEWEST:
+        tried = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+        raise ConfigError(f"Ray {version} is installed, and kvlane was tried with {tried}")
+
+
+def call(actor: Any, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Any:
+    """Runs a plain function of an importable module on the actor's event loop, with the actor's object first.
+
+    Returns an awaitable of the result, which is a Ray object reference.
+    """
+    # No task events: one record per call at the cluster's head would cost more than the call.
+    return actor.__ray_call__.options(enable_task_events=False).remote(function, *args, **kwargs)
+
+
+def stream(
+    actor: Any, function: Callable[Concatenate[Any, P], AsyncIterator[T]], *args: P.args, **kwargs: P.kwargs
+) -> Any:
+    """Runs an async generator function there; returns an async iterator of object references.
+
+    `ActorMethod.options(num_returns="streaming")` looks at `__ray_call__` itself, which is no generator, and refuses;
+    what `.remote()` calls underneath does not look.
+    """
+    method = actor.__ray_call__
+    return method._remote(
+        args=(function, *args), kwargs=kwargs, num_returns="streaming", max_task_retries=0, enable_task_events=False
+    )
+
+
+def reason(error: Exception) -> str:
+    """One line that says why a Ray call failed; Ray's own texts hold whole tracebacks."""
+    lines = str(getattr(error, "cause", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
