@@ -6,6 +6,7 @@ replica's life; nothing here starts, counts or restarts them. `EngineReplica` ow
 
 from __future__ import annotations
 
+import inspect
 import logging
 import secrets
 import tempfile
@@ -107,6 +108,7 @@ class ApplicationState(NamedTuple):
     ready: int
     """Replicas that run."""
     message: str
+    """Why it is so, several lines where a replica failed to start; empty while all is well."""
 
 
 def build_application(options: EngineOptions, *, namespace: str) -> serve.Application:
@@ -123,6 +125,7 @@ def build_application(options: EngineOptions, *, namespace: str) -> serve.Applic
         health_check_period_s=options.health_check_period_s,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         **resources(options),
+        **_surge(options),
     )
     return deployment.bind(options, namespace)
 
@@ -156,7 +159,7 @@ def statuses() -> dict[str, ApplicationState]:
         deployment = application.deployments.get(DEPLOYMENT)
         if name.startswith(APPLICATION_PREFIX):
             ready = deployment.replica_states.get("RUNNING", 0) if deployment else 0
-            message = application.message or (deployment.message if deployment else "")
+            message = (deployment.message if deployment else "") or application.message
             found[name] = ApplicationState(ApplicationStatus(application.status).value, ready, message)
     return found
 
@@ -239,6 +242,17 @@ def log_to_stderr() -> None:
         if not logger.handlers:
             logger.addHandler(handler)
             logger.setLevel(logging.INFO)
+
+
+def _surge(options: EngineOptions) -> dict[str, Any]:
+    """On a redeploy one replica more than wanted, so that each old one stays until a new one is ready.
+
+    Serve's default, and the only way in older versions, is to stop an old replica while its successor loads: there is
+    one ready replica less meanwhile. With GPUs it stays so, since a cluster seldom has spare ones, and the new replica
+    would wait for ever.
+    """
+    known = "max_surge_percent" in inspect.signature(serve.deployment).parameters
+    return {"max_surge_percent": 1} if known and not options.num_gpus else {}
 
 
 def _workers_are_actors(options: EngineOptions) -> bool:

@@ -32,11 +32,11 @@ _TEXT: Final = (
     "remembers of the words that came before. When two servers are equal, it does not matter which one is chosen, so "
     "long as it is not always the same one.",
     "What is the capital of France? Paris is the capital of France. How far is the moon from the earth? It is about "
-    "three hundred and eighty thousand kilometres away. Please write a short story about a cat, and tell me the weather "
-    "in Berlin today. You are a helpful assistant. Answer with one word: yes or no.",
-    "First, measure. Then change one thing, and measure again. If nothing became better, put it back as it was. Most of "
-    "the work of making something fast is finding out where the time is going, and that is seldom where you thought it "
-    "would be. The numbers 0, 1, 2, 3, 4, 5, 6, 7, 8 and 9 make all the others.",
+    "three hundred and eighty thousand kilometres away. Please write a short story about a cat, and tell me the "
+    "weather in Berlin today. You are a helpful assistant. Answer with one word: yes or no.",
+    "First, measure. Then change one thing, and measure again. If nothing became better, put it back as it was. Most "
+    "of the work of making something fast is finding out where the time is going, and that is seldom where you thought "
+    "it would be. The numbers 0, 1, 2, 3, 4, 5, 6, 7, 8 and 9 make all the others.",
     '{"name": "get_weather", "arguments": {"city": "Berlin", "unit": "celsius"}, "type": "function", "value": true}',
 )
 

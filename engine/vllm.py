@@ -45,7 +45,7 @@ class VllmEngine:
         self._closing = AsyncExitStack()
 
     async def start(self) -> None:
-        """Loads the model; the event loop stays free meanwhile. Raises `ConfigError` for arguments that vLLM refuses."""
+        """Loads the model; the event loop stays free meanwhile. Raises `ConfigError` for what vLLM refuses."""
         try:
             namespace = await asyncio.to_thread(self._namespace)
             self._engine = await _finish_or_undo(asyncio.create_task(asyncio.to_thread(self._launch, namespace)))
@@ -66,9 +66,10 @@ class VllmEngine:
         `running` is the batch of the last step, less what ended or was aborted since; `waiting` is all the rest of
         the streams taken and not ended, so it holds those still in the tokenizer too, and a stream of `n` choices
         counts `n` times once the engine has it. `queued_prefill_tokens` is vLLM's own figure: whole prompts until
-        their first token, KV cache hits not taken off. `step_ms` is from one step's end to the next's.
+        their first token, KV cache hits not taken off. `step_ms` is from one step's end to the next's. All zero when
+        the engine is dead.
         """
-        if self._engine is None:
+        if self._lost():
             return Load()
         unfinished = self._engine.get_num_unfinished_requests()
         running = min(self._steps.running, unfinished)
@@ -81,7 +82,9 @@ class VllmEngine:
         )
 
     def on_step(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` after each engine step, before the tasks that render the step's output have run."""
+        """Calls `listener` after each engine step, before the tasks that render the step's output have run, and when an
+        aborted stream has left the engine.
+        """
         self._steps.listeners.append(listener)
 
     def submit(self, call: Submit, out: StreamOut) -> Abort:
@@ -97,16 +100,20 @@ class VllmEngine:
         self._active.add(stream)
         if call.rpc == Rpc.HTTP:
             http = HttpStream(self._app, call, counted, self._lost)
-            self._keep(asyncio.create_task(http.run()))
-            stop = http.disconnect
+            task = asyncio.create_task(http.run())
+            stop: Callable[[], object] = http.disconnect
         else:
             task = asyncio.create_task(self._grpc.run(call, counted))
-            self._keep(task)
-            stop = task.cancel  # type: ignore[assignment]
+            stop = task.cancel
+        self._tasks.add(task)
+        task.add_done_callback(self._dropped)
 
         def abort() -> None:
-            self._active.discard(stream)
-            stop()
+            if stream in self._active:
+                self._active.discard(stream)
+                # The engine may have no step left that would tell of the lower load.
+                task.add_done_callback(self._steps.tell)
+                stop()
 
         return abort
 
@@ -138,9 +145,9 @@ class VllmEngine:
         from vllm.tool_parsers import ToolParserManager
 
         cpu: bool = current_platform.is_cpu()
-        if cpu:
-            prepare_cpu()
         namespace = serve_namespace(self._model, self._served_model_name, self._args, cpu=cpu)
+        if cpu:
+            prepare_cpu(namespace)
         if namespace.tool_parser_plugin:
             ToolParserManager.import_tool_parser(namespace.tool_parser_plugin)
         if namespace.reasoning_parser_plugin:
@@ -186,10 +193,6 @@ class VllmEngine:
 
     def _lost(self) -> bool:
         return self._engine is None or bool(self._engine.errored)
-
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        self._tasks.add(task)
-        task.add_done_callback(self._dropped)
 
     def _dropped(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -242,6 +245,10 @@ class _Steps:
             self._cores[core] = stats
             self.running = sum(each.num_running_reqs for each in self._cores.values())
             self.kv_usage = sum(each.kv_cache_usage for each in self._cores.values()) / len(self._cores)
+        self.tell()
+
+    def tell(self, _: object = None) -> None:
+        """Calls the listeners."""
         for listener in self.listeners:
             listener()
 

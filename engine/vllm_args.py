@@ -1,6 +1,6 @@
 """Turns a table of vLLM arguments into the namespace that ``vllm serve`` would parse.
 
-Rule: vLLM's own parser judges every value, so names, types, choices and defaults are those of the vLLM that is installed.
+Rule: vLLM's own parser judges every value, so names, types, choices and defaults are the installed vLLM's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ _OF_THE_SERVER: Final = (
     "h11_max_incomplete_event_size", "h11_max_header_count",
 )  # fmt: skip
 
+_PARALLEL: Final = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes")
+_BIND: Final = "VLLM_CPU_OMP_THREADS_BIND"
+_NO_BIND: Final = "nobind"
+
 CPU_KV_CACHE_BYTES: Final = 1 << 30
 """KV cache of a CPU engine unless it is told otherwise: vLLM's own default takes a large part of the machine's memory,
 and replicas share it."""
@@ -29,10 +33,25 @@ and replicas share it."""
 def serve_namespace(model: str, served_model_name: str, args: dict[str, Any], *, cpu: bool) -> argparse.Namespace:
     """vLLM's arguments for `model`, with `args` (names with underscores or dashes) over the defaults.
 
-    Raises `ConfigError` for a name that vLLM does not have, a value that it refuses, and a name that has no effect here.
+    Raises `ConfigError` for a name that vLLM does not have, a value that it refuses, and a name without effect here.
     """
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
+    words = ["--model", model, *serve_words(served_model_name, args, cpu=cpu)]
+    try:
+        namespace: argparse.Namespace = _parser().parse_args(words)
+        validate_parsed_serve_args(namespace)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM refuses its arguments: {error}") from error
+    for name, value in args.items():
+        # What a command line cannot say.
+        if value is None:
+            setattr(namespace, name.replace("-", "_"), None)
+    return namespace
+
+
+def serve_words(served_model_name: str, args: dict[str, Any], *, cpu: bool) -> list[str]:
+    """The words after the model in the ``vllm serve`` command that stands for these arguments. Raises `ConfigError`."""
     parser = _parser()
     actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
     wanted = {name.replace("-", "_"): value for name, value in args.items()}
@@ -40,30 +59,34 @@ def serve_namespace(model: str, served_model_name: str, args: dict[str, Any], *,
         _check_name(name, tuple(actions))
     if cpu:
         wanted = _cpu_defaults(wanted) | wanted
-    words = ["--model", model]
-    if served_model_name:
-        words += ["--served-model-name", served_model_name]
+    words = ["--served-model-name", served_model_name] if served_model_name else []
     for name, value in wanted.items():
         words += _words(actions[name], value)
-    try:
-        namespace: argparse.Namespace = parser.parse_args(words)
-        validate_parsed_serve_args(namespace)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"vLLM refuses its arguments: {error}") from error
-    for name, value in wanted.items():
-        # What a command line cannot say.
-        if value is None:
-            setattr(namespace, name, None)
-    return namespace
+    return words
 
 
-def prepare_cpu() -> None:
-    """Sets what a CPU engine takes from the environment only, unless it is set there.
+def prepare_cpu(namespace: argparse.Namespace) -> None:
+    """Sets `cpu_environment` for this process and its children; what is set already stays."""
+    one_process = namespace.distributed_executor_backend == "uni" and os.environ.get(_BIND, _NO_BIND) == _NO_BIND
+    for name, value in cpu_environment(eager=bool(namespace.enforce_eager), one_process=one_process).items():
+        os.environ.setdefault(name, value)
 
-    `nobind`: OpenMP threads are not pinned. vLLM's `auto` pins each engine's threads to the same first cores, so that
-    two replicas on one machine fight for them; Ray's OMP_NUM_THREADS (the replica's CPUs) sets their number instead.
+
+def cpu_environment(*, eager: bool, one_process: bool) -> dict[str, str]:
+    """What a CPU engine takes from the environment alone.
+
+    No pinning of OpenMP threads: vLLM's `auto` pins each engine's threads to the same first cores, so that two replicas
+    on one machine fight for them; Ray's OMP_NUM_THREADS (the replica's CPUs) sets their number instead. Without
+    pinning the model may run in the engine core's own process (`one_process`), which vLLM allows on CPU under a
+    variable only. And an `eager` engine still compiles a few of its sampling functions at their first use (such as the
+    first request with logprobs) and stands still meanwhile, 30 s and more on two cores; this stops it.
     """
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    environment = {_BIND: _NO_BIND}
+    if one_process:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if eager:
+        environment["TORCH_COMPILE_DISABLE"] = "1"
+    return environment
 
 
 def _cpu_defaults(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -72,6 +95,10 @@ def _cpu_defaults(wanted: dict[str, Any]) -> dict[str, Any]:
     defaults: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
     if not os.environ.get("VLLM_CPU_KVCACHE_SPACE") and "gpu_memory_utilization" not in wanted:
         defaults["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    if os.environ.get(_BIND, _NO_BIND) == _NO_BIND and not any(name in wanted for name in _PARALLEL):
+        # No worker process beside the engine core: 19 s of CPU time less to start, and no hop in each step. vLLM has
+        # one only to pin OpenMP threads.
+        defaults["distributed_executor_backend"] = "uni"
     return defaults
 
 
@@ -79,7 +106,9 @@ def _check_name(name: str, known: tuple[str, ...]) -> None:
     if name in _GIVEN_ELSEWHERE:
         raise ConfigError(f"vLLM's argument {name!r} is the field {_GIVEN_ELSEWHERE[name]!r} here", param=name)
     if name in _OF_THE_SERVER:
-        raise ConfigError(f"vLLM's argument {name!r} has no effect here: the replica opens no port of its own", param=name)
+        raise ConfigError(
+            f"vLLM's argument {name!r} has no effect here: the replica opens no port of its own", param=name
+        )
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -1,8 +1,8 @@
 """Answers gRPC streams on an `AsyncLLM`: Generate, Chat and Embed.
 
-Rule: a prompt is rendered and a request's defaults are filled in by vLLM's own server code, so that a gRPC request and the
-same one over HTTP give the engine the same work; only the answer's form is ours. Cancelling the task that runs a stream
-aborts it in the engine.
+Rule: a prompt is rendered and a request's defaults are filled in by vLLM's own server code, so that a gRPC request and
+the same one over HTTP give the engine the same work; only the answer's form is ours. Cancelling the task that runs a
+stream aborts it in the engine.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
+from kvlane.v1 import inference_pb2 as pb
 
 from engine.base import StreamOut
 from engine.vllm_errors import mapped, of_response
 from engine.vllm_requests import chat_request, completion_request, embedding_request
-from kvlane.v1 import inference_pb2 as pb
 from router.errors import InvalidRequest, NotSupported, PathNotFound, ReplicaFailed
 from router.lane.frames import Submit
 

@@ -1,7 +1,8 @@
 """Turns kvlane's gRPC requests into the request objects of vLLM's own server.
 
 Rule: a field that the caller left unset is not passed, so vLLM's defaults (and the model's generation config) hold, as
-they do for the same request over HTTP. Raises `InvalidRequest` for what cannot be said to vLLM at all; vLLM judges the rest.
+they do for the same request over HTTP. Raises `InvalidRequest` for what cannot be said to vLLM at all; vLLM judges the
+rest.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from typing import Any, Final
 
 from kvlane.v1 import inference_pb2 as pb
+
 from router.errors import InvalidRequest
 
 # Named alike on both sides; optional in the proto.
@@ -80,7 +82,7 @@ def _prompt(request: pb.GenerateRequest) -> str | list[int]:
 
 def _common(model: str, sampling: pb.SamplingParams, routing: pb.RoutingParams, request_id: str) -> dict[str, Any]:
     fields = _routing(model, routing, request_id)
-    fields |= {name: getattr(sampling, name) for name in _SCALARS if sampling.HasField(name)}  # type: ignore[arg-type]
+    fields |= {name: getattr(sampling, name) for name in _SCALARS if sampling.HasField(name)}
     fields |= {name: list(values) for name in _LISTS if (values := getattr(sampling, name))}
     if sampling.logit_bias:
         fields["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}

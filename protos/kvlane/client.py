@@ -196,6 +196,11 @@ class Stream:
     ) -> None:
         self.cancel()
 
+    def __del__(self) -> None:
+        # grpc's own call is part of a reference cycle, so its collection may take long while the engine works on.
+        if not self._call.done():
+            self._call.cancel()
+
 
 class Client:
     """A connection to a kvlane router. All times are in seconds; None sets no deadline."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -22,7 +21,6 @@ from kvlane.v1 import inference_pb2 as pb
 
 from router.errors import (
     ClientTooSlow,
-    ConfigError,
     DeadlineExceeded,
     Fault,
     InternalError,
@@ -32,6 +30,7 @@ from router.errors import (
 )
 from router.ingress.base import Dispatch, Fleet
 from router.ingress.grpc_errors import render
+from router.ingress.grpc_port import bind, server_options
 from router.ingress.grpc_requests import (
     SERVICE,
     Caller,
@@ -43,11 +42,11 @@ from router.ingress.grpc_requests import (
 )
 from router.ingress.grpc_sink import Context, StreamSink, UnarySink, request_id_metadata
 from router.options import GrpcOptions
-from router.types import Request, Sink
+from router.types import Request
 
 log = logging.getLogger(__name__)
 
-FLUSH_S: Final = 0.25
+FLUSH_S: Final = 0.5
 """At the end of `stop`: time for final statuses to leave before connections are cut."""
 
 Parse: TypeAlias = Callable[[bytes, Caller, Callable[[], str]], Request]
@@ -71,7 +70,7 @@ class GrpcIngress:
         self._fleet = fleet
         self._reuse_port = reuse_port
         self._new_id = new_id
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         self._server: grpc.aio.Server | None = None
         self._calls: set[asyncio.Task[object]] = set()
         self._idle = asyncio.Event()
@@ -81,13 +80,13 @@ class GrpcIngress:
     async def start(self) -> int:
         """Listens; returns the port bound. Raises `ConfigError` where address or TLS files cannot be used."""
         await self.set_ready(False)
-        server = grpc.aio.server(options=_server_options(self._options, reuse_port=self._reuse_port))
+        server = grpc.aio.server(options=server_options(self._options, reuse_port=self._reuse_port))
         server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._options.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
-        port = _bind(server, self._options)
+        port = bind(server, self._options)
         await server.start()
         self._server = server
         return port
@@ -104,17 +103,16 @@ class GrpcIngress:
         if server is None:
             return
         await self._health.enter_graceful_shutdown()
-        # Refuses new calls at once. Health and reflection streams never end by themselves, so waiting for all calls
-        # would always take the whole grace: only our own count.
-        draining = asyncio.create_task(server.stop(grace_s + 2 * FLUSH_S))
+        # Refuses new calls at once, and returns when all calls are over and their clients have everything.
+        draining = asyncio.create_task(server.stop(grace_s + FLUSH_S))
         try:
-            if not await self._idle_within(grace_s):
+            in_time = await self._idle_within(grace_s)
+            self._health.end_watches()
+            if not in_time:
                 self._cutting = True
                 for call in self._calls:
                     call.cancel()
-                await self._idle_within(FLUSH_S)
         finally:
-            await server.stop(FLUSH_S)
             await draining
 
     async def _idle_within(self, timeout_s: float) -> bool:
@@ -154,7 +152,7 @@ class GrpcIngress:
             try:
                 return await self._answered(call, handler)
             except grpc.aio.InternalError as error:
-                # A read or write failed because the client is gone; grpc's own cancel of this task may come later.
+                # The status found no client any more; grpc's own cancel of this task may come later.
                 raise asyncio.CancelledError from error
             finally:
                 self._leave(task)
@@ -163,7 +161,7 @@ class GrpcIngress:
 
     async def _answered(self, call: _Call, handler: Handler) -> bytes | None:
         try:
-            return await handler(call)
+            return await self._uncut(handler(call))
         except KvlaneError as error:
             failure = error
             _log_failure(call, error)
@@ -174,6 +172,16 @@ class GrpcIngress:
             failure = InternalError("internal error")
         code, message, trailers = render(failure, call.request_id)
         return await call.context.abort(code, message, trailers)
+
+    async def _uncut(self, work: Awaitable[bytes | None]) -> bytes | None:
+        """The result of `work`. Raises `ShuttingDown` where `stop` cut this call off."""
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if not self._cutting:
+                raise
+            _current_task().uncancel()
+            raise ShuttingDown("this router is going away") from None
 
     def _enter(self, task: asyncio.Task[object]) -> None:
         self._calls.add(task)
@@ -190,10 +198,16 @@ class GrpcIngress:
             sink = StreamSink(request.request_id, self._options.stream_buffer_bytes)
             writer = asyncio.create_task(sink.pump(call.context))
             try:
-                await self._run_into(sink, request)
+                await self._dispatch.run(request, sink)
+                sink.complete()
                 await writer
+            except ClientTooSlow:
+                sink.drop()
+                await writer
+                raise
             except Exception:
                 # What came before the failure is the client's; the status goes out behind it.
+                sink.stop()
                 await writer
                 raise
             finally:
@@ -203,23 +217,13 @@ class GrpcIngress:
 
         return streamed
 
-    async def _run_into(self, sink: StreamSink, request: Request) -> None:
-        try:
-            await self._dispatched(request, sink)
-        except (ClientTooSlow, ShuttingDown):
-            sink.drop()
-            raise
-        except Exception:
-            sink.stop()
-            raise
-        sink.complete()
-
     async def _embed(self, call: _Call) -> bytes:
         request = await call.request(embed_request, self._new_id)
         sink = UnarySink()
-        await self._dispatched(request, sink)
+        await self._dispatch.run(request, sink)
+        answer = sink.answer()
         await call.context.send_initial_metadata(request_id_metadata(request.request_id))
-        return sink.answer()
+        return answer
 
     async def _models(self, call: _Call) -> bytes:
         models_request(await call.body())
@@ -234,14 +238,34 @@ class GrpcIngress:
         ]
         return pb.ModelsResponse(models=models).SerializeToString()
 
-    async def _dispatched(self, request: Request, sink: Sink) -> None:
+
+class _Health(health.aio.HealthServicer):
+    """The standard health service; its watches, which never end by themselves, can be ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches: set[asyncio.Task[object]] = set()
+        self._ending = False
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        task = _current_task()
+        self._watches.add(task)
         try:
-            await self._dispatch.run(request, sink)
+            await super().Watch(request, context)
         except asyncio.CancelledError:
-            if not self._cutting:
+            if not self._ending:
                 raise
-            _current_task().uncancel()
-            raise ShuttingDown("this router is going away") from None
+            # Without a status the call would stay open: grpc ends none whose handler was merely cancelled.
+            task.uncancel()
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this router is going away")
+        finally:
+            self._watches.discard(task)
+
+    def end_watches(self) -> None:
+        """Ends them all, so that they do not hold a stop up."""
+        self._ending = True
+        for watch in self._watches:
+            watch.cancel()
 
 
 class _Call:
@@ -292,73 +316,3 @@ def _current_task() -> asyncio.Task[object]:
     task = asyncio.current_task()
     assert task is not None, "grpc runs each handler in a task"
     return task
-
-
-def _server_options(options: GrpcOptions, *, reuse_port: bool) -> list[tuple[str, int]]:
-    return [
-        ("grpc.so_reuseport", int(reuse_port)),
-        ("grpc.max_receive_message_length", options.max_message_bytes),
-        ("grpc.max_send_message_length", -1),  # The bound on answers is the stream's buffer.
-        ("grpc.max_concurrent_streams", options.max_concurrent_streams),
-        ("grpc.keepalive_time_ms", round(options.keepalive_time_s * 1000)),
-        ("grpc.keepalive_timeout_ms", round(options.keepalive_timeout_s * 1000)),
-        ("grpc.keepalive_permit_without_calls", 1),
-        # How often clients may ping while they wait for a first token; grpc's default, 5 minutes, cuts them off.
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ]
-
-
-def _bind(server: grpc.aio.Server, options: GrpcOptions) -> int:
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    address = f"{host}:{options.port}"
-    credentials = _credentials(options)
-    try:
-        if credentials is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, credentials)
-    except RuntimeError as error:
-        raise ConfigError(f"the gRPC ingress cannot listen on {address}: {error}") from error
-    if port == 0:
-        raise ConfigError(f"the gRPC ingress cannot listen on {address}")
-    return port
-
-
-def _credentials(options: GrpcOptions) -> grpc.ServerCredentials | None:
-    """TLS where it is configured. Raises `ConfigError` on files that are missing or cannot be read."""
-    if not options.tls_cert_file and not options.tls_key_file:
-        if options.tls_client_ca_file:
-            raise ConfigError("grpc.tls_client_ca_file needs grpc.tls_cert_file and grpc.tls_key_file")
-        return None
-    if not options.tls_cert_file or not options.tls_key_file:
-        raise ConfigError("grpc.tls_cert_file and grpc.tls_key_file go together")
-    chain = _read(options.tls_cert_file, "grpc.tls_cert_file")
-    key = _read(options.tls_key_file, "grpc.tls_key_file")
-    roots = _read(options.tls_client_ca_file, "grpc.tls_client_ca_file") if options.tls_client_ca_file else None
-    _check_pem(options)
-    return grpc.ssl_server_credentials([(key, chain)], root_certificates=roots, require_client_auth=roots is not None)
-
-
-def _check_pem(options: GrpcOptions) -> None:
-    """Raises `ConfigError` on files that are no PEM or do not belong together; gRPC would only say that it cannot bind."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # An empty password: an encrypted key is refused here instead of asking for its password on the terminal.
-        context.load_cert_chain(options.tls_cert_file, options.tls_key_file, password="")
-    except ssl.SSLError as error:
-        raise ConfigError(
-            f"TLS: {options.tls_cert_file} and {options.tls_key_file} are no certificate chain with its key: {error}"
-        ) from error
-    if options.tls_client_ca_file:
-        try:
-            context.load_verify_locations(options.tls_client_ca_file)
-        except ssl.SSLError as error:
-            raise ConfigError(f"TLS: {options.tls_client_ca_file} holds no certificate: {error}") from error
-
-
-def _read(path: str, option: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise ConfigError(f"{option}: cannot read {path}: {error.strerror}") from error

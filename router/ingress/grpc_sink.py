@@ -90,8 +90,15 @@ class StreamSink:
         """Writes the stream until `complete`, `stop` or `drop`.
 
         Nothing is written before the first data, initial metadata neither: a call that fails before it is answered by a
-        status alone, which clients' own retry rules may retry.
+        status alone, which clients' own retry rules may retry. Ends as cancelled where the client is gone.
         """
+        try:
+            await self._write_all(context)
+        except grpc.aio.InternalError as error:
+            # A write fails because the client is gone; grpc's own cancel of the handler comes a moment sooner or later.
+            raise asyncio.CancelledError from error
+
+    async def _write_all(self, context: Context) -> None:
         await self._ready.wait()
         if not self.started:
             return

@@ -87,9 +87,9 @@ async def test_a_directory_that_dies_takes_no_replica_away_and_heals(address: st
         before = await client.watch("", -1, 0)
         ray.kill(await asyncio.to_thread(directory.find, NAMESPACE), no_restart=not restarts)
 
-        fresh = DirectoryClient(NAMESPACE)
-        while (after := await _listing(fresh)).epoch == before.epoch or set(after.records) != {"a", "b"}:
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(DEADLINE_S):
+            while (after := await _listing()).epoch == before.epoch or set(after.records) != {"a", "b"}:
+                await asyncio.sleep(0.1)
         async with registered("c"):
             await until(lambda: seen.last == {"a", "b", "c"}, "the new directory is followed")
         assert all(report >= {"a", "b"} for report in seen.reports[seen.reports.index({"a", "b"}) :])
@@ -170,10 +170,10 @@ asyncio.run(main())
 """
 
 
-async def _listing(client: DirectoryClient) -> directory.Listing:
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            try:
-                return await client.watch("", -1, 0)
-            except DirectoryAway:
-                await asyncio.sleep(0.1)
+async def _listing() -> directory.Listing:
+    client = DirectoryClient(NAMESPACE)
+    while True:
+        try:
+            return await client.watch("", -1, 0)
+        except DirectoryAway:
+            await asyncio.sleep(0.1)

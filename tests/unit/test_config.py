@@ -15,7 +15,7 @@ from router import reference
 from router.config import INDEX, dump, leaves, load
 from router.errors import ConfigError
 from router.fields import expected
-from router.options import Config, EngineOptions, HttpOptions
+from router.options import Config, EngineOptions, HttpOptions, StaticReplica
 
 ROOT = Path(__file__).resolve().parents[2]
 Write = Callable[[str], str]
@@ -100,6 +100,15 @@ def test_environment_can_complete_what_the_file_began(write: Write) -> None:
     path = write('[membership]\nkind = "static"\n[[membership.replicas]]\nname = "a"')
     config = load(path, env={"KVLANE_MEMBERSHIP_REPLICAS_0_PORT": "9"})
     assert config.membership.replicas[0].port == 9
+
+
+def test_environment_alone_can_make_an_array() -> None:
+    env = {
+        "KVLANE_MEMBERSHIP_KIND": "static",
+        "KVLANE_MEMBERSHIP_REPLICAS_0_NAME": "a",
+        "KVLANE_MEMBERSHIP_REPLICAS_0_PORT": "9",
+    }
+    assert load(None, env=env).membership.replicas == (StaticReplica(name="a", port=9),)
 
 
 # What is refused, layer by layer

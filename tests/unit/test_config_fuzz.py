@@ -17,7 +17,7 @@ from router.errors import ConfigError
 from router.fields import value_type
 from router.options import Config
 
-fixed = settings(derandomize=True, deadline=None, max_examples=100)
+fixed = settings(derandomize=True, deadline=None, max_examples=60)
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 times = st.times() | st.dates() | st.datetimes()

@@ -203,6 +203,16 @@ async def test_stop_lets_a_call_finish_within_the_grace() -> None:
         await within(stopping)
 
 
+async def test_stop_waits_for_a_client_that_still_reads_an_ended_stream() -> None:
+    async with serving(says("x" * (4 << 20)), stream_buffer_bytes=8 << 20) as served:
+        call = served.generate()
+        assert (await within(call.read())).route.replica
+        stopping = asyncio.create_task(served.ingress.stop(60))
+        assert len((await within(call.read())).text) == 4 << 20
+        assert await within(call.code()) is grpc.StatusCode.OK
+        await within(stopping)
+
+
 async def test_stop_ends_what_outlives_the_grace_with_unavailable() -> None:
     async with serving(hangs("a")) as served:
         call = served.generate()

@@ -141,6 +141,14 @@ def test_the_built_ins_are_installed_by_their_names() -> None:
     assert [field.name for field in msgspec.structs.fields(specs["power-of-two"].options)] == ["choices"]
 
 
+def test_the_page_on_policies_tells_of_each_built_in_and_its_options() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "policies.md").read_text()
+    for spec in registry.installed():
+        if spec.dist.startswith("kvlane "):
+            (row,) = [line for line in page.splitlines() if line.startswith(f"| `{spec.name}`")]
+            assert all(f"`{field.name}`" in row for field in msgspec.structs.fields(spec.options))
+
+
 def test_an_unknown_name_is_refused_with_the_nearest_and_all_installed() -> None:
     with pytest.raises(ConfigError, match="unknown policy 'rendom'; did you mean 'random'\\? installed: least-queue, "):
         create("rendom")

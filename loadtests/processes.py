@@ -1,0 +1,106 @@
+"""Child processes of the load tests: engines and router, and what they cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from loadtests.engines import SECRET
+from router.options import (
+    Config,
+    GrpcOptions,
+    HttpOptions,
+    LogOptions,
+    MembershipOptions,
+    PolicyOptions,
+    StaticReplica,
+)
+from router.workers import Order, spawn_arguments
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+MODEL = "sim"
+
+
+class Cost:
+    """The CPU time of a process and its children since this was made."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._began = self._now()
+
+    def _now(self) -> float:
+        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(") ")[2].split()
+        return sum(int(field) for field in fields[11:15]) / _TICKS
+
+    def cpu_s(self) -> float:
+        """User and system time in seconds, in steps of a scheduler tick."""
+        return self._now() - self._began
+
+
+def peak_rss_mb(pid: int) -> float:
+    """The most memory that the process has held, in MiB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise ProcessLookupError(pid)
+
+
+@contextmanager
+def engines(replicas: int, options: dict[str, Any]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """A process of simulated replicas: its pid and their addresses."""
+    arguments = [sys.executable, "-m", "loadtests.engines", MODEL, str(replicas), json.dumps(options)]
+    with _child(arguments) as child:
+        assert child.stdout is not None
+        yield child.pid, json.loads(child.stdout.readline())
+
+
+@contextmanager
+def router(addresses: list[dict[str, Any]], policy: str) -> Iterator[tuple[int, int, int]]:
+    """A router process over those replicas: its pid, its HTTP port and its gRPC port."""
+    with tempfile.NamedTemporaryFile() as secret:
+        secret.write(SECRET)
+        secret.flush()
+        replicas = tuple(
+            StaticReplica(name=address["replica"], port=address["lane"], secret_file=secret.name)
+            for address in addresses
+        )
+        config = Config(
+            http=HttpOptions(port=0),
+            grpc=GrpcOptions(port=0),
+            membership=MembershipOptions(kind="static", replicas=replicas),
+            policy=PolicyOptions(name=policy),
+            log=LogOptions(level="warning"),
+        )
+        with _child(spawn_arguments()) as child:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write(msgspec.json.encode(Order(config)).decode() + "\n")
+            child.stdin.flush()
+            words = dict(word.split("=", 1) for word in child.stdout.readline().split()[1:])
+            yield child.pid, int(words["http"].rpartition(":")[2]), int(words["grpc"].rpartition(":")[2])
+
+
+@contextmanager
+def _child(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+    child = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        yield child
+    finally:
+        child.stdin.close()
+        try:
+            child.wait(20)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        child.stdout.close()

@@ -1,0 +1,69 @@
+"""What an engine's options ask of Ray Serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine import deployment
+from engine.simulated import SimulatedEngine
+from router.errors import ConfigError
+from router.options import EngineOptions
+
+
+def test_a_replica_without_tensor_parallelism_holds_its_resources_itself() -> None:
+    options = EngineOptions(num_cpus=2, num_gpus=1, env={"A": "1"})
+    assert deployment.resources(options) == {
+        "ray_actor_options": {"runtime_env": {"env_vars": {"A": "1"}}, "num_cpus": 2, "num_gpus": 1}
+    }
+    assert deployment.engine_args(options) == {}
+
+
+def test_gpu_workers_get_a_bundle_each_behind_the_replicas_own() -> None:
+    options = EngineOptions(num_cpus=2, num_gpus=1, tensor_parallel_size=4)
+    assert deployment.resources(options) == {
+        "ray_actor_options": {"runtime_env": {"env_vars": {}}, "num_cpus": 2},
+        "placement_group_bundles": [{"CPU": 2}, {"GPU": 1}, {"GPU": 1}, {"GPU": 1}, {"GPU": 1}],
+        "placement_group_strategy": "PACK",
+    }
+    assert deployment.engine_args(options) == {"tensor_parallel_size": 4, "distributed_executor_backend": "ray"}
+
+
+def test_a_replica_that_asks_for_no_cpu_shares_the_first_workers_bundle() -> None:
+    options = EngineOptions(num_cpus=0, num_gpus=1, tensor_parallel_size=2)
+    assert deployment.resources(options)["placement_group_bundles"] == [{"GPU": 1}, {"GPU": 1}]
+
+
+def test_workers_with_a_part_of_a_gpu_tell_vllm_so() -> None:
+    actor = deployment.resources(EngineOptions(num_gpus=0.5, tensor_parallel_size=2))["ray_actor_options"]
+    assert actor["runtime_env"]["env_vars"] == {"VLLM_RAY_PER_WORKER_GPUS": "0.5"}
+
+
+def test_cpu_workers_are_processes_of_the_replicas_node() -> None:
+    options = EngineOptions(num_cpus=2, tensor_parallel_size=2)
+    assert deployment.resources(options)["ray_actor_options"]["num_cpus"] == 4
+    assert "placement_group_bundles" not in deployment.resources(options)
+    assert deployment.engine_args(options) == {"tensor_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"args": {"tensor_parallel_size": 2}}, "beside args"),
+        ({"args": {"tensor_parallel_size": 2}, "tensor_parallel_size": 4}, "beside args"),
+        ({"kind": "sim", "tensor_parallel_size": 2}, "only the engine vllm"),
+    ],
+)
+def test_arguments_that_contradict_the_resources_are_refused(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        deployment.build_application(EngineOptions(**given), namespace="kvlane")
+
+
+@pytest.mark.parametrize(("served", "name"), [("", "tiny"), ("my-model", "my-model")])
+async def test_the_engine_answers_to_its_served_name(served: str, name: str) -> None:
+    engine = deployment.make_engine(EngineOptions(kind="sim", served_model_name=served))
+    assert isinstance(engine, SimulatedEngine)
+    await engine.start()
+    assert [card.name for card in engine.info().models] == [name]
+    await engine.close()
