@@ -1,8 +1,9 @@
 """The replica's side of the `actor` carrier: lane sessions behind pipes of Ray calls (`router.lane.pipes`).
 
-Two event loops meet here: Serve runs the replica's code, and so its lane sessions, on a loop of its own, while calls
-on the actor run on the actor's. Rule: a session is touched on the replica's loop only; what crosses over is either
-handed to that loop or guarded by the pipe's lock. `ActorPipes` owns the pipes, and each pipe its session's transport.
+Three threads meet here: Serve runs the replica's code, and so its lane sessions, on an event loop of its own; Ray runs
+the streams down on the actor's loop, and the calls that feed pipes on a thread beside it. Rule: a session is touched on
+the replica's loop only; what crosses over is either handed to a loop or guarded by the pipe's lock. `ActorPipes` owns
+the pipes, and each pipe its session's transport.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class ActorPipes:
     def __init__(self, replica: str, session: Callable[[], asyncio.Protocol]) -> None:
         """`session` makes the replica's side of one new lane."""
         self._replica = replica
-        self._session = session
-        self._home = asyncio.get_running_loop()
+        self.session = session
+        self.home = asyncio.get_running_loop()
         self._pipes: dict[str, _Pipe] = {}
 
     def open(self) -> None:
@@ -41,12 +42,16 @@ class ActorPipes:
         """No new pipes; those that are open belong to their sessions."""
         pipes.HOSTED.pop(self._replica, None)
 
-    async def chunks(self, pipe: str) -> AsyncIterator[bytes]:
-        """Runs on the actor's loop. See `router.lane.pipes.Pipes`."""
-        end = self._pipes[pipe] = _Pipe(self._home)
+    def chunks(self, pipe: str) -> AsyncIterator[bytes]:
+        """Runs on any thread. See `router.lane.pipes.Pipes`."""
+        # Entered here and not in the stream, so that a call that closes it at once finds it.
+        end = self._pipes[pipe] = _Pipe(self.home)
+        return self._chunks(pipe, end)
+
+    async def _chunks(self, pipe: str, end: _Pipe) -> AsyncIterator[bytes]:
         error: Exception | None = None
         try:
-            end.begin(self._session)
+            end.begin(self.session)
             yield b""
             async for chunk in end.sent():
                 yield chunk
@@ -58,7 +63,7 @@ class ActorPipes:
             end.lost(error)
 
     def find(self, pipe: str) -> pipes.Feed:
-        """Runs on the actor's loop. See `router.lane.pipes.Pipes`."""
+        """Runs on any thread. See `router.lane.pipes.Pipes`."""
         try:
             return self._pipes[pipe]
         except KeyError:
@@ -66,11 +71,11 @@ class ActorPipes:
 
 
 class _Pipe:
-    """One pipe's state on the actor's loop, and the crossing to the replica's."""
+    """One pipe's crossing between the actor's calls and the replica's loop."""
 
     def __init__(self, home: asyncio.AbstractEventLoop) -> None:
         self._home = home
-        self._loop = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
         self._lock = threading.Lock()
         self._buffer = bytearray()
@@ -84,6 +89,7 @@ class _Pipe:
     # -- on the actor's loop
 
     def begin(self, session: Callable[[], asyncio.Protocol]) -> None:
+        self._loop = asyncio.get_running_loop()
         self._home.call_soon_threadsafe(self.transport.begin, session)
 
     async def sent(self) -> AsyncIterator[bytes]:
@@ -118,30 +124,29 @@ class _Pipe:
             return  # It may have called in the meantime; the next look tells.
         self._wake.clear()
 
+    def lost(self, error: Exception | None) -> None:
+        self._home.call_soon_threadsafe(self.transport.lost, error)
+
+    # -- on the thread of the router's calls
+
     def feed(self, seq: int, data: bytes, taken: int, close: bool) -> None:
         self._heard = time.monotonic()
-        if seq != self._next_seq:
-            self.cut()
-            if seq < 0:
-                return  # An abort comes out of turn.
-            raise ConnectionResetError(f"batch {self._next_seq} is missing")
-        self._next_seq += 1
-        self._taken = taken
-        self._wake.set()
+        with self._lock:
+            expected = self._next_seq
+            if seq == expected:
+                self._next_seq += 1
+                self._taken = taken
+        if seq < 0:
+            self.end(drop=True)  # An abort comes out of turn.
+            return
+        if seq != expected:
+            self.end(drop=True)
+            raise ConnectionResetError(f"batch {expected} is missing")
+        self._poke()
         if data:
             self._home.call_soon_threadsafe(self.transport.received, data)
         if close:
             self._home.call_soon_threadsafe(self.transport.hung_up)
-
-    def cut(self) -> None:
-        """Ends the stream to the router; what is unsent is dropped."""
-        with self._lock:
-            self._buffer.clear()
-            self._ending = True
-        self._wake.set()
-
-    def lost(self, error: Exception | None) -> None:
-        self._home.call_soon_threadsafe(self.transport.lost, error)
 
     # -- on the replica's loop
 
@@ -150,15 +155,21 @@ class _Pipe:
             waiting = bool(self._buffer)
             self._buffer += data
         if not waiting:
-            self._loop.call_soon_threadsafe(self._wake.set)
+            self._poke()
+
+    # -- on any thread
 
     def end(self, drop: bool) -> None:
-        """The session is done; what it wrote is still sent unless dropped."""
+        """Ends the stream to the router; what was written is still sent unless dropped."""
         with self._lock:
             if drop:
                 self._buffer.clear()
             self._ending = True
-        self._loop.call_soon_threadsafe(self._wake.set)
+        self._poke()
+
+    def _poke(self) -> None:
+        if self._loop is not None:  # Else the stream has not begun, and looks when it does.
+            self._loop.call_soon_threadsafe(self._wake.set)
 
 
 class PipeTransport(asyncio.Transport):
@@ -230,7 +241,7 @@ class PipeTransport(asyncio.Transport):
     # -- the pipe's side
 
     def begin(self, session: Callable[[], asyncio.Protocol]) -> None:
-        if not self._lost:
+        if not self._closing:
             self._protocol = session()
             self._protocol.connection_made(self)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ class VllmEngine:
         self._grpc: GrpcStreams | None = None
         self._info: EngineInfo | None = None
         self._steps = _Steps()
-        self._active: set[object] = set()
+        self._active: set[_Stream] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = AsyncExitStack()
 
@@ -95,16 +96,14 @@ class VllmEngine:
         if self._lost():
             out.fail(ReplicaLost("the engine died"))
             return _nothing
-        stream = object()
-        counted = _CountedOut(out, lambda: self._active.discard(stream))
-        self._active.add(stream)
+        stream = _Stream(out, self._active)
         if call.rpc == Rpc.HTTP:
-            http = HttpStream(self._app, call, counted, self._lost)
+            http = HttpStream(self._app, call, stream, self._lost)
             task = asyncio.create_task(http.run())
-            stop: Callable[[], object] = http.disconnect
+            stream.stop = http.disconnect
         else:
-            task = asyncio.create_task(self._grpc.run(call, counted))
-            stop = task.cancel
+            task = asyncio.create_task(self._grpc.run(call, stream))
+            stream.stop = task.cancel
         self._tasks.add(task)
         task.add_done_callback(self._dropped)
 
@@ -113,7 +112,7 @@ class VllmEngine:
                 self._active.discard(stream)
                 # The engine may have no step left that would tell of the lower load.
                 task.add_done_callback(self._steps.tell)
-                stop()
+                stream.stop()
 
         return abort
 
@@ -129,15 +128,20 @@ class VllmEngine:
             raise ReplicaFailed("the engine died") from error
 
     async def close(self) -> None:
-        """Ends all streams, then the engine and its processes. May be called more than once."""
+        """Fails all streams, then ends the engine and its processes. May be called more than once."""
         self._grpc = None
+        for stream in tuple(self._active):
+            stream.fail(ReplicaLost("the replica has shut down"))
+            stream.stop()
         if self._tasks:
-            await self._end_streams()
+            await self._await_tasks()
         await self._closing.aclose()
+        self._app = None
         if self._engine is not None:
             engine, self._engine = self._engine, None
             # On the loop's own thread: the engine's sockets and tasks belong to this loop.
             engine.shutdown()
+            gc.unfreeze()  # The application froze all that start-up had made; the engine itself may go now.
 
     def _namespace(self) -> argparse.Namespace:
         from vllm.platforms import current_platform
@@ -199,10 +203,12 @@ class VllmEngine:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a stream's task failed", exc_info=error)
 
-    async def _end_streams(self) -> None:
-        for task in self._tasks:
+    async def _await_tasks(self) -> None:
+        _, late = await asyncio.wait(self._tasks, timeout=_CLOSE_GRACE_S)
+        for task in late:
             task.cancel()
-        await asyncio.wait(self._tasks, timeout=_CLOSE_GRACE_S)
+        if late:
+            await asyncio.wait(late, timeout=_CLOSE_GRACE_S)
 
 
 class _Steps:
@@ -253,23 +259,25 @@ class _Steps:
             listener()
 
 
-class _CountedOut:
-    """A `StreamOut` that says when it ended; what comes per token goes straight through."""
+class _Stream:
+    """A `StreamOut` that is in the set of active ones until it ends; what comes per token goes straight through."""
 
-    __slots__ = ("_ended", "_out", "data", "head")
+    __slots__ = ("_active", "_out", "data", "head", "stop")
 
-    def __init__(self, out: StreamOut, ended: Callable[[], None]) -> None:
-        self._out = out
-        self._ended = ended
+    def __init__(self, out: StreamOut, active: set[_Stream]) -> None:
         self.head = out.head
         self.data = out.data
+        self.stop: Callable[[], object] = _nothing
+        self._out = out
+        self._active = active
+        active.add(self)
 
     def end(self, finish: str = "") -> None:
-        self._ended()
+        self._active.discard(self)
         self._out.end(finish)
 
     def fail(self, error: KvlaneError) -> None:
-        self._ended()
+        self._active.discard(self)
         self._out.fail(error)
 
 

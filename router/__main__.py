@@ -13,6 +13,7 @@ import msgspec
 
 from router import config as config_files
 from router.errors import ConfigError
+from router.fields import expected
 from router.options import Config
 from router.policies import registry
 
@@ -129,7 +130,7 @@ def _policies(_: argparse.Namespace) -> int:
         print(f"{spec.name}  ({spec.dist})\n    {about}")
         for option in msgspec.structs.fields(spec.options):
             default = "required" if option.required else f"default {option.default!r}"
-            print(f"    {option.encode_name}: {getattr(option.type, '__name__', option.type)}, {default}")
+            print(f"    {option.encode_name}: {expected(option.type)}, {default}")
     for policy in registry.broken():
         print(f"{policy.name}  ({policy.dist})\n    cannot be used: {policy.cause}")
     return 0

@@ -92,15 +92,17 @@ class Dispatcher:
 
     async def _route(self, request: Request, sink: Sink) -> End:
         tried: set[str] = set()
+        fallbacks: tuple[str, ...] = ()
         while True:
             snapshot = await self._candidates(request.model, tried)
-            decision = self._choose(request, snapshot)
+            decision = self._choose(request, snapshot, fallbacks)
             with self._replicas.lease(decision.replica) as lane:
                 sink.routed(self._receipt(request, snapshot, decision, retry=bool(tried)))
                 try:
                     return await lane.run(request, sink)
                 except KvlaneError as error:
                     tried.add(decision.replica)
+                    fallbacks = fallbacks or decision.fallbacks
                     if sink.started or not error.retryable or len(tried) >= self._limits.max_tries:
                         raise
                     self._observer.retried(error)
@@ -122,10 +124,15 @@ class Dispatcher:
             except NoReplica:
                 continue
 
-    def _choose(self, request: Request, snapshot: Snapshot) -> Decision:
+    def _choose(self, request: Request, snapshot: Snapshot, fallbacks: tuple[str, ...]) -> Decision:
+        """The first of the earlier decision's fallbacks that is still there, or else what the policy says."""
+        names = [view.replica for view in snapshot.replicas]
+        for name in fallbacks:
+            if name in names:
+                return Decision(name, Reason.RETRY, fallbacks)
         try:
             decision = self._policy.choose(request, snapshot)
-            if any(view.replica == decision.replica for view in snapshot.replicas):
+            if decision.replica in names:
                 return decision
             raise LookupError(f"it chose {decision.replica!r}, which is not in the snapshot")
         except Exception as error:  # a plugin's defect must not cost a request

@@ -127,7 +127,9 @@ class RayOptions(Options, frozen=True):
 
 
 class LogOptions(Options, frozen=True):
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The log, one line per record on standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"  # Client mistakes and replicas' lives show.
 
 
 class Config(Options, frozen=True):

@@ -31,9 +31,9 @@ def check_version(version: str = ray.__version__) -> None:
 
 
 def call(actor: Any, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Any:
-    """Runs a plain function of an importable module on the actor's event loop, with the actor's object first.
+    """Runs a plain function of an importable module in the actor's process, with the actor's object first.
 
-    Returns an awaitable of the result, which is a Ray object reference.
+    It runs beside the actor's event loop, on another thread. Returns an awaitable, which is a Ray object reference.
     """
     # No task events: one record per call at the cluster's head would cost more than the call.
     return actor.__ray_call__.options(enable_task_events=False).remote(function, *args, **kwargs)
@@ -42,7 +42,7 @@ def call(actor: Any, function: Callable[Concatenate[Any, P], T], *args: P.args, 
 def stream(
     actor: Any, function: Callable[Concatenate[Any, P], AsyncIterator[T]], *args: P.args, **kwargs: P.kwargs
 ) -> Any:
-    """Runs an async generator function there; returns an async iterator of object references.
+    """Runs an async generator function on the actor's event loop; returns an async iterator of object references.
 
     `ActorMethod.options(num_returns="streaming")` looks at `__ray_call__` itself, which is no generator, and refuses;
     what `.remote()` calls underneath does not look.

@@ -133,7 +133,8 @@ class Decision(msgspec.Struct, frozen=True):
     replica: str
     reason: Reason
     fallbacks: tuple[str, ...] = ()
-    """Replicas to try next, best first; may be empty, then the policy is asked again."""
+    """Replicas to try next where this one fails before the first byte, best first; without any that is ready the policy
+    is asked again."""
     score: float = 0.0
     """The policy's own measure of the choice; lower is better."""
 

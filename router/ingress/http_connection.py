@@ -42,11 +42,11 @@ _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 # What a connection waits for; its deadline follows from it.
 _FRESH: Final = "the first request"
-_BUSY: Final = "a replica"
 _WAITING: Final = "the next request"
 _IN_HEAD: Final = "the headers"
 _IN_BODY: Final = "the body"
 _CLOSING: Final = "the end"
+_NOTHING: Final = ("", 0)
 
 
 class TooManyConnections(Overloaded):
@@ -91,7 +91,7 @@ class Connection(asyncio.Protocol):
         self._loop = loop
         self._parser = RequestParser(options.max_header_bytes, options.max_body_bytes)
         self._queue = self._parser.complete
-        self._waits_for: tuple[str, int] = ("", 0)
+        self._waits_for = _NOTHING
         self._exchange: Exchange | None = None
         self._task: asyncio.Task[None] | None = None
         self._held_input: list[bytes] = []
@@ -269,8 +269,10 @@ class Connection(asyncio.Protocol):
         self._exchange = self._task = None
         if close or self._retiring:
             self._close()
-        else:
+        elif self._queue or self._held_input or self._parser.wants_continue:
             self._advance()
+        else:
+            self._set_deadline()
 
     def write(self, data: bytes) -> None:
         """Writes, or keeps what the client cannot take yet."""
@@ -374,11 +376,11 @@ class Connection(asyncio.Protocol):
         options = self._site.options
         state = self._parser.state
         if self._exchange is not None or self._queue:
-            self._wait(_BUSY, math.inf)
+            self.deadline, self._waits_for = math.inf, _NOTHING
         elif state == HEAD:
             self._wait(_IN_HEAD, options.header_timeout_s)
         elif state == BODY:
-            self._waits_for = ("", 0)  # The pause is what is limited, so any byte starts it anew.
+            self._waits_for = _NOTHING  # The pause is what is limited, so any byte starts it anew.
             self._wait(_IN_BODY, options.body_timeout_s)
         elif self._parser.begun:
             self._wait(_WAITING, options.idle_timeout_s)

@@ -1,6 +1,6 @@
 """What the `actor` carrier calls: one call that feeds bytes up a pipe, one stream that brings bytes down.
 
-Both functions run inside the replica's actor, on its event loop, by reference (`router.ray_private`). Such a call knows
+Both functions run inside the replica's actor, by reference (`router.ray_private`). Such a call knows
 the process and no object in it, so the replica enters its pipes in a table of the process under its name. Rule: only
 the replica's side (`engine.actor_lane`) writes that table.
 """

@@ -16,7 +16,7 @@ so that a seeded policy is reproducible. One instance serves one router process,
 from __future__ import annotations
 
 import random
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -41,6 +41,8 @@ class Policy(Protocol):
 class PolicyClass(Protocol):
     """What an entry point of the group ``kvlane.policies`` names."""
 
-    Options: ClassVar[type[msgspec.Struct]]
+    @property
+    def Options(self) -> type[msgspec.Struct]:  # noqa: N802 - a class attribute, written as one
+        """What ``[policy.options]`` may hold."""
 
     def __call__(self, options: Any, random: random.Random) -> Policy: ...

@@ -23,7 +23,7 @@ STOP_DEADLINE_S = 30.0
 
 @contextmanager
 def bare_vllm_server(model: Path, served_model_name: str, args: dict[str, Any], log: Path) -> Iterator[str]:
-    """Runs ``vllm serve`` with the arguments that `VllmEngine` takes; yields ``http://127.0.0.1:port`` once it is healthy.
+    """Runs ``vllm serve`` with the arguments that `VllmEngine` takes; yields its address once it is healthy.
 
     Its output goes to the file `log`. None of its processes is left at the end.
     """

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -96,12 +95,22 @@ class Client(asyncio.Protocol):
         self.lost.set_result(exc)
 
 
+@pytest.fixture(scope="module")
+def host(ray_cluster: None) -> Any:
+    """Every test leaves it without open sessions."""
+    return new_host()
+
+
 @pytest.fixture
-async def host() -> AsyncIterator[Any]:
+def doomed(ray_cluster: None) -> Any:
+    """A host for a test that kills it."""
+    return new_host()
+
+
+def new_host() -> Any:
     actor = ray.remote(Host).options(num_cpus=0).remote("host")
-    await asyncio.wait_for(actor.look.remote(), DEADLINE_S)
-    yield actor
-    ray.kill(actor)
+    ray.get(actor.look.remote(), timeout=DEADLINE_S)
+    return actor
 
 
 async def connect(actor: Any) -> tuple[ActorTransport, Client]:
@@ -131,6 +140,7 @@ async def test_bytes_come_back_whole_and_in_order(host: Any) -> None:
     assert client.data == sent
     transport.close()
     assert await asyncio.wait_for(client.lost, DEADLINE_S) is None
+    await looked(host, open=0)
 
 
 async def test_two_pipes_do_not_mix(host: Any) -> None:
@@ -145,6 +155,7 @@ async def test_two_pipes_do_not_mix(host: Any) -> None:
 
 
 async def test_what_was_written_before_close_arrives_and_the_session_ends(host: Any) -> None:
+    before = (await host.look.remote())[1]
     transport, client = await connect(host)
     transport.write(b"x" * 500_000)
     transport.close()
@@ -152,7 +163,7 @@ async def test_what_was_written_before_close_arrives_and_the_session_ends(host: 
     transport.write(b"too late")
     assert await asyncio.wait_for(client.lost, DEADLINE_S) is None
     await looked(host, open=0)
-    assert (await host.look.remote())[1] == 500_000
+    assert (await host.look.remote())[1] - before == 500_000
 
 
 async def test_an_abort_ends_the_session_at_once(host: Any) -> None:
@@ -169,6 +180,7 @@ async def test_a_session_that_closes_sends_its_last_words_first(host: Any) -> No
     assert await asyncio.wait_for(client.lost, DEADLINE_S) is None
     assert client.data == b"bye"
     assert transport.is_closing()
+    await looked(host, open=0)
 
 
 async def test_a_session_that_fails_loses_its_pipe(host: Any) -> None:
@@ -178,9 +190,9 @@ async def test_a_session_that_fails_loses_its_pipe(host: Any) -> None:
     await looked(host, open=0)
 
 
-async def test_the_death_of_the_actor_is_a_lost_connection(host: Any) -> None:
-    _, client = await connect(host)
-    os.kill((await host.look.remote())[3], signal.SIGKILL)
+async def test_the_death_of_the_actor_is_a_lost_connection(doomed: Any) -> None:
+    _, client = await connect(doomed)
+    os.kill((await doomed.look.remote())[3], signal.SIGKILL)
     assert isinstance(await asyncio.wait_for(client.lost, DEADLINE_S), ConnectionResetError)
 
 
@@ -206,7 +218,7 @@ async def test_a_writer_ahead_of_the_replica_is_told_to_pause(host: Any) -> None
     assert transport.get_write_buffer_size() == 2000
     await until(lambda: client.resumed == 1, "it may write again")
     transport.close()
-    await asyncio.wait_for(client.lost, DEADLINE_S)
+    await looked(host, open=0)
 
 
 async def test_a_connect_that_is_given_up_leaves_no_session(host: Any) -> None:
@@ -220,14 +232,22 @@ async def test_a_connect_that_is_given_up_leaves_no_session(host: Any) -> None:
     await looked(host, open=0)
 
 
-@pytest.mark.parametrize("case", ["another replica", "no handle", "dead actor"])
-async def test_a_pipe_that_cannot_be_opened_is_a_refused_connection(host: Any, case: str) -> None:
-    if case == "dead actor":
-        ray.kill(host)
-    name = "another" if case == "another replica" else "host"
-    record = ReplicaRecord(name, "127.0.0.1", 1, b"", actor=None if case == "no handle" else host)
+async def refused(record: ReplicaRecord) -> None:
     with pytest.raises(ConnectionRefusedError):
         await asyncio.wait_for(ActorCarrier().connect(record, Client), DEADLINE_S)
+
+
+async def test_a_pipe_to_another_replicas_actor_is_refused(host: Any) -> None:
+    await refused(ReplicaRecord("another", "127.0.0.1", 1, b"", actor=host))
+
+
+async def test_a_replica_without_an_actor_handle_is_a_refused_connection() -> None:
+    await refused(ReplicaRecord("host", "127.0.0.1", 1, b""))
+
+
+async def test_a_dead_actor_is_a_refused_connection(doomed: Any) -> None:
+    ray.kill(doomed)
+    await refused(ReplicaRecord("host", "127.0.0.1", 1, b"", actor=doomed))
 
 
 async def test_no_task_is_left_after_the_end(host: Any) -> None:
@@ -239,4 +259,4 @@ async def test_no_task_is_left_after_the_end(host: Any) -> None:
     transport.close()
     await asyncio.wait_for(client.lost, DEADLINE_S)
     await until(lambda: asyncio.all_tasks() == before, "the pipe's tasks have ended")
-    gc.collect()
+    await looked(host, open=0)

@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 from engine import deployment
+from engine.actor_lane import ActorPipes
 from router import ray_private
 from router.errors import ConfigError
-from router.lane import frames
+from router.lane import frames, pipes
 from router.lane.actor import ActorCarrier
 from router.lane.carriers import Carrier, SocketCarrier
 from router.membership.base import ReplicaRecord
@@ -118,6 +119,14 @@ def pid_of(actor: object) -> int:
     return os.getpid()
 
 
+def fail_engine(actor: object, replica: str) -> None:
+    """Runs inside a replica's actor, whose sessions lead to the replica."""
+    hosted = pipes.HOSTED[replica]
+    assert isinstance(hosted, ActorPipes)
+    engine = hosted.session.__self__.engine  # type: ignore[attr-defined]
+    hosted.home.call_soon_threadsafe(engine.fail)
+
+
 async def test_the_directory_lists_both_replicas_with_address_secret_and_actor(members: Members) -> None:
     for name, record in members.now.items():
         assert name.startswith("sim-")
@@ -163,6 +172,14 @@ async def test_a_killed_replica_loses_its_lanes_and_is_replaced(members: Members
     await lane.next(None)
     await until(lambda: killed.replica not in members.now, "the dead replica is not listed any more")
     await until(lambda: len(members.now) == 2, "Serve's replacement is listed")
+
+
+async def test_a_replica_whose_engine_died_is_replaced(members: Members) -> None:
+    sick = next(iter(members.now.values()))
+    pid = await ray_private.call(sick.actor, pid_of)
+    await ray_private.call(sick.actor, fail_engine, sick.replica)
+    await until(lambda: not alive(pid), "Serve ended the replica")
+    await until(lambda: len(members.now) == 2 and sick.replica not in members.now, "its replacement is listed")
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)

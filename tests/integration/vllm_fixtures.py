@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from google.protobuf.message import Message
 
 from engine.base import Abort
@@ -20,11 +23,23 @@ from router.types import Headers, Rpc
 
 M = TypeVar("M", bound=Message)
 
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
 MODEL = "tiny"
 DEADLINE_S = 120.0
 """For a single answer. The first of a kind may load what vLLM imports late, on a busy machine."""
 START_DEADLINE_S = 240.0
-ENGINE_ARGS: dict[str, Any] = {"max_num_seqs": 8, "block_size": 32, "num_gpu_blocks_override": 1024}
+ENGINE_ARGS: dict[str, Any] = {
+    "max_num_seqs": 8,
+    "block_size": 32,
+    "num_gpu_blocks_override": 1024,
+    "enable_auto_tool_choice": True,
+    "tool_call_parser": "hermes",
+}
+# Of vLLM and what it imports, not ours.
+FOREIGN_WARNINGS = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning"
+)
 
 _streams = itertools.count(1)
 
@@ -129,3 +144,6 @@ async def running_engine(model: Path, **args: Any) -> AsyncIterator[VllmEngine]:
         yield engine
     finally:
         await engine.close()
+        del engine
+        # vLLM leaves its ZMQ context to the garbage collector, which warns of it: now rather than in another test.
+        gc.collect()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.errors import InvalidRequest, KvlaneError, ReplicaLost
+from router.errors import InvalidRequest, KvlaneError, MethodNotAllowed, ReplicaLost
 from router.ingress import openai
 from router.ingress.base import ModelStatus
 from router.ingress.openai import Facts, read_json, read_multipart
@@ -129,8 +129,9 @@ def test_an_error_event_has_the_shape_of_its_api(path: str, start: bytes, end: b
 
 
 def test_any_error_class_can_be_rendered() -> None:
-    for cls in KvlaneError.__subclasses__():
-        error = cls("x", allow=("GET",)) if cls.__name__ == "MethodNotAllowed" else cls("x")
+    classes: list[type[KvlaneError]] = [KvlaneError, *KvlaneError.__subclasses__(), *InvalidRequest.__subclasses__()]
+    for cls in classes:
+        error = MethodNotAllowed("x", allow=("GET",)) if issubclass(cls, MethodNotAllowed) else cls("x")
         assert json.loads(openai.error_body(error))["error"]["code"] == cls.http_status
 
 

@@ -175,8 +175,8 @@ class Client:
     async def head(self) -> tuple[int, dict[str, str]]:
         async with asyncio.timeout(DEADLINE_S):
             lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
-        pairs = (line.split(": ", 1) for line in lines[1:])
-        return int(lines[0].split(" ")[1]), {name: value for name, value in pairs}
+        pairs = (line.partition(": ")[::2] for line in lines[1:])
+        return int(lines[0].split(" ")[1]), dict(pairs)
 
     async def chunk(self) -> bytes:
         async with asyncio.timeout(DEADLINE_S):

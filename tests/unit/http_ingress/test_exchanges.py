@@ -284,11 +284,12 @@ async def test_a_clients_request_id_is_kept_where_it_is_trusted_and_harmless() -
 
 
 def _every_error() -> list[KvlaneError]:
-    found, classes = [], [KvlaneError]
+    found: list[KvlaneError] = []
+    classes: list[type[KvlaneError]] = [KvlaneError]
     while classes:
         cls = classes.pop()
         classes += cls.__subclasses__()
-        found.append(cls("why", allow=("GET",)) if issubclass(cls, MethodNotAllowed) else cls("why"))
+        found.append(MethodNotAllowed("why", allow=("GET",)) if issubclass(cls, MethodNotAllowed) else cls("why"))
     return found
 
 
@@ -465,19 +466,21 @@ async def test_the_openai_client_streams_and_does_not_stream() -> None:
     async def refuse(request: Request, sink: Sink) -> None:
         raise NoReplica("none is ready")
 
-    async with served(vllm) as serving:
-        async with openai_sdk.AsyncOpenAI(base_url=serving.url + "/v1", api_key="k", max_retries=0) as client:
-            said = await client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
-            assert said.choices[0].message.content == "Hello"
-            events = await client.chat.completions.create(
-                model="tiny", messages=[{"role": "user", "content": "hi"}], stream=True
-            )
-            assert [event.choices[0].delta.content async for event in events] == ["Hel", "lo"]
-            assert [model.id async for model in client.models.list()] == ["lora-a", "tiny"]
-            serving.dispatch.script = refuse
-            with pytest.raises(openai_sdk.InternalServerError) as caught:
-                await client.completions.create(model="tiny", prompt="x")
-            assert caught.value.type == "ServiceUnavailableError"
+    async with (
+        served(vllm) as serving,
+        openai_sdk.AsyncOpenAI(base_url=serving.url + "/v1", api_key="k", max_retries=0) as client,
+    ):
+        said = await client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+        assert said.choices[0].message.content == "Hello"
+        events = await client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "hi"}], stream=True
+        )
+        assert [event.choices[0].delta.content async for event in events] == ["Hel", "lo"]
+        assert [model.id async for model in client.models.list()] == ["lora-a", "tiny"]
+        serving.dispatch.script = refuse
+        with pytest.raises(openai_sdk.InternalServerError) as caught:
+            await client.completions.create(model="tiny", prompt="x")
+        assert caught.value.type == "ServiceUnavailableError"
 
 
 async def test_echo_answers_many_connections_at_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -45,7 +46,7 @@ splits = st.lists(st.integers(0, 600), max_size=5)
 
 def _pieces(data: bytes, at: list[int]) -> list[bytes]:
     bounds = sorted({0, len(data), *(cut for cut in at if cut < len(data))})
-    return [data[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [data[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 def _parsed(pieces: list[bytes]) -> list[tuple[object, ...]]:

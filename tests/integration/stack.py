@@ -1,0 +1,86 @@
+"""`kvlane up` as a user runs it: a process of its own with Ray, replicas and router, watched from outside."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.integration.ray_local import alive, descendants, wait_until
+
+START_DEADLINE_S = 300.0
+STOP_DEADLINE_S = 120.0
+_READY = re.compile(r"^ready http=(http://\S+) grpc=(\S+)$", re.MULTILINE)
+
+
+class Stack:
+    """A running `kvlane up`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, http: str, grpc: str) -> None:
+        self.process = process
+        self._log = log
+        self.http = http
+        self.grpc = grpc
+
+    def log(self) -> str:
+        """What it has printed so far."""
+        return self._log.read_text(errors="replace")
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples, all labels together."""
+        text = httpx.get(f"{self.http}/metrics").text
+        return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
+
+    def idle(self) -> bool:
+        """Whether no request is left: not in the router, not on a lane, not in an engine."""
+        busy = ("streams_in_flight", "replica_running", "replica_waiting", "replica_leases")
+        return all(self.metric(f"kvlane_{name}") == 0 for name in busy)
+
+    def replicas(self) -> list[int]:
+        """The processes of the engine replicas."""
+        return [
+            pid for pid in descendants(self.process.pid) if b"ServeReplica" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+
+    def stop(self) -> int:
+        """Ends it by Ctrl-C; returns its exit status once no process of it is left."""
+        started = [self.process.pid, *descendants(self.process.pid)]
+        self.process.send_signal(signal.SIGINT)
+        status = self.process.wait(STOP_DEADLINE_S)
+        wait_until(lambda: not any(map(alive, started)), "no process is left")
+        return status
+
+
+@contextmanager
+def kvlane_up(log: Path, *arguments: str) -> Iterator[Stack]:
+    """Runs `kvlane up` on free ports; its output goes to the file `log`."""
+    command = [sys.executable, "-m", "router", "up", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", *arguments]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + START_DEADLINE_S
+        while "serving; Ctrl-C stops" not in (text := log.read_text(errors="replace")):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"kvlane up did not come up:\n{text[-4000:]}")
+            time.sleep(0.2)
+        ready = _READY.search(text)
+        assert ready is not None, text
+        stack = Stack(process, log, ready[1], ready[2])
+        yield stack
+    finally:
+        if process.poll() is None:
+            stopping = [process.pid, *descendants(process.pid)]
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(STOP_DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            wait_until(lambda: not any(map(alive, stopping)), "no process is left")

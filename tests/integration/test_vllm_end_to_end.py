@@ -1,0 +1,551 @@
+"""The whole path with real parts: official clients, the router, Ray Serve, real vLLM; answers as a bare vLLM gives them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import httpx
+import openai
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from kvlane.client import Client, KvlaneCallError
+from kvlane.v1 import inference_pb2 as pb
+
+from engine.tiny_model import make_tiny_model
+from tests.integration.bare_vllm import bare_vllm_server
+from tests.integration.stack import Stack, kvlane_up
+from tests.integration.vllm_fixtures import ENGINE_ARGS, MODEL
+
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+DEADLINE_S = 60.0
+LONG = 1500
+"""Tokens that take seconds."""
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, str]]:
+    """kvlane over two vLLM replicas, and a bare vLLM with the same model and arguments; they start side by side."""
+    directory = tmp_path_factory.mktemp("servers")
+    model = make_tiny_model(directory / "model")
+    arguments = "\n".join(f"{name} = {json.dumps(value)}" for name, value in ENGINE_ARGS.items())
+    config = directory / "config.toml"
+    config.write_text(
+        f'[[engines]]\nname = "{MODEL}"\nmodel = "{model}"\nreplicas = 2\n'
+        f"health_check_period_s = 1.0\n[engines.args]\n{arguments}\n"
+    )
+    address: list[str] = []
+    over = threading.Event()
+    up = threading.Event()
+
+    def bare() -> None:
+        try:
+            with bare_vllm_server(model, MODEL, ENGINE_ARGS, directory / "bare.log") as url:
+                address.append(url)
+                up.set()
+                over.wait()
+        finally:
+            up.set()
+
+    thread = threading.Thread(target=bare)
+    thread.start()
+    try:
+        with kvlane_up(directory / "kvlane.log", "--config", str(config)) as stack:
+            up.wait()
+            assert address, (directory / "bare.log").read_text()[-3000:]
+            yield stack, address[0]
+            log = stack.log()
+            assert stack.stop() == 0
+            assert "Traceback" not in log, log[-5000:]
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.fixture
+def stack(servers: tuple[Stack, str]) -> Stack:
+    return servers[0]
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{stack.http}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S) as client:
+        yield client
+
+
+def eventually(condition: Callable[[], bool]) -> float:
+    """Waits until it holds; returns for how many seconds."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < DEADLINE_S
+        time.sleep(0.002)
+    return time.monotonic() - began
+
+
+# -- acceptance: the official client, and answers equal to a bare vLLM's
+
+MESSAGES = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Tell me a story."}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather somewhere.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "old": {"type": "boolean"}},
+    "required": ["name", "old"],
+    "additionalProperties": False,
+}
+CHAT: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "logprobs": {"logprobs": True, "top_logprobs": 3},
+    "n2": {"n": 2},
+    "n2-sampled": {"n": 2, "temperature": 0.8, "seed": 7},
+    "stop": {"stop": ["e"]},
+    "tools-offered": {"tools": TOOLS, "tool_choice": "none"},
+    "tool-forced": {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "weather"}}},
+    "json-schema": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}},
+        "max_tokens": 64,
+    },
+    "regex": {"structured_outputs": {"regex": "[a-c]{4}"}},
+    "choice": {"structured_outputs": {"choice": ["red", "green"]}},
+    "bias": {"logit_bias": {"40": 5.0}, "frequency_penalty": 0.5, "presence_penalty": 0.1},
+    "too-long": {"messages": [{"role": "user", "content": "word " * 9000}]},
+    "bad-temperature": {"temperature": -1},
+    "bad-n": {"n": 0},
+    "bad-type": {"max_tokens": "many"},
+    "bad-role-type": {"messages": "hello"},
+    "no-messages": {"messages": []},
+}
+COMPLETIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "token-ids": {"prompt": [5, 6, 7, 8, 9, 10]},
+    "several-prompts": {"prompt": ["one two", "three four five"]},
+    "echo": {"echo": True},
+    "logprobs": {"logprobs": 2},
+    "n2": {"n": 2},
+    "empty-prompt": {"prompt": ""},
+    "token-out-of-vocabulary": {"prompt": [1, 99999999]},
+}
+OTHER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tokenize": ("POST", "/tokenize", {"prompt": "hello world"}),
+    "detokenize": ("POST", "/detokenize", {"tokens": [5, 6, 7]}),
+    "embeddings": ("POST", "/v1/embeddings", {"input": "hello"}),
+    "responses": ("POST", "/v1/responses", {"input": "hello", "max_output_tokens": 8, "temperature": 0}),
+    "messages": ("POST", "/v1/messages", {"messages": MESSAGES[1:], "max_tokens": 8, "temperature": 0}),
+}
+
+
+@pytest.mark.parametrize("case", CHAT)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_chat_answers_equal_those_of_a_bare_vllm(servers: tuple[Stack, str], case: str, stream: bool) -> None:
+    body = {"messages": MESSAGES, "temperature": 0, "max_tokens": 12} | CHAT[case]
+    compare(servers, "POST", "/v1/chat/completions", body, stream)
+
+
+@pytest.mark.parametrize("case", COMPLETIONS)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_completions_equal_those_of_a_bare_vllm(servers: tuple[Stack, str], case: str, stream: bool) -> None:
+    body = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 12} | COMPLETIONS[case]
+    compare(servers, "POST", "/v1/completions", body, stream)
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_other_endpoints_answer_as_a_bare_vllm_does(servers: tuple[Stack, str], case: str) -> None:
+    method, path, body = OTHER[case]
+    compare(servers, method, path, body, stream=False)
+
+
+def compare(servers: tuple[Stack, str], method: str, path: str, body: dict[str, Any], stream: bool) -> None:
+    stack, bare = servers
+    body = {"model": MODEL} | body
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    ours, theirs = (httpx.request(method, url + path, json=body, timeout=DEADLINE_S) for url in (stack.http, bare))
+    assert ours.status_code == theirs.status_code, (ours.text, theirs.text)
+    assert ours.headers["content-type"] == theirs.headers["content-type"]
+    assert parsed(ours) == parsed(theirs)
+    assert ours.headers["x-kvlane-route"].startswith("replica=")
+
+
+def parsed(response: httpx.Response) -> Any:
+    """The answer without what differs between two calls: ids and times."""
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        return stable(response.json())
+    blocks = response.text.split("\n\n")
+    assert blocks[-1] == ""
+    return [stable(json.loads(b[6:])) if b != "data: [DONE]" else b for b in blocks[:-1]]
+
+
+def stable(value: Any) -> Any:
+    if isinstance(value, dict):
+        volatile = {"id", "created", "created_at", "completed_at", "request_id", "item_id", "system_fingerprint"}
+        return {key: stable(item) for key, item in value.items() if key not in volatile}
+    if isinstance(value, list):
+        return [stable(item) for item in value]
+    return value
+
+
+def test_the_official_client_streams_a_chat_with_usage(client: openai.OpenAI) -> None:
+    with client.chat.completions.create(
+        model=MODEL,
+        messages=MESSAGES,  # type: ignore[arg-type]
+        max_tokens=16,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    ) as stream:
+        chunks = list(stream)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 16
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def test_the_official_client_gets_tools_logprobs_and_choices(client: openai.OpenAI) -> None:
+    forced = client.chat.completions.create(
+        model=MODEL,
+        messages=MESSAGES,  # type: ignore[arg-type]
+        tools=TOOLS,  # type: ignore[arg-type]
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+        max_tokens=100,
+    )
+    assert forced.choices[0].message.tool_calls is not None
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=MESSAGES,  # type: ignore[arg-type]
+        n=2,
+        logprobs=True,
+        top_logprobs=2,
+        max_tokens=4,
+        extra_body={"ignore_eos": True},
+    )
+    assert len(answer.choices) == 2
+    assert answer.choices[1].logprobs is not None
+    assert len(answer.choices[1].logprobs.content or []) == 4
+
+
+def test_the_official_client_gets_text_completions_and_the_model_list(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model=MODEL, prompt="Once", max_tokens=5, temperature=0)
+    with client.completions.create(model=MODEL, prompt="Once", max_tokens=5, temperature=0, stream=True) as stream:
+        assert "".join(chunk.choices[0].text for chunk in stream) == whole.choices[0].text
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+
+
+def test_the_official_client_raises_its_own_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="nobody", prompt="x")
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model=MODEL, input="x")
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model=MODEL, prompt="x", temperature=-3)
+
+
+def test_structured_output_keeps_to_its_schema(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=MESSAGES,  # type: ignore[arg-type]
+        max_tokens=100,
+        temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}},
+    )
+    value = json.loads(answer.choices[0].message.content or "")
+    assert set(value) == {"name", "old"}
+
+
+# -- acceptance: gRPC
+
+
+async def test_a_grpc_client_streams_generate_and_chat(stack: Stack) -> None:
+    async with Client(stack.grpc) as client:
+        deltas = [d async for d in client.generate(MODEL, "Once upon", max_tokens=8, temperature=0, ignore_eos=True)]
+        assert deltas[0].route is not None
+        assert deltas[0].route.replica
+        assert sum(len(d.token_ids) for d in deltas) == 8
+        assert deltas[-1].usage is not None
+        assert deltas[-1].usage.completion_tokens == 8
+        texts = {"".join([d.text async for d in client.generate(MODEL, "Once upon", max_tokens=8, temperature=0)])}
+        body = {"model": MODEL, "prompt": "Once upon", "max_tokens": 8, "temperature": 0}
+        http = httpx.post(f"{stack.http}/v1/completions", json=body, timeout=DEADLINE_S).json()
+        assert texts == {http["choices"][0]["text"]}
+        chat = [d async for d in client.chat(MODEL, [{"role": "user", "content": "Hi"}], max_tokens=6, temperature=0)]
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 6, "temperature": 0}
+        http = httpx.post(f"{stack.http}/v1/chat/completions", json=body, timeout=DEADLINE_S).json()
+        assert "".join(d.text for d in chat) == http["choices"][0]["message"]["content"]
+        assert [model.name for model in await client.models()] == [MODEL]
+
+
+def test_a_plain_grpc_client_finds_health_and_reflection(stack: Stack) -> None:
+    with grpc.insecure_channel(stack.grpc) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "kvlane.v1.Inference"):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=DEADLINE_S)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        (listed,) = reflection.ServerReflectionInfo(asked, timeout=DEADLINE_S)
+        assert "kvlane.v1.Inference" in [service.name for service in listed.list_services_response.service]
+        generate = channel.unary_stream(
+            "/kvlane.v1.Inference/Generate",
+            request_serializer=pb.GenerateRequest.SerializeToString,
+            response_deserializer=pb.GenerateResponse.FromString,
+        )
+        request = pb.GenerateRequest(model=MODEL, text="Hi", sampling=pb.SamplingParams(max_tokens=4, ignore_eos=True))
+        messages = list(generate(request, timeout=DEADLINE_S))
+        assert messages[0].route.replica
+        assert messages[-1].usage.completion_tokens == 4
+
+
+async def test_a_deadline_on_a_long_generation_ends_it_in_the_engine(stack: Stack) -> None:
+    async with Client(stack.grpc) as client:
+        took = []
+        for _ in range(5):
+            with pytest.raises(KvlaneCallError) as caught:
+                async for _delta in client.generate(MODEL, "Once", max_tokens=LONG, ignore_eos=True, timeout_s=0.05):
+                    pass
+            assert caught.value.status is grpc.StatusCode.DEADLINE_EXCEEDED
+            took.append(await asyncio.to_thread(eventually, stack.idle))
+    print(f"idle after a deadline: median {statistics.median(took) * 1000:.0f} ms of {len(took)}")
+
+
+# -- acceptance: disconnects in three phases on both protocols
+
+
+def long_body(stream: bool, prompt: str = "Once") -> bytes:
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": LONG, "ignore_eos": True, "stream": stream}
+    return json.dumps(body).encode()
+
+
+def post_raw(stack: Stack, body: bytes) -> socket.socket:
+    host, _, port = stack.http.removeprefix("http://").rpartition(":")
+    connection = socket.create_connection((host, int(port)), timeout=DEADLINE_S)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    connection.sendall(head.encode() + b"\r\n\r\n" + body)
+    return connection
+
+
+@pytest.mark.parametrize("phase", ["before the first token", "mid-stream", "not streamed"])
+def test_an_http_disconnect_reaches_the_engine(stack: Stack, phase: str) -> None:
+    took = []
+    for i in range(20):
+        before = stack.metric("kvlane_requests_total")
+        prompt = f"{i} " + "long ago " * 150 if phase == "before the first token" else "Once"
+        with post_raw(stack, long_body(phase != "not streamed", prompt)) as connection:
+            if phase == "mid-stream":
+                assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+                connection.recv(1 << 16)
+            else:
+                eventually(lambda: stack.metric("kvlane_streams_in_flight") == 1)
+        took.append(eventually(stack.idle))
+        eventually(lambda before=before: stack.metric("kvlane_requests_total") == before + 1)  # type: ignore[misc]
+    print(f"idle after an HTTP disconnect {phase}: median {statistics.median(took) * 1000:.0f} ms of {len(took)}")
+    cancelled = re.search(
+        r'kvlane_requests_total\{outcome="cancelled",rpc="http"\} (\d+)', httpx.get(f"{stack.http}/metrics").text
+    )
+    assert cancelled is not None
+    assert int(cancelled[1]) >= 20
+
+
+@pytest.mark.parametrize("phase", ["before the first token", "mid-stream"])
+async def test_a_grpc_cancel_reaches_the_engine(stack: Stack, phase: str) -> None:
+    took = []
+    async with Client(stack.grpc) as client:
+        for i in range(20):
+            prompt = f"{i} " + "long ago " * 150 if phase == "before the first token" else "Once"
+            call = client.generate(MODEL, prompt, max_tokens=LONG, ignore_eos=True)
+            async with call:
+                if phase == "mid-stream":
+                    seen = 0
+                    async for _ in call:
+                        seen += 1
+                        if seen == 3:
+                            break
+                else:
+                    reading = asyncio.ensure_future(anext(aiter(call)))
+                    await asyncio.to_thread(eventually, lambda: stack.metric("kvlane_streams_in_flight") == 1)
+                    reading.cancel()
+                    await asyncio.gather(reading, return_exceptions=True)
+            took.append(await asyncio.to_thread(eventually, stack.idle))
+    print(f"idle after a gRPC cancel {phase}: median {statistics.median(took) * 1000:.0f} ms of {len(took)}")
+
+
+# -- acceptance: bad input on the real servers, while another stream goes on
+
+
+class Untouched:
+    """A long stream that must end whole, whatever others send meanwhile."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._connection = post_raw(stack, long_body(stream=True))
+        self._read = self._connection.recv(1 << 16)
+        assert self._read.startswith(b"HTTP/1.1 200")
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        while not self._read.endswith(b"0\r\n\r\n"):
+            data = self._connection.recv(1 << 16)
+            assert data, "the other stream was cut"
+            self._read += data
+        assert self._read.count(b"data: {") >= LONG // 2
+        assert b"data: [DONE]" in self._read
+        self._connection.close()
+
+
+CHAT_PATH = "/v1/chat/completions"
+JSON_HEADERS = {"content-type": "application/json"}
+BAD_HTTP: dict[str, tuple[str, str, bytes, dict[str, str], int]] = {
+    "broken JSON": ("POST", CHAT_PATH, b'{"model": "tiny", ', JSON_HEADERS, 400),
+    "body not an object": ("POST", CHAT_PATH, b"[1]", JSON_HEADERS, 400),
+    "wrong type of model": ("POST", CHAT_PATH, b'{"model": 5, "messages": []}', JSON_HEADERS, 400),
+    "wrong type of messages": ("POST", CHAT_PATH, b'{"model": "tiny", "messages": 5}', JSON_HEADERS, 400),
+    "missing model": ("POST", CHAT_PATH, b'{"messages": []}', JSON_HEADERS, 400),
+    "unknown model": ("POST", CHAT_PATH, b'{"model": "nobody", "messages": []}', JSON_HEADERS, 404),
+    "empty prompt": ("POST", "/v1/completions", b'{"model": "tiny", "prompt": ""}', JSON_HEADERS, 400),
+    "over-long prompt": (
+        "POST",
+        "/v1/completions",
+        json.dumps({"model": MODEL, "prompt": "word " * 9000}).encode(),
+        JSON_HEADERS,
+        400,
+    ),
+    "body over the limit": ("POST", CHAT_PATH, b" " * ((32 << 20) + 1), JSON_HEADERS, 413),
+    "unknown path": ("POST", "/v1/nothing", b"{}", JSON_HEADERS, 404),
+    "path outside": ("GET", "/admin", b"", {}, 404),
+    "unknown method": ("DELETE", CHAT_PATH, b"", {}, 405),
+    "sampling out of range": (
+        "POST",
+        "/v1/completions",
+        b'{"model": "tiny", "prompt": "x", "top_p": 7}',
+        JSON_HEADERS,
+        400,
+    ),
+    "invalid UTF-8": ("POST", CHAT_PATH, b'{"model": "tiny\xff"}', JSON_HEADERS, 400),
+    "oversized header": ("GET", "/v1/models", b"", {"x-big": "a" * 70_000}, 431),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HTTP)
+def test_bad_http_input_gets_the_right_status_and_disturbs_nobody(stack: Stack, case: str) -> None:
+    method, path, body, headers, status = BAD_HTTP[case]
+    with Untouched(stack):
+        try:
+            response = httpx.request(method, stack.http + path, content=body, headers=headers, timeout=DEADLINE_S)
+        except (httpx.WriteError, httpx.ReadError):
+            assert case == "body over the limit", "the connection was cut before the answer could be read"
+            response = _early_answer(stack, path, len(body))
+        assert response.status_code == status, response.text
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == status
+        assert error["message"]
+
+
+def _early_answer(stack: Stack, path: str, length: int) -> httpx.Response:
+    """The answer to the head alone of a request whose body is not wanted."""
+    host, _, port = stack.http.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=DEADLINE_S) as connection:
+        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode())
+        data = b""
+        while piece := connection.recv(1 << 16):
+            data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    return httpx.Response(int(head.split()[1]), content=body)
+
+
+def test_a_half_sent_request_is_ended_with_408(stack: Stack) -> None:
+    host, _, port = stack.http.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=DEADLINE_S) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Le")
+        answer = b""
+        while piece := connection.recv(1 << 16):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == 408
+
+
+S = grpc.StatusCode
+BAD_GRPC: dict[str, tuple[str, bytes, grpc.StatusCode]] = {
+    "invalid proto": ("Generate", b"\xff\xff\xff", S.INVALID_ARGUMENT),
+    "invalid UTF-8": ("Generate", b"\x0a\x02\xff\xfe", S.INVALID_ARGUMENT),
+    "missing model": ("Generate", pb.GenerateRequest(text="x").SerializeToString(), S.INVALID_ARGUMENT),
+    "unknown model": ("Generate", pb.GenerateRequest(model="nobody", text="x").SerializeToString(), S.NOT_FOUND),
+    "empty prompt": ("Generate", pb.GenerateRequest(model=MODEL, text="").SerializeToString(), S.INVALID_ARGUMENT),
+    "over-long prompt": (
+        "Generate",
+        pb.GenerateRequest(model=MODEL, text="word " * 9000).SerializeToString(),
+        S.INVALID_ARGUMENT,
+    ),
+    "no messages": ("Chat", pb.ChatRequest(model=MODEL).SerializeToString(), S.INVALID_ARGUMENT),
+    "sampling out of range": (
+        "Generate",
+        pb.GenerateRequest(model=MODEL, text="x", sampling=pb.SamplingParams(top_p=7)).SerializeToString(),
+        S.INVALID_ARGUMENT,
+    ),
+    "unknown LoRA": (
+        "Generate",
+        pb.GenerateRequest(model=MODEL, text="x", routing=pb.RoutingParams(lora="none")).SerializeToString(),
+        S.NOT_FOUND,
+    ),
+    "embedding of a generative model": (
+        "Embed",
+        pb.EmbedRequest(model=MODEL, texts=["x"]).SerializeToString(),
+        S.UNIMPLEMENTED,
+    ),
+    "unknown method": ("Nothing", b"", S.UNIMPLEMENTED),
+    "message over the limit": ("Generate", bytes((32 << 20) + 1), S.RESOURCE_EXHAUSTED),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GRPC)
+def test_bad_grpc_input_gets_the_right_status_and_disturbs_nobody(stack: Stack, case: str) -> None:
+    method, body, status = BAD_GRPC[case]
+    with Untouched(stack), grpc.insecure_channel(stack.grpc) as channel:
+        call = channel.unary_stream(f"/kvlane.v1.Inference/{method}")
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(body, timeout=DEADLINE_S))
+    assert caught.value.code() is status
+    assert caught.value.details()
+
+
+def test_five_hundred_idle_connections_harm_nobody(stack: Stack) -> None:
+    host, _, port = stack.http.removeprefix("http://").rpartition(":")
+    idle = [socket.create_connection((host, int(port)), timeout=DEADLINE_S) for _ in range(500)]
+    try:
+        body = {"model": MODEL, "prompt": "x", "max_tokens": 2}
+        assert httpx.post(f"{stack.http}/v1/completions", json=body, timeout=DEADLINE_S).status_code == 200
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_both_replicas_serve_and_the_router_is_ready(stack: Stack) -> None:
+    assert httpx.get(f"{stack.http}/readyz").json()["models"] == {MODEL: 2}
+    routes = set()
+    for i in range(40):
+        body = {"model": MODEL, "prompt": f"{i} x", "max_tokens": 1}
+        answer = httpx.post(f"{stack.http}/v1/completions", json=body, timeout=DEADLINE_S)
+        routes.add(answer.headers["x-kvlane-route"].split(";")[0])
+        if len(routes) == 2:
+            break
+    assert len(routes) == 2
+
+
+def test_nothing_is_left_in_router_lanes_or_engines(stack: Stack) -> None:
+    eventually(stack.idle)
