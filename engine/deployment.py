@@ -23,8 +23,10 @@ from engine.actor_lane import ActorPipes
 from engine.base import Engine
 from engine.registration import Registration
 from engine.replica import Replica
+from router import ray_private
 from router.errors import ConfigError
 from router.membership.base import ReplicaRecord
+from router.membership.ray import join
 from router.options import Config, EngineOptions
 
 log = logging.getLogger(__name__)
@@ -133,9 +135,10 @@ def build_application(options: EngineOptions, *, namespace: str) -> serve.Applic
 def deploy(config: Config) -> None:
     """Hands all engines to Serve, whose proxies stay off, and returns while they load; see `statuses`.
 
-    The process must have joined Ray. An engine whose options are those that run already is left alone. Raises
-    `ConfigError` before anything is changed.
+    Joins the running Ray cluster first. An engine whose options are those that run already is left alone. Raises
+    `ConfigError` before anything is changed, and `ConnectionError` where no cluster runs.
     """
+    ray_private.check_version()
     names = [options.name for options in config.engines]
     if len(set(names)) < len(names):
         raise ConfigError(f"two engines have one name: {', '.join(sorted(names))}", param="engines")
@@ -147,6 +150,7 @@ def deploy(config: Config) -> None:
         )
         for options in config.engines
     ]
+    join(config.membership)
     serve.start(proxy_location="Disabled")
     if targets:
         serve.run_many(targets, wait_for_applications_running=False)

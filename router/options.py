@@ -71,7 +71,7 @@ class MembershipOptions(Options, frozen=True):
     """How the router learns of replicas."""
 
     kind: Literal["ray", "static"] = "ray"
-    ray_address: str = "auto"  # The Ray cluster to join.
+    ray_address: str = "auto"  # The Ray cluster to join; for `kvlane up`, "local" starts one whatever runs.
     ray_namespace: Name = "kvlane"
     relist_interval_s: Seconds = 5.0  # A missed change heals within this time.
     replicas: tuple[StaticReplica, ...] = ()  # `static` only.

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from rich.console import Console
 
 from engine import deployment
@@ -32,6 +33,7 @@ from router.workers import STOP_MARGIN_S, Order, spawn_arguments
 START_TIMEOUT_S = 1800.0
 """A large model takes many minutes to load; longer means that it hangs."""
 DEFAULT_REPLICAS = 2
+LOCAL = "local"
 SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 TINY_NOTE = "the model is a tiny Llama with random weights, made on this machine: its words are noise"
 
@@ -79,6 +81,9 @@ def run(config: Config, *, once: bool) -> int:
             console.print("stopping")
         except StartFailed as error:
             console.print(f"kvlane: {error.message}", style="red")
+            return 1
+        except RayError as error:
+            console.print(f"kvlane: Ray failed: {error}", style="red")
             return 1
     return 0
 
@@ -129,6 +134,8 @@ def _ray(config: Config) -> Iterator[bool]:
     namespace = config.membership.ray_namespace
     try:
         try:
+            if config.membership.ray_address == LOCAL:
+                raise ConnectionError
             ray.init(
                 address=config.membership.ray_address,
                 namespace=namespace,
@@ -138,7 +145,7 @@ def _ray(config: Config) -> Iterator[bool]:
         except ConnectionError:
             ours = True
             ray.init(
-                address="local",
+                address=LOCAL,
                 namespace=namespace,
                 num_cpus=config.ray.num_cpus or max(os.cpu_count() or 1, _cpus_needed(config)),
                 include_dashboard=False,

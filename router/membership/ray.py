@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -32,8 +31,6 @@ log = logging.getLogger(__name__)
 RETRY_S: Final = 0.5
 RESTART_GRACE_S: Final = 5 * directory.HEARTBEAT_S
 """How long replicas that a restarted directory does not list yet are kept: they repeat themselves every second."""
-HEAD_OUTAGE_S: Final = 3600
-"""How long Ray lets this process live without the cluster's head; its default of 60 s would end the router."""
 
 
 def join(options: MembershipOptions) -> None:
@@ -42,7 +39,6 @@ def join(options: MembershipOptions) -> None:
     Never starts a cluster. Raises `ConnectionError` where there is none, and what else `ray.init` raises.
     """
     if not ray.is_initialized():
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_OUTAGE_S))
         ray.init(
             address=options.ray_address,
             namespace=options.ray_namespace,

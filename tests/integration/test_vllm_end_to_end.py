@@ -1,4 +1,4 @@
-"""The whole path with real parts: official clients, the router, Ray Serve, real vLLM; answers as a bare vLLM gives them."""
+"""The whole path with real parts: official clients, router, Ray Serve, vLLM; answers equal to a bare vLLM's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, s
     arguments = "\n".join(f"{name} = {json.dumps(value)}" for name, value in ENGINE_ARGS.items())
     config = directory / "config.toml"
     config.write_text(
-        f'[[engines]]\nname = "{MODEL}"\nmodel = "{model}"\nreplicas = 2\n'
+        f'[membership]\nray_address = "local"\n[[engines]]\nname = "{MODEL}"\nmodel = "{model}"\nreplicas = 2\n'
         f"health_check_period_s = 1.0\n[engines.args]\n{arguments}\n"
     )
     address: list[str] = []
@@ -272,6 +272,10 @@ def test_structured_output_keeps_to_its_schema(client: openai.OpenAI) -> None:
 # -- acceptance: gRPC
 
 
+def post(stack: Stack, path: str, body: dict[str, Any]) -> Any:
+    return httpx.post(stack.http + path, json=body, timeout=DEADLINE_S).json()
+
+
 async def test_a_grpc_client_streams_generate_and_chat(stack: Stack) -> None:
     async with Client(stack.grpc) as client:
         deltas = [d async for d in client.generate(MODEL, "Once upon", max_tokens=8, temperature=0, ignore_eos=True)]
@@ -282,11 +286,11 @@ async def test_a_grpc_client_streams_generate_and_chat(stack: Stack) -> None:
         assert deltas[-1].usage.completion_tokens == 8
         texts = {"".join([d.text async for d in client.generate(MODEL, "Once upon", max_tokens=8, temperature=0)])}
         body = {"model": MODEL, "prompt": "Once upon", "max_tokens": 8, "temperature": 0}
-        http = httpx.post(f"{stack.http}/v1/completions", json=body, timeout=DEADLINE_S).json()
+        http = await asyncio.to_thread(post, stack, "/v1/completions", body)
         assert texts == {http["choices"][0]["text"]}
         chat = [d async for d in client.chat(MODEL, [{"role": "user", "content": "Hi"}], max_tokens=6, temperature=0)]
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 6, "temperature": 0}
-        http = httpx.post(f"{stack.http}/v1/chat/completions", json=body, timeout=DEADLINE_S).json()
+        http = await asyncio.to_thread(post, stack, "/v1/chat/completions", body)
         assert "".join(d.text for d in chat) == http["choices"][0]["message"]["content"]
         assert [model.name for model in await client.models()] == [MODEL]
 

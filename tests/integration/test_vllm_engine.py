@@ -49,7 +49,9 @@ SCHEMA = {
     "required": ["sunny"],
     "additionalProperties": False,
 }
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "d", "parameters": SCHEMA}}]
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "weather", "description": "d", "parameters": SCHEMA}}
+]
 Sampling = pb.SamplingParams
 
 
@@ -209,7 +211,8 @@ async def test_tools_change_the_prompt_over_http(engine: VllmEngine) -> None:
 
 async def test_a_tool_is_called_over_http(engine: VllmEngine) -> None:
     choice = {"type": "function", "function": {"name": "weather"}}
-    fields: dict[str, Any] = {"messages": USER, "tools": TOOLS, "tool_choice": choice, "max_tokens": 200, "seed": 1}
+    strict = [{"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}]
+    fields: dict[str, Any] = {"messages": USER, "tools": strict, "tool_choice": choice, "max_tokens": 400, "seed": 1}
     message = (await post(engine, "/v1/chat/completions", **fields)).json()["choices"][0]["message"]
     (call,) = message["tool_calls"]
     assert call["function"]["name"] == "weather"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from pathlib import Path
@@ -111,6 +112,48 @@ async def test_a_model_that_embeds_answers_embed_with_every_digit(model: Path) -
         assert [type(error) for error in empty.failures] == [InvalidRequest]
         generate = await ask(engine, grpc_call("Generate", pb.GenerateRequest(model=MODEL, text="x")))
         assert [error.name for error in generate.failures] == ["not_supported"]
+
+
+def make_adapter(directory: Path) -> Path:
+    """A LoRA adapter for the tiny model that changes what it says."""
+    import torch
+    from safetensors.torch import save_file
+
+    directory.mkdir()
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 64, "target_modules": ["q_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "tiny"}))
+    random = torch.Generator().manual_seed(1)
+    layers = [f"base_model.model.model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    weights = {}
+    for layer in layers:
+        weights[f"{layer}.lora_A.weight"] = torch.randn(8, 128, generator=random)
+        weights[f"{layer}.lora_B.weight"] = torch.randn(128, 8, generator=random)
+    save_file(weights, directory / "adapter_model.safetensors")
+    return directory
+
+
+async def test_an_adapter_answers_under_its_name_on_both_protocols(model: Path, tmp_path: Path) -> None:
+    adapter = {"name": "tiny-lora", "path": str(make_adapter(tmp_path / "adapter"))}
+    async with running_engine(model, enable_lora=True, max_lora_rank=8, lora_modules=[adapter]) as engine:
+        cards = engine.info().models
+        assert [(card.name, card.parent) for card in cards] == [(MODEL, ""), ("tiny-lora", MODEL)]
+        sampling = pb.SamplingParams(max_tokens=12, temperature=0)
+
+        async def generated(**fields: Any) -> str:
+            request = pb.GenerateRequest(text="The old harbour town", sampling=sampling, **fields)
+            out = await ask(engine, grpc_call("Generate", request))
+            return "".join(message.text for message in out.messages(pb.GenerateResponse))
+
+        async def completed(name: str) -> str:
+            body = {"model": name, "prompt": "The old harbour town", "max_tokens": 12, "temperature": 0}
+            text: str = (await ask(engine, http_call("/v1/completions", body))).json()["choices"][0]["text"]
+            return text
+
+        base, adapted = await completed(MODEL), await completed("tiny-lora")
+        assert base != adapted
+        assert await generated(model=MODEL) == base
+        assert await generated(model="tiny-lora") == adapted
+        assert await generated(model=MODEL, routing=pb.RoutingParams(lora="tiny-lora")) == adapted
 
 
 @pytest.mark.parametrize(

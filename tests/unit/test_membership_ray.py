@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from router import ray_private
@@ -119,3 +123,15 @@ def test_other_ray_versions_are_refused(version: str) -> None:
 def test_the_reason_of_a_failed_call_is_one_line() -> None:
     assert ray_private.reason(OSError("first\nsecond")) == "first"
     assert ray_private.reason(TimeoutError()) == "TimeoutError"
+
+
+def test_a_router_tells_ray_to_outlive_the_clusters_head_before_ray_is_loaded() -> None:
+    script = """
+import os, sys
+import router.membership.base
+assert "ray" not in sys.modules
+print(os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"])
+"""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("3600\n", "")
