@@ -26,7 +26,7 @@ from engine.replica import Replica
 from router import ray_private
 from router.errors import ConfigError
 from router.membership.base import ReplicaRecord
-from router.membership.ray import join
+from router.membership.directory_client import join
 from router.options import Config, EngineOptions
 
 log = logging.getLogger(__name__)

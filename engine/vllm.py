@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import multiprocessing
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -43,6 +44,7 @@ class VllmEngine:
         self._steps = _Steps()
         self._active: set[_Stream] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._cores: list[multiprocessing.process.BaseProcess] = []
         self._closing = AsyncExitStack()
 
     async def start(self) -> None:
@@ -141,6 +143,9 @@ class VllmEngine:
             engine, self._engine = self._engine, None
             # On the loop's own thread: the engine's sockets and tasks belong to this loop.
             engine.shutdown()
+            for core in self._cores:
+                # A core that is slow to end gets killed, and vLLM does not wait for that.
+                await asyncio.to_thread(core.join, _CLOSE_GRACE_S)
             gc.unfreeze()  # The application froze all that start-up had made; the engine itself may go now.
 
     def _namespace(self) -> argparse.Namespace:
@@ -171,7 +176,8 @@ class VllmEngine:
             config = arguments.create_engine_config(usage_context=context)
         except (ValueError, TypeError, OSError) as error:
             raise ConfigError(f"vLLM refuses its arguments: {' '.join(str(error).split())}") from error
-        return AsyncLLM.from_vllm_config(
+        before = multiprocessing.active_children()
+        engine = AsyncLLM.from_vllm_config(
             vllm_config=config,
             usage_context=context,
             stat_loggers=[self._steps.logger_factory()],
@@ -179,6 +185,8 @@ class VllmEngine:
             aggregate_engine_logging=arguments.aggregate_engine_logging,
             disable_log_stats=arguments.disable_log_stats,
         )
+        self._cores = [child for child in multiprocessing.active_children() if child not in before]
+        return engine
 
     async def _start_app(self, namespace: argparse.Namespace) -> None:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state

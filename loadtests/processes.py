@@ -64,8 +64,10 @@ def engines(replicas: int, options: dict[str, Any]) -> Iterator[tuple[int, list[
 
 
 @contextmanager
-def router(addresses: list[dict[str, Any]], policy: str) -> Iterator[tuple[int, int, int]]:
-    """A router process over those replicas: its pid, its HTTP port and its gRPC port."""
+def router(
+    addresses: list[dict[str, Any]], policy: str, *, workers: int = 1, env: dict[str, str] | None = None
+) -> Iterator[tuple[int, int, int]]:
+    """A router over those replicas: its process, its HTTP port and its gRPC port."""
     with tempfile.NamedTemporaryFile() as secret:
         secret.write(SECRET)
         secret.flush()
@@ -79,8 +81,9 @@ def router(addresses: list[dict[str, Any]], policy: str) -> Iterator[tuple[int, 
             membership=MembershipOptions(kind="static", replicas=replicas),
             policy=PolicyOptions(name=policy),
             log=LogOptions(level="warning"),
+            workers=workers,
         )
-        with _child(spawn_arguments()) as child:
+        with _child(spawn_arguments(), env) as child:
             assert child.stdin is not None
             assert child.stdout is not None
             child.stdin.write(msgspec.json.encode(Order(config)).decode() + "\n")
@@ -90,8 +93,10 @@ def router(addresses: list[dict[str, Any]], policy: str) -> Iterator[tuple[int, 
 
 
 @contextmanager
-def _child(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
-    child = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _child(arguments: list[str], env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    child = subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | (env or {})
+    )
     assert child.stdin is not None
     assert child.stdout is not None
     try:

@@ -7,17 +7,20 @@ the handle is dropped and looked up anew, since the directory may have been star
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
+import ray
 from ray.exceptions import RayError
 
 from router import ray_private
 from router.membership import directory
 from router.membership.base import ReplicaRecord
 from router.membership.directory import Listing
+from router.options import MembershipOptions
 
 T = TypeVar("T")
 
@@ -25,6 +28,21 @@ FIND_TIMEOUT_S: Final = 30.0
 """Joining the cluster included."""
 ANSWER_TIMEOUT_S: Final = 5.0
 """On top of the time for which the directory may keep a call waiting."""
+
+
+def join(options: MembershipOptions) -> None:
+    """Makes this process a driver of the running cluster; no effect where it is one. Blocks.
+
+    Never starts a cluster. Raises `ConnectionError` where there is none, and what else `ray.init` raises.
+    """
+    if not ray.is_initialized():
+        ray.init(
+            address=options.ray_address,
+            namespace=options.ray_namespace,
+            ignore_reinit_error=True,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
 
 
 class DirectoryAway(Exception):

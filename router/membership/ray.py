@@ -17,13 +17,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
-import ray
-
 from router import ray_private
 from router.membership import directory
 from router.membership.base import OnMembers, ReplicaRecord
 from router.membership.directory import Listing
-from router.membership.directory_client import DirectoryAway, DirectoryClient
+from router.membership.directory_client import DirectoryAway, DirectoryClient, join
 from router.options import MembershipOptions
 
 log = logging.getLogger(__name__)
@@ -31,21 +29,6 @@ log = logging.getLogger(__name__)
 RETRY_S: Final = 0.5
 RESTART_GRACE_S: Final = 5 * directory.HEARTBEAT_S
 """How long replicas that a restarted directory does not list yet are kept: they repeat themselves every second."""
-
-
-def join(options: MembershipOptions) -> None:
-    """Makes this process a driver of the running cluster; no effect where it is one. Blocks.
-
-    Never starts a cluster. Raises `ConnectionError` where there is none, and what else `ray.init` raises.
-    """
-    if not ray.is_initialized():
-        ray.init(
-            address=options.ray_address,
-            namespace=options.ray_namespace,
-            ignore_reinit_error=True,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
 
 
 class MemberView:

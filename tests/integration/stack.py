@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import httpx
 
 from tests.integration.ray_local import alive, descendants, wait_until
 
 START_DEADLINE_S = 300.0
 STOP_DEADLINE_S = 120.0
+_SAMPLE = re.compile(r"^(\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 _READY = re.compile(r"^ready http=(http://\S+) grpc=(\S+)$", re.MULTILINE)
 
 
 class Stack:
     """A running `kvlane up`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, http: str, grpc: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, url: str, grpc: str) -> None:
         self.process = process
         self._log = log
-        self.http = http
+        self.http = url
         self.grpc = grpc
+        # One kept connection: a client that is built for each look takes longer than what is looked for.
+        self._scraper = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+
+    def close(self) -> None:
+        self._scraper.close()
 
     def log(self) -> str:
         """What it has printed so far."""
@@ -35,13 +41,21 @@ class Stack:
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples, all labels together."""
-        text = httpx.get(f"{self.http}/metrics").text
-        return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
+        return self.metrics().get(name, 0.0)
+
+    def metrics(self) -> dict[str, float]:
+        """All metrics, the samples of each summed over its labels."""
+        self._scraper.request("GET", "/metrics")
+        sums: dict[str, float] = defaultdict(float)
+        for name, value in _SAMPLE.findall(self._scraper.getresponse().read().decode()):
+            sums[name] += float(value)
+        return sums
 
     def idle(self) -> bool:
         """Whether no request is left: not in the router, not on a lane, not in an engine."""
+        metrics = self.metrics()
         busy = ("streams_in_flight", "replica_running", "replica_waiting", "replica_leases")
-        return all(self.metric(f"kvlane_{name}") == 0 for name in busy)
+        return all(metrics[f"kvlane_{name}"] == 0 for name in busy)
 
     def replicas(self) -> list[int]:
         """The processes of the engine replicas."""
@@ -73,7 +87,10 @@ def kvlane_up(log: Path, *arguments: str) -> Iterator[Stack]:
         ready = _READY.search(text)
         assert ready is not None, text
         stack = Stack(process, log, ready[1], ready[2])
-        yield stack
+        try:
+            yield stack
+        finally:
+            stack.close()
     finally:
         if process.poll() is None:
             stopping = [process.pid, *descendants(process.pid)]

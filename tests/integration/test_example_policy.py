@@ -9,7 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
+
+from loadtests.processes import MODEL, engines, router
+from tests.integration.ray_local import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "kvlane-policy-example"
@@ -79,3 +83,26 @@ def test_the_examples_own_tests_and_the_conformance_suite_pass(site: Path) -> No
     told = run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *tests], site)
     assert "test_it_keeps_the_promises_of_every_policy PASSED" in told
     assert "[sticky-session-{}] PASSED" in told
+
+
+def test_the_installed_example_routes_requests_in_a_router_that_names_it(site: Path) -> None:
+    with (
+        engines(3, {"step_base_ms": 1.0}) as (_, addresses),
+        router(addresses, "sticky-session", env={"PYTHONPATH": str(site)}) as (_, http, _),
+        httpx.Client(base_url=f"http://127.0.0.1:{http}", timeout=DEADLINE_S) as client,
+    ):
+        wait_until(lambda: client.get("/readyz").json()["models"] == {MODEL: 3}, "all replicas are ready")
+        homes = {}
+        for session in (f"session-{index}" for index in range(12)):
+            routes = [ask(client, session) for _ in range(4)]
+            assert {route["policy"] for route in routes} == {"sticky-session"}
+            (homes[session],) = {route["replica"] for route in routes}
+        assert set(homes.values()) == {address["replica"] for address in addresses}
+
+
+def ask(client: httpx.Client, session: str) -> dict[str, str]:
+    """The receipt of one completion of that session."""
+    body = {"model": MODEL, "prompt": "hello", "max_tokens": 2}
+    response = client.post("/v1/completions", json=body, headers={"x-session-id": session})
+    assert response.status_code == 200, response.text
+    return dict(field.split("=", 1) for field in response.headers["x-kvlane-route"].split(";"))

@@ -185,12 +185,41 @@ def compare(servers: tuple[Stack, str], method: str, path: str, body: dict[str, 
 
 
 def parsed(response: httpx.Response) -> Any:
-    """The answer without what differs between two calls: ids and times."""
+    """The answer without what differs between two calls: ids, times, and how many tokens share an event."""
     if not response.headers["content-type"].startswith("text/event-stream"):
         return stable(response.json())
     blocks = response.text.split("\n\n")
-    assert blocks[-1] == ""
-    return [stable(json.loads(b[6:])) if b != "data: [DONE]" else b for b in blocks[:-1]]
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    events = [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
+    choices: dict[int, dict[str, Any]] = {}
+    for event in events:
+        for choice in event.get("choices", ()):
+            merge(choices.setdefault(choice["index"], {}), choice)
+    return {
+        "choices": choices,
+        "shapes": {shape(event) for event in events},
+        "others": [stable(event) for event in events if not event.get("choices")],
+    }
+
+
+def merge(whole: dict[str, Any], part: dict[str, Any]) -> None:
+    """Joins what a choice's events add up to: texts and lists grow, the rest is the last that was said."""
+    for key, value in part.items():
+        if isinstance(value, dict):
+            if not isinstance(whole.get(key), dict):
+                whole[key] = {}
+            merge(whole[key], value)
+        elif isinstance(value, str | list) and isinstance(whole.get(key), str | list):
+            whole[key] = whole[key] + value
+        elif value is not None or key not in whole:
+            whole[key] = stable(value)
+
+
+def shape(event: dict[str, Any]) -> str:
+    """The fields of an event and its choices, in their order."""
+    return json.dumps(
+        [list(event), [[list(choice), list(choice.get("delta", ()))] for choice in event.get("choices", ())]]
+    )
 
 
 def stable(value: Any) -> Any:

@@ -59,7 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     "router.workers": WORDS | {"router.app"},
     "router.demo": {"kvlane"},
     "router.up": WORDS | {"router.app", "router.demo", "router.workers", "engine.deployment"},
-    "router.__main__": WORDS | {"router.config", "router.fields", "router.policies.registry", "router.up", "router.workers"},
+    "router.__main__": WORDS
+    | {"router.config", "router.fields", "router.policies.registry", "router.up", "router.workers"},
     # The other side of the lane: what travels on it, and how a replica makes itself known.
     "engine": {
         *WORDS,
