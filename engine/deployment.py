@@ -252,11 +252,12 @@ def _surge(options: EngineOptions) -> dict[str, Any]:
     """On a redeploy one replica more than wanted, so that each old one stays until a new one is ready.
 
     Serve's default, and the only way in older versions, is to stop an old replica while its successor loads: there is
-    one ready replica less meanwhile. With GPUs it stays so, since a cluster seldom has spare ones, and the new replica
-    would wait for ever.
+    one ready replica less meanwhile. With GPUs it stays so unless the options say otherwise, since a cluster seldom has
+    spare ones, and the new replica would wait for ever.
     """
     known = "max_surge_percent" in inspect.signature(serve.deployment).parameters
-    return {"max_surge_percent": 1} if known and not options.num_gpus else {}
+    wanted = options.surge == "always" or (options.surge == "auto" and not options.num_gpus)
+    return {"max_surge_percent": 1} if known and wanted else {}
 
 
 def _workers_are_actors(options: EngineOptions) -> bool:

@@ -117,6 +117,7 @@ class EngineOptions(Options, frozen=True):
     env: dict[str, str] = {}  # Environment variables of the replica's process.
     lane_host: str = ""  # Address that replicas listen on; empty takes the Ray node's.
     drain_timeout_s: Seconds = 120.0  # How long a replica that goes away may finish its streams.
+    surge: Literal["auto", "always", "never"] = "auto"  # Redeploy with one replica more; auto: where no GPU is needed.
     health_check_period_s: Seconds = 2.0  # A dead engine is replaced after about three of these.
 
 

@@ -130,6 +130,7 @@ def _up(config: Config, stack: ExitStack) -> None:
 def _ray(config: Config) -> Iterator[bool]:
     """A Ray cluster: the one that runs, or one of our own that ends with us; tells whether it is ours."""
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ours = False
     namespace = config.membership.ray_namespace
     try:

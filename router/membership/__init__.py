@@ -1,12 +1,1 @@
-"""Who the replicas are: from Ray, or from the configuration.
-
-Ray reads its settings once, when it is loaded, so what this process needs of them is set here, before any module of
-this package imports it: without the cluster's head Ray ends the process after 60 s, and a router must outlive that.
-"""
-
-import os
-
-HEAD_OUTAGE_S = 3600
-"""How long Ray lets this process live without the cluster's head, unless the environment says otherwise."""
-
-os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_OUTAGE_S))
+"""Who the replicas are: from Ray, or from the configuration."""

@@ -31,6 +31,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.t
 DEADLINE_S = 60.0
 LONG = 1500
 """Tokens that take seconds."""
+BESIDE = 400
+"""Tokens of the stream that runs beside bad input."""
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,11 @@ TOOLS = [
         "function": {
             "name": "weather",
             "description": "The weather somewhere.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "maxLength": 5}},
+                "required": ["city"],
+            },
         },
     }
 ]
@@ -146,7 +152,6 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
 OTHER: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tokenize": ("POST", "/tokenize", {"prompt": "hello world"}),
     "detokenize": ("POST", "/detokenize", {"tokens": [5, 6, 7]}),
-    "embeddings": ("POST", "/v1/embeddings", {"input": "hello"}),
     "responses": ("POST", "/v1/responses", {"input": "hello", "max_output_tokens": 8, "temperature": 0}),
     "messages": ("POST", "/v1/messages", {"messages": MESSAGES[1:], "max_tokens": 8, "temperature": 0}),
 }
@@ -170,6 +175,14 @@ def test_completions_equal_those_of_a_bare_vllm(servers: tuple[Stack, str], case
 def test_other_endpoints_answer_as_a_bare_vllm_does(servers: tuple[Stack, str], case: str) -> None:
     method, path, body = OTHER[case]
     compare(servers, method, path, body, stream=False)
+
+
+def test_embeddings_of_a_generative_model_fail_with_the_status_of_a_bare_vllm(servers: tuple[Stack, str]) -> None:
+    stack, bare = servers
+    body = {"model": MODEL, "input": "hello"}
+    ours, theirs = (httpx.post(f"{url}/v1/embeddings", json=body, timeout=DEADLINE_S) for url in (stack.http, bare))
+    assert (ours.status_code, theirs.status_code) == (404, 404)
+    assert ours.json()["error"]["type"] == "NotFoundError"  # a bare vLLM has no such path, and says so in another shape
 
 
 def compare(servers: tuple[Stack, str], method: str, path: str, body: dict[str, Any], stream: bool) -> None:
@@ -252,9 +265,12 @@ def test_the_official_client_gets_tools_logprobs_and_choices(client: openai.Open
         messages=MESSAGES,  # type: ignore[arg-type]
         tools=TOOLS,  # type: ignore[arg-type]
         tool_choice={"type": "function", "function": {"name": "weather"}},
-        max_tokens=100,
+        max_tokens=200,
     )
-    assert forced.choices[0].message.tool_calls is not None
+    (call,) = forced.choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "weather"
+    assert set(json.loads(call.function.arguments)) == {"city"}
     answer = client.chat.completions.create(
         model=MODEL,
         messages=MESSAGES,  # type: ignore[arg-type]
@@ -360,8 +376,8 @@ async def test_a_deadline_on_a_long_generation_ends_it_in_the_engine(stack: Stac
 # -- acceptance: disconnects in three phases on both protocols
 
 
-def long_body(stream: bool, prompt: str = "Once") -> bytes:
-    body = {"model": MODEL, "prompt": prompt, "max_tokens": LONG, "ignore_eos": True, "stream": stream}
+def long_body(stream: bool, prompt: str = "Once", tokens: int = LONG) -> bytes:
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": stream}
     return json.dumps(body).encode()
 
 
@@ -425,7 +441,7 @@ class Untouched:
     """A long stream that must end whole, whatever others send meanwhile."""
 
     def __init__(self, stack: Stack) -> None:
-        self._connection = post_raw(stack, long_body(stream=True))
+        self._connection = post_raw(stack, long_body(stream=True, tokens=BESIDE))
         self._read = self._connection.recv(1 << 16)
         assert self._read.startswith(b"HTTP/1.1 200")
 
@@ -436,7 +452,7 @@ class Untouched:
             data = self._connection.recv(1 << 16)
             assert data, "the other stream was cut"
             self._read += data
-        assert self._read.count(b"data: {") >= LONG // 2
+        assert self._read.count(b"data: {") >= BESIDE // 2
         assert b"data: [DONE]" in self._read
         self._connection.close()
 
