@@ -42,7 +42,7 @@ class PolicyClass(Protocol):
     """What an entry point of the group ``kvlane.policies`` names."""
 
     @property
-    def Options(self) -> type[msgspec.Struct]:  # noqa: N802 - a class attribute, written as one
+    def Options(self) -> type[msgspec.Struct]:
         """What ``[policy.options]`` may hold."""
 
     def __call__(self, options: Any, random: random.Random) -> Policy: ...
