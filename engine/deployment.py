@@ -211,6 +211,9 @@ def engine_args(options: EngineOptions) -> dict[str, Any]:
     if options.kind != "vllm":
         if workers > 1:
             raise ConfigError("only the engine vllm runs tensor-parallel", param="tensor_parallel_size")
+        from engine.simulated import parse_options  # imported here so that vLLM's replicas do without it
+
+        parse_options(args)
         return args
     if args.setdefault("tensor_parallel_size", workers) != workers:
         raise ConfigError(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import msgspec
@@ -27,13 +28,15 @@ from engine import deployment
 from router import demo
 from router.app import SHUTDOWN_GRACE_S, model_name
 from router.errors import ConfigError
+from router.membership.directory_client import join
 from router.options import Config, EngineOptions
 from router.workers import STOP_MARGIN_S, Order, spawn_arguments
 
 START_TIMEOUT_S = 1800.0
 """A large model takes many minutes to load; longer means that it hangs."""
 DEFAULT_REPLICAS = 2
-LOCAL = "local"
+AUTO, LOCAL = "auto", "local"
+_ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception|Failed|NotFound): ")
 SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 TINY_NOTE = "the model is a tiny Llama with random weights, made on this machine: its words are noise"
 
@@ -55,7 +58,7 @@ def with_engine(config: Config, kind: str | None, model: str | None, replicas: i
         raise ConfigError("--engine, --model and --replicas need a configuration with at most one engine")
     if config.engines and not given:
         return config
-    engine = config.engines[0] if config.engines else EngineOptions(replicas=DEFAULT_REPLICAS)
+    engine = config.engines[0] if config.engines else _default_engine()
     if model:
         given["name"] = PurePath(model).name.lower()
         given["served_model_name"] = model
@@ -66,8 +69,18 @@ def with_engine(config: Config, kind: str | None, model: str | None, replicas: i
     return msgspec.structs.replace(config, engines=(engine,))
 
 
+def _default_engine() -> EngineOptions:
+    """Two replicas; with GPUs each on one of its own, and no more of them than GPUs."""
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if not gpus:
+        return EngineOptions(replicas=DEFAULT_REPLICAS)
+    return EngineOptions(replicas=min(DEFAULT_REPLICAS, gpus), num_gpus=1.0)
+
+
 def run(config: Config, *, once: bool) -> int:
     """Everything on this machine until Ctrl-C; with `once` until the demo is over. Returns the exit status."""
+    for engine in config.engines:
+        deployment.engine_args(engine)  # what can be refused is refused before anything starts
     signal.signal(signal.SIGTERM, _interrupt)
     with ExitStack() as stack:
         try:
@@ -92,13 +105,12 @@ def deploy(config: Config, *, wait: bool) -> int:
     """Deploys the engines onto the running Ray cluster; returns the exit status."""
     if not config.engines:
         raise ConfigError("engines: nothing to deploy")
-    address = config.membership.ray_address
+    _quiet()
     try:
-        ray.init(address=address, namespace=config.membership.ray_namespace, log_to_driver=False)
-    except ConnectionError as error:
-        raise ConfigError(f"membership.ray_address: no Ray cluster at {address!r}: {error}") from error
-    try:
-        deployment.deploy(config)
+        try:
+            deployment.deploy(config)
+        except ConnectionError as error:
+            raise ConfigError(f"membership.ray_address: {error}") from error
         if wait:
             _wait_for_engines(config)
     except StartFailed as error:
@@ -129,25 +141,21 @@ def _up(config: Config, stack: ExitStack) -> None:
 @contextmanager
 def _ray(config: Config) -> Iterator[bool]:
     """A Ray cluster: the one that runs, or one of our own that ends with us; tells whether it is ours."""
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ours = False
-    namespace = config.membership.ray_namespace
+    _quiet()
+    membership = config.membership
+    ours = membership.ray_address == LOCAL
     try:
-        try:
-            if config.membership.ray_address == LOCAL:
-                raise ConnectionError
-            ray.init(
-                address=config.membership.ray_address,
-                namespace=namespace,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except ConnectionError:
-            ours = True
+        if not ours:
+            try:
+                join(membership)
+            except ConnectionError:
+                if membership.ray_address != AUTO:
+                    raise
+                ours = True
+        if ours:
             ray.init(
                 address=LOCAL,
-                namespace=namespace,
+                namespace=membership.ray_namespace,
                 num_cpus=config.ray.num_cpus or max(os.cpu_count() or 1, _cpus_needed(config)),
                 include_dashboard=False,
                 log_to_driver=False,
@@ -159,6 +167,12 @@ def _ray(config: Config) -> Iterator[bool]:
         yield ours
     finally:
         ray.shutdown()
+
+
+def _quiet() -> None:
+    """Ray's own progress would stand between ours."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
 def _cpus_needed(config: Config) -> int:
@@ -200,13 +214,19 @@ def _wait_for_engines(config: Config) -> None:
                 if application is not None:
                     ready += min(application.ready, engine.replicas)
                     if application.status == "DEPLOY_FAILED":
-                        raise StartFailed(f"engine {engine.name!r} did not start: {application.message}")
+                        raise StartFailed(f"engine {engine.name!r} did not start: {_cause(application.message)}")
             tell(f"{ready} of {wanted} replicas ready")
             if ready >= wanted:
                 return
             if time.monotonic() > deadline:
                 raise StartFailed(f"{ready} of {wanted} replicas were ready after {START_TIMEOUT_S:.0f} s")
             time.sleep(0.5)
+
+
+def _cause(message: str) -> str:
+    """The error itself out of Serve's message, which holds the replica's whole traceback; all of it where there is none."""
+    errors = [line.strip() for line in message.splitlines() if _ERROR.match(line.strip())]
+    return errors[-1] if errors else message
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +26,7 @@ from router.options import MembershipOptions
 
 T = TypeVar("T")
 
+CONNECT_TIMEOUT_S: Final = 5.0
 FIND_TIMEOUT_S: Final = 30.0
 """Joining the cluster included."""
 ANSWER_TIMEOUT_S: Final = 5.0
@@ -36,6 +39,7 @@ def join(options: MembershipOptions) -> None:
     Never starts a cluster. Raises `ConnectionError` where there is none, and what else `ray.init` raises.
     """
     if not ray.is_initialized():
+        _look_for(options.ray_address)
         ray.init(
             address=options.ray_address,
             namespace=options.ray_namespace,
@@ -43,6 +47,19 @@ def join(options: MembershipOptions) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+
+def _look_for(address: str) -> None:
+    """Raises `ConnectionError` where nobody listens: Ray itself waits for as long as it outlives the cluster's head."""
+    address = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
+            return
+    except OSError as error:
+        raise ConnectionError(f"no Ray cluster answers at {address!r}: {error}") from error
 
 
 class DirectoryAway(Exception):
