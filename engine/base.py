@@ -50,10 +50,13 @@ class Engine(Protocol):
         """The load after the last step."""
 
     def on_step(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` after each engine step, outputs or not."""
+        """Calls `listener` after each engine step, outputs or not, when an abort lowers the load, and when it dies."""
 
     def submit(self, call: Submit, out: StreamOut) -> Abort:
         """Takes a stream; returns at once. Faults of the request itself go to `out.fail`."""
+
+    def dead(self) -> bool:
+        """Whether the engine has died; `on_step` listeners are called when it does."""
 
     async def check_health(self) -> None:
         """Raises `ReplicaFailed` when the engine is dead."""

@@ -27,6 +27,8 @@ STEP_PAYLOAD_BYTES = 4 << 20
 """After a pause the backlog goes out in frames of about this size, so that none comes near the frame limit."""
 MAX_PAYLOAD_BYTES = 64 << 20
 """Longer pieces of an HTTP body go in several outputs; gRPC messages are far below this."""
+CLOSE_TIMEOUT_S = 10.0
+"""How long the last frames may take to leave when a replica closes."""
 LANE_BUFFER_BYTES = 4 << 20
 """Unsent bytes in the transport before output is held back and joined."""
 
@@ -72,9 +74,7 @@ class Replica:
 
     async def drain(self, grace_s: float) -> int:
         """Takes no new streams, tells all routers, and waits for streams in flight; returns how many were cut."""
-        self.draining, self.grace_s = True, grace_s
-        for session in self._sessions:
-            session.send_draining()
+        self._say_draining(grace_s)
         try:
             async with asyncio.timeout(grace_s):
                 await self._idle.wait()
@@ -86,9 +86,17 @@ class Replica:
         """Closes all lanes, with what they still hold sent first, and the engine."""
         if self._server is not None:
             self._server.close()
-        for session in tuple(self._sessions):
+        sessions = tuple(self._sessions)
+        for session in sessions:
             session.close()
+        if sessions:
+            await asyncio.wait([session.gone for session in sessions], timeout=CLOSE_TIMEOUT_S)
         await self.engine.close()
+
+    def _say_draining(self, grace_s: float) -> None:
+        self.draining, self.grace_s = True, grace_s
+        for session in self._sessions:
+            session.send_draining()
 
     def opened(self, session: LaneSession) -> None:
         self._sessions.add(session)
@@ -104,9 +112,13 @@ class Replica:
         self.active -= 1
         if not self.active:
             self._idle.set()
+        self.load_changed()  # for the other routers: the engine may have no further step that would tell them
 
     def load_changed(self) -> None:
-        """The engine did a step, or its load fell by an abort: every router shall know."""
+        """The engine did a step, died, or has less to do: every router shall know."""
+        if not self.draining and self.engine.dead():
+            log.error("replica %s: the engine died", self.name)
+            self._say_draining(0.0)  # an idle-looking corpse would draw all traffic until Serve replaces it
         for session in self._sessions:
             session.schedule_flush()
 
@@ -117,6 +129,8 @@ class LaneSession(asyncio.Protocol):
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         self._loop = asyncio.get_running_loop()
+        self.gone: asyncio.Future[None] = self._loop.create_future()
+        """Done when the lane has closed."""
         self._splitter = frames.FrameSplitter()
         self._nonce = os.urandom(32)
         self._router = ""
@@ -125,6 +139,7 @@ class LaneSession(asyncio.Protocol):
         self._pending: list[Output] = []
         self._flush_due = False
         self._paused = False
+        self._held_back = False
         self._seq = 0
         self._acked = 0
         self._told: tuple[int, Load] | None = None
@@ -157,14 +172,14 @@ class LaneSession(asyncio.Protocol):
         for stream in tuple(self._streams.values()):
             self._abort(stream)
         self._pending.clear()
+        if not self.gone.done():
+            self.gone.set_result(None)
 
     def pause_writing(self) -> None:
         self._paused = True
 
     def resume_writing(self) -> None:
         self._paused = False
-        for stream in self._streams.values():
-            stream.backlog = 0
         self.schedule_flush()
 
     # -- frames from the router
@@ -178,7 +193,6 @@ class LaneSession(asyncio.Protocol):
             stream = self._streams.get(frame.stream)
             if stream is not None:
                 self._abort(stream)
-                self._replica.load_changed()
         elif isinstance(frame, frames.Ping):
             self._write(frames.Pong(frame.nonce))
         else:
@@ -243,9 +257,9 @@ class LaneSession(asyncio.Protocol):
         """Whether the router reads too slowly, so that output is held back."""
         return self._paused
 
-    def _flush(self) -> None:
+    def _flush(self, *, even_paused: bool = False) -> None:
         self._flush_due = False
-        if not self._ready or self._paused:
+        if not self._ready or (self._paused and not even_paused):
             return
         load = self._replica.load()
         if not self._pending and self._told == (self._acked, load):
@@ -255,8 +269,23 @@ class LaneSession(asyncio.Protocol):
             outputs, self._pending = _cut(self._pending)
             self._seq += 1
             self._write(Step(self._seq, self._acked, load, outputs))
-            if not self._pending or self._paused:
+            if not self._pending or (self._paused and not even_paused):
                 break
+        if self._held_back:
+            self._count_backlogs()
+
+    def _count_backlogs(self) -> None:
+        """Each stream's backlog is what still waits of it."""
+        for stream in self._streams.values():
+            stream.backlog = 0
+        for output in self._pending:
+            if output.stream in self._streams:
+                self._streams[output.stream].backlog += len(output.payload)
+        self._held_back = bool(self._pending)
+
+    def held_back(self) -> None:
+        """Some output waits because the router does not read."""
+        self._held_back = True
 
     def send_draining(self) -> None:
         if self._ready:
@@ -264,8 +293,8 @@ class LaneSession(asyncio.Protocol):
             self._write(Draining(self._replica.grace_s))
 
     def close(self) -> None:
-        """Sends what is pending and closes the lane."""
-        self._flush()
+        """Sends what is pending, however slowly the router reads, and closes the lane."""
+        self._flush(even_paused=True)
         self._transport.close()
 
     def _write(self, frame: frames.DownFrame) -> None:
@@ -324,6 +353,7 @@ class LaneStream:
                 self._overflow()
                 return
             self.backlog += len(payload)
+            session.held_back()
         if len(payload) > MAX_PAYLOAD_BYTES:
             self._put_in_pieces(payload, tokens)
             return

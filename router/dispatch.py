@@ -93,8 +93,14 @@ class Dispatcher:
     async def _route(self, request: Request, sink: Sink) -> End:
         tried: set[str] = set()
         fallbacks: tuple[str, ...] = ()
+        lost: KvlaneError | None = None
         while True:
-            snapshot = await self._candidates(request.model, tried)
+            try:
+                snapshot = await self._candidates(request.model, tried)
+            except NoReplica:
+                if lost is None:
+                    raise
+                raise lost from None  # what happened to the request says more than that nobody else is there
             decision = self._choose(request, snapshot, fallbacks)
             with self._replicas.lease(decision.replica) as lane:
                 sink.routed(self._receipt(request, snapshot, decision, retry=bool(tried)))
@@ -106,23 +112,22 @@ class Dispatcher:
                     if sink.started or not error.retryable or len(tried) >= self._limits.max_tries:
                         raise
                     self._observer.retried(error)
+                    lost = error
 
     async def _candidates(self, model: str, tried: set[str]) -> Snapshot:
-        """The pool without the replicas that failed this request; waits a while for one to come."""
-        try:
-            return self._replicas.snapshot(model, tried)
-        except NoReplica:
-            deadline = self._clock() + self._limits.no_replica_wait_s
+        """The pool without the replicas that failed this request; while the pool is empty, waits for one to come."""
+        deadline = self._clock() + self._limits.no_replica_wait_s
         while True:
+            try:
+                return self._replicas.snapshot(model, tried)
+            except NoReplica:
+                if self._replicas.ready(model):
+                    raise  # all that are ready have failed it
             try:
                 async with asyncio.timeout(deadline - self._clock()):
                     await self._replicas.wait_for_news()
             except TimeoutError:
                 return self._replicas.snapshot(model, tried)
-            try:
-                return self._replicas.snapshot(model, tried)
-            except NoReplica:
-                continue
 
     def _choose(self, request: Request, snapshot: Snapshot, fallbacks: tuple[str, ...]) -> Decision:
         """The first of the earlier decision's fallbacks that is still there, or else what the policy says."""

@@ -12,7 +12,7 @@ import enum
 import logging
 import random
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from router.errors import ModelNotFound, NoReplica, ReplicaLost
 from router.ingress.base import ModelStatus, Readiness
@@ -20,9 +20,13 @@ from router.lane.carriers import Carrier
 from router.lane.client import Lane, Lease
 from router.membership.base import ReplicaRecord
 from router.options import LaneOptions
-from router.types import ModelCard, Snapshot
+from router.types import EngineInfo, ModelCard, Snapshot
 
 log = logging.getLogger(__name__)
+
+
+FORGET_S = 600.0
+"""How long a model without any replica is still known: until then requests for it wait, and get 503 instead of 404."""
 
 
 class State(enum.Enum):
@@ -73,6 +77,8 @@ class _Member:
         self.record = record
         self.state = State.JOINING
         self.lane: Lane | None = None
+        self.info: EngineInfo | None = None
+        """What it last said of itself."""
         self._owner = owner
         self._opened = asyncio.Event()
         self._lost = asyncio.Event()
@@ -94,8 +100,7 @@ class _Member:
         self.happens(Event.UNLISTED)
         if self.state is State.GONE:
             self.task.cancel()
-            if self.lane is not None:
-                self.lane.close()
+            self._give_up_lane()
 
     async def _keep_lane(self) -> None:
         options = self._owner.options
@@ -108,9 +113,11 @@ class _Member:
                     await self._owner.carrier.connect(self.record, self._new_lane)
                     await self._opened.wait()
             except (OSError, TimeoutError) as error:
-                if self.lane is not None:
-                    self.lane.close()
                 log.info("replica %s: no lane: %s", self.record.replica, str(error) or "timed out")
+                self._give_up_lane()
+            except Exception:  # a carrier's defect must not keep the replica out for good
+                log.exception("replica %s: the carrier failed", self.record.replica)
+                self._give_up_lane()
             else:
                 if not self._lost.is_set():
                     delay_s = options.reconnect_min_s
@@ -119,6 +126,10 @@ class _Member:
                 await asyncio.sleep(delay_s * self._owner.random.uniform(0.5, 1.0))
                 delay_s = min(delay_s * 2, options.reconnect_max_s)
 
+    def _give_up_lane(self) -> None:
+        if self.lane is not None:
+            self.lane.close()
+
     def _new_lane(self) -> Lane:
         self.lane = Lane(self.record.replica, self.record.secret, self._owner.name, self)
         return self.lane
@@ -126,7 +137,8 @@ class _Member:
     def lane_opened(self, lane: Lane) -> None:
         if lane is self.lane:
             self._opened.set()
-            self._owner.announced(lane)
+            assert lane.welcome is not None
+            self.info = lane.welcome.info
             self.happens(Event.OPENED)
 
     def lane_draining(self, lane: Lane) -> None:
@@ -149,8 +161,7 @@ class _Member:
         self.state = State.GONE
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
-        if self.lane is not None:
-            self.lane.close()
+        self._give_up_lane()
 
 
 class Replicas:
@@ -177,6 +188,8 @@ class Replicas:
         self._pools: dict[str, tuple[Lane, ...]] = {}
         self._lanes: dict[str, Lane] = {}
         self._cards: dict[str, ModelCard] = {}
+        self._missed: dict[str, float] = {}
+        """Models that nobody serves, since when in loop time."""
         self._routes: dict[str, tuple[re.Pattern[str], set[str]]] = {}
         self._news = asyncio.Event()
         self._retired_steps = self._retired_tokens = 0
@@ -211,6 +224,7 @@ class Replicas:
                 pools.setdefault(card.name, []).append(lane)
         self._lanes = {lane.replica: lane for lane in lanes}
         self._pools = {model: tuple(pool) for model, pool in pools.items()}
+        self._learn()
         news, self._news = self._news, asyncio.Event()
         news.set()
 
@@ -219,20 +233,27 @@ class Replicas:
         self._retired_steps += lane.steps
         self._retired_tokens += lane.tokens
 
-    def announced(self, lane: Lane) -> None:
-        """Learns a replica's models and routes."""
-        assert lane.welcome is not None
-        for card in lane.welcome.info.models:
-            self._cards[card.name] = card
-        for route in lane.welcome.info.routes:
-            _, methods = self._routes.setdefault(route.path, (_pattern(route.path), set()))
-            methods.update(route.methods)
+    def _learn(self) -> None:
+        """The models and routes that members have announced; a model that nobody serves stays known a while."""
+        now = asyncio.get_running_loop().time()
+        announced: dict[str, ModelCard] = {}
+        for member in self._members.values():
+            if member.info is not None and not member.gone:
+                announced.update({card.name: card for card in member.info.models})
+                for route in member.info.routes:
+                    if route.path not in self._routes:
+                        self._routes[route.path] = (_pattern(route.path), set())
+                    self._routes[route.path][1].update(route.methods)
+        missed = {name: self._missed.get(name, now) for name in self._cards if name not in announced}
+        self._missed = {name: since for name, since in missed.items() if now - since < FORGET_S}
+        self._cards = {name: self._cards[name] for name in self._missed} | announced
 
     async def keep_alive(self) -> None:
-        """Pings silent lanes until cancelled."""
+        """Pings silent lanes, and forgets models that are gone for long, until cancelled."""
         interval_s = self.options.ping_interval_s
         while True:
             await asyncio.sleep(interval_s)
+            self._learn()
             for member in tuple(self._members.values()):
                 if member.lane is not None:
                     member.lane.tick(interval_s, self.options.ping_timeout_s)
@@ -259,6 +280,10 @@ class Replicas:
         """A charge on a replica of the last snapshot. No await may stand between the two."""
         return self._lanes[replica].lease()
 
+    def ready(self, model: str) -> bool:
+        """Whether the model has a ready replica at all."""
+        return bool(self._pools.get(model))
+
     async def wait_for_news(self) -> None:
         """Returns after the next change of any pool."""
         await self._news.wait()
@@ -280,9 +305,9 @@ class Replicas:
         return tuple(sorted(found))
 
     def readiness(self) -> Readiness:
-        names: Iterable[str] = self._required or self._cards
-        counts = {name: len(self._pools.get(name, ())) for name in names}
-        return Readiness(bool(counts) and all(counts.values()), counts)
+        counts = {name: len(self._pools.get(name, ())) for name in (*self._required, *self._cards)}
+        wanted = [counts[name] for name in self._required] or [max(counts.values(), default=0)]
+        return Readiness(all(wanted), counts)
 
     # -- for metrics
 

@@ -224,7 +224,7 @@ def _wait_for_engines(config: Config) -> None:
 
 
 def _cause(message: str) -> str:
-    """The error itself out of Serve's message, which holds the replica's whole traceback; all of it where there is none."""
+    """The error itself out of Serve's message, which holds the replica's whole traceback; else all of it."""
     errors = [line.strip() for line in message.splitlines() if _ERROR.match(line.strip())]
     return errors[-1] if errors else message
 

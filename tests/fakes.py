@@ -28,7 +28,7 @@ class ScriptedEngine:
         self.outs: list[StreamOut] = []
         self.aborted: list[str] = []
         self.current_load = Load()
-        self.dead = False
+        self.is_dead = False
         self.closed = False
         self.submitted = asyncio.Event()
         self.step: Callable[[], None] = lambda: None
@@ -55,8 +55,11 @@ class ScriptedEngine:
             self.respond(call, out)
         return lambda: self.aborted.append(call.request_id)
 
+    def dead(self) -> bool:
+        return self.is_dead
+
     async def check_health(self) -> None:
-        if self.dead:
+        if self.is_dead:
             raise ReplicaFailed("the engine is dead")
 
     async def close(self) -> None:

@@ -139,7 +139,7 @@ class Lane(asyncio.Protocol):
 
     def tick(self, elapsed_s: float, timeout_s: float) -> None:
         """Pings a silent replica; gives the lane up after `timeout_s` of silence. Call it at regular times."""
-        if self._transport is None:
+        if self._transport is None or self.welcome is None:
             return
         if self._heard:
             self._heard, self._silent_s = False, 0.0
@@ -241,13 +241,13 @@ class Lane(asyncio.Protocol):
         if self._error is not None:
             return
         self._error = error
-        if transport is not None:
-            transport.abort()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             if not stream.done.done():
                 stream.done.set_exception(type(error)(error.message))
         self._listener.lane_lost(self, error)
+        if transport is not None:
+            transport.abort()
 
 
 class _Deaf:

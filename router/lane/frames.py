@@ -153,7 +153,7 @@ def decode_up(body: bytes | memoryview) -> UpFrame:
     """A frame from a router. Raises `FrameError`."""
     try:
         frame: UpFrame = _up_decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"not a frame: {error}") from error
     return frame
 
@@ -162,7 +162,7 @@ def decode_down(body: bytes | memoryview) -> DownFrame:
     """A frame from a replica. Raises `FrameError`."""
     try:
         frame: DownFrame = _down_decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"not a frame: {error}") from error
     return frame
 

@@ -155,6 +155,15 @@ async def test_tries_are_bounded_and_never_repeat_a_replica(router: Router) -> N
     assert [receipt.replica for receipt in sink.receipts] == ["a", "b", "c"]
 
 
+async def test_a_request_whose_replicas_all_failed_gets_the_last_failure_at_once() -> None:
+    router = Router(no_replica_wait_s=1000.0)
+    await router.replicas("a")
+    router.fleet.engines["a"].respond = lambda call, out: out.fail(ReplicaLost("a blip"))
+    with pytest.raises(ReplicaLost, match="a blip"):
+        await asyncio.wait_for(router.dispatcher.run(make_request(), RecordingSink()), DEADLINE_S)
+    await router.fleet.close()
+
+
 async def test_an_unknown_model_is_refused_and_a_known_one_without_replica_waits_then_fails(router: Router) -> None:
     await router.replicas("a")
     with pytest.raises(ModelNotFound, match="`other`"):

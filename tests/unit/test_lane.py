@@ -418,9 +418,78 @@ def test_a_replica_says_whether_its_engine_is_healthy() -> None:
         engine = await fleet.add("a")
         replica: Replica = fleet.replicas["a"]
         await replica.check_health()
-        engine.dead = True
+        engine.is_dead = True
         with pytest.raises(Exception, match="dead"):
             await replica.check_health()
         await fleet.close()
 
     asyncio.run(check())
+
+
+async def test_a_dead_engine_takes_its_replica_out_of_the_pool(fleet: Fleet) -> None:
+    engine = await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    engine.is_dead = True
+    engine.step()
+    await fleet.until(lambda: fleet.ready() == 0)
+
+
+async def test_the_end_of_one_routers_stream_lowers_the_load_that_another_sees(fleet: Fleet) -> None:
+    engine = await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    _reader, writer = await greet(fleet)
+    lane = lane_of(fleet)
+    writer.write(frames.encode(frames.Submit(1, "r", 0, "POST", "/", (), b"")))
+    await eventually(lambda: bool(engine.calls))
+    engine.current_load = Load(running=1)
+    engine.step()
+    await eventually(lambda: lane.load.running == 1)
+    engine.current_load = Load()  # after the last step, as with an engine that renders later
+    engine.outs[0].end()
+    await eventually(lambda: lane.load.running == 0)
+    writer.close()
+
+
+async def test_a_backlog_stays_bounded_over_many_pauses(fleet: Fleet) -> None:
+    engine = await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    task = await submitted(fleet, RecordingSink())
+    (session,) = fleet.replicas["a"]._sessions
+    for _ in range(40):
+        session.pause_writing()  # type: ignore[attr-defined]
+        for _ in range(6):
+            engine.outs[0].data(bytes(1 << 20), 1)
+        session.resume_writing()  # type: ignore[attr-defined]
+        session.pause_writing()  # type: ignore[attr-defined]
+        if engine.aborted:
+            break
+    assert engine.aborted == ["r1"]
+    session.resume_writing()  # type: ignore[attr-defined]
+    with pytest.raises(ClientTooSlow):
+        await task
+
+
+async def test_closing_sends_what_a_slow_router_has_not_read_yet(fleet: Fleet) -> None:
+    engine = await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    sink = RecordingSink()
+    task = await submitted(fleet, sink)
+    (session,) = fleet.replicas["a"]._sessions
+    session.pause_writing()  # type: ignore[attr-defined]
+    for _ in range(5):
+        engine.outs[0].data(bytes(2 << 20), 1)
+    engine.outs[0].end("stop")
+    assert await fleet.replicas["a"].drain(DEADLINE_S) == 0
+    await fleet.replicas["a"].close()
+    assert await task == End("stop")
+    assert len(b"".join(sink.payloads)) == 10 << 20
+
+
+async def test_a_hello_nested_thousands_deep_is_refused(fleet: Fleet) -> None:
+    await fleet.add("a")
+    reader, writer = await connect(fleet)
+    body = b"\x92\x02" + b"\x91" * 4000
+    writer.write(len(body).to_bytes(4, "little") + body)
+    await read_frame(reader)
+    assert isinstance(await read_frame(reader), frames.Refused)
+    writer.close()

@@ -5,7 +5,10 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 
-from router.replicas import LIFE, Event, State
+from router.errors import ModelNotFound, NoReplica
+from router.lane.carriers import SocketCarrier
+from router.options import LaneOptions
+from router.replicas import LIFE, Event, Replicas, State
 from tests.fakes import Fleet, eventually
 
 
@@ -43,7 +46,7 @@ async def test_models_of_all_pools_are_known_with_their_ready_replicas(fleet: Fl
     assert fleet.router.readiness().ready
     await fleet.replicas["c"].close()
     await fleet.until(lambda: fleet.ready("qwen") == 0)
-    assert not fleet.router.readiness().ready
+    assert fleet.router.readiness().ready  # no model is required, and one is there
     assert [(m.card.name, m.ready_replicas) for m in fleet.router.models()] == [("llama", 2), ("qwen", 0)]
 
 
@@ -97,3 +100,33 @@ async def test_closing_leaves_no_lane_and_no_task(fleet: Fleet) -> None:
     await fleet.router.close()
     assert fleet.router.lanes() == ()
     await eventually(lambda: not any(replica._sessions for replica in fleet.replicas.values()))
+
+
+async def test_required_models_decide_readiness() -> None:
+    fleet = Fleet()
+    required = Replicas("test", SocketCarrier(), LaneOptions(), required=["llama", "qwen"])
+    fleet.router = required
+    await fleet.add("a", "llama")
+    await fleet.until(lambda: fleet.ready("llama") == 1)
+    assert not required.readiness().ready
+    await fleet.add("b", "qwen")
+    await fleet.until(lambda: fleet.ready("qwen") == 1)
+    assert required.readiness().ready
+    await fleet.close()
+
+
+async def test_a_model_that_is_gone_is_known_for_a_while_and_then_forgotten(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fleet.add("a", "old")
+    await fleet.until(lambda: fleet.ready("old") == 1)
+    fleet.list({})
+    await fleet.replicas["a"].close()
+    await eventually(lambda: all(member.gone for member in fleet.router._members.values()))
+    with pytest.raises(NoReplica):
+        fleet.router.snapshot("old")
+    monkeypatch.setattr("router.replicas.FORGET_S", 0.0)
+    fleet.router.changed()
+    with pytest.raises(ModelNotFound):
+        fleet.router.snapshot("old")
+    assert fleet.router.models() == ()
