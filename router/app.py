@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import time
+from collections.abc import Callable
 
 from router.admission import Admission
 from router.dispatch import Dispatcher
@@ -33,8 +34,8 @@ SHUTDOWN_GRACE_S = 30.0
 class App:
     """One router process."""
 
-    def __init__(self, config: Config, *, reuse_port: bool = False) -> None:
-        """Raises `ConfigError` for what cannot be built."""
+    def __init__(self, config: Config, *, reuse_port: bool = False, joined: Callable[[], None] = lambda: None) -> None:
+        """`joined` is called once the process has joined Ray. Raises `ConfigError` for what cannot be built."""
         self.config = config
         self.http_port = self.grpc_port = 0
         self._reuse_port = reuse_port
@@ -58,7 +59,7 @@ class App:
             self._metrics,
             time.monotonic,
         )
-        self._membership = _membership(config)
+        self._membership = _membership(config, joined)
         self._metrics.watch(self._admission, self.replicas)
         self._http: HttpIngress | None = None
         self._grpc: GrpcIngress | None = None
@@ -125,14 +126,14 @@ def _carrier(config: Config) -> Carrier:
     return ActorCarrier()
 
 
-def _membership(config: Config) -> Membership:
+def _membership(config: Config, joined: Callable[[], None]) -> Membership:
     if config.membership.kind == "static":
         from router.membership.static import StaticMembership
 
         return StaticMembership(config.membership)
     from router.membership.ray import RayMembership
 
-    return RayMembership(config.membership)
+    return RayMembership(config.membership, joined)
 
 
 def _report(task: asyncio.Task[None]) -> None:

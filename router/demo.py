@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from kvlane.client import Client
+from kvlane.client import Client, KvlaneCallError
 from rich.console import Console
 
 QUESTION = "Say hello to the world."
@@ -17,8 +17,12 @@ MAX_TOKENS = 32
 TIMEOUT_S = 120.0
 
 
+class DemoFailed(Exception):
+    """A demo answer did not come whole; says why."""
+
+
 def over_http(console: Console, address: str, model: str) -> None:
-    """Streams a chat over the OpenAI-compatible HTTP ingress. Raises `RuntimeError` where that fails."""
+    """Streams a chat over the OpenAI-compatible HTTP ingress. Raises `DemoFailed`."""
     console.print(f"\nHTTP  POST /v1/chat/completions  {QUESTION!r}")
     url = urlsplit(address)
     connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=TIMEOUT_S)
@@ -33,12 +37,14 @@ def over_http(console: Console, address: str, model: str) -> None:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
         response = connection.getresponse()
         if response.status != http.client.OK:
-            raise RuntimeError(f"the HTTP demo got status {response.status}: {response.read().decode()}")
+            raise DemoFailed(f"the HTTP demo got status {response.status}: {response.read().decode()}")
         ttft_s = 0.0
         for text in _deltas(response):
             ttft_s = ttft_s or time.monotonic() - began
             console.out(text, end="", highlight=False)
         _receipt(console, response.getheader("x-kvlane-route", ""), ttft_s)
+    except (OSError, http.client.HTTPException) as error:
+        raise DemoFailed(f"the HTTP demo failed: {error}") from error
     finally:
         connection.close()
 
@@ -51,17 +57,20 @@ def _deltas(response: http.client.HTTPResponse) -> Iterator[str]:
             return
         event = json.loads(line[6:])
         if "error" in event:
-            raise RuntimeError(f"the HTTP demo's stream broke: {event['error']['message']}")
+            raise DemoFailed(f"the HTTP demo's stream broke: {event['error']['message']}")
         for choice in event["choices"]:
             if text := choice["delta"].get("content"):
                 yield text
-    raise RuntimeError("the HTTP demo's stream ended without [DONE]")
+    raise DemoFailed("the HTTP demo's stream ended without [DONE]")
 
 
 def over_grpc(console: Console, address: str, model: str) -> None:
-    """Streams a chat over the gRPC ingress. Raises `kvlane.client.KvlaneCallError` where that fails."""
+    """Streams a chat over the gRPC ingress. Raises `DemoFailed`."""
     console.print(f"\ngRPC  kvlane.v1.Inference/Chat  {QUESTION!r}")
-    asyncio.run(_chat(console, address, model))
+    try:
+        asyncio.run(_chat(console, address, model))
+    except KvlaneCallError as error:
+        raise DemoFailed(f"the gRPC demo failed: {error}") from error
 
 
 async def _chat(console: Console, address: str, model: str) -> None:

@@ -13,6 +13,8 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=1)]
+BodyBytes = Annotated[int, msgspec.Meta(ge=1, le=128 << 20)]
+"""Well below what a frame on a lane may hold."""
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 
 
@@ -26,7 +28,7 @@ class HttpOptions(Options, frozen=True):
     enabled: bool = True
     host: str = "127.0.0.1"  # Loopback, so that nothing is exposed before somebody says so.
     port: Port = 8000  # vLLM's own default: clients need no change. 0 takes any free port.
-    max_body_bytes: Bytes = 32 << 20  # A 1M-token prompt with a few images.
+    max_body_bytes: BodyBytes = 32 << 20  # A 1M-token prompt with a few images.
     max_header_bytes: Bytes = 64 << 10  # Twice what large cookies and traces need.
     header_timeout_s: Seconds = 10.0  # From a request's first byte to the end of its headers.
     body_timeout_s: Seconds = 30.0  # Longest pause while a body arrives.
@@ -44,7 +46,7 @@ class GrpcOptions(Options, frozen=True):
     enabled: bool = True
     host: str = "127.0.0.1"
     port: Port = 9000
-    max_message_bytes: Bytes = 32 << 20  # As the HTTP body.
+    max_message_bytes: BodyBytes = 32 << 20  # As the HTTP body.
     max_concurrent_streams: Count = 4096  # Per connection; grpc's own default of 100 would queue silently.
     stream_buffer_bytes: Bytes = 4 << 20
     keepalive_time_s: Seconds = 60.0  # Below the idle limits of common load balancers.

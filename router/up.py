@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,12 +30,15 @@ from engine import deployment
 from router import demo
 from router.app import SHUTDOWN_GRACE_S, model_name
 from router.errors import ConfigError
+from router.membership import directory
 from router.membership.directory_client import join
 from router.options import Config, EngineOptions
 from router.workers import STOP_MARGIN_S, Order, spawn_arguments
 
 START_TIMEOUT_S = 1800.0
 """A large model takes many minutes to load; longer means that it hangs."""
+ROUTER_TIMEOUT_S = 120.0
+"""For the router to start and open its lanes to replicas that are ready."""
 DEFAULT_REPLICAS = 2
 AUTO, LOCAL = "auto", "local"
 _ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception|Failed|NotFound): ")
@@ -58,7 +63,7 @@ def with_engine(config: Config, kind: str | None, model: str | None, replicas: i
         raise ConfigError("--engine, --model and --replicas need a configuration with at most one engine")
     if config.engines and not given:
         return config
-    engine = config.engines[0] if config.engines else _default_engine()
+    engine = config.engines[0] if config.engines else _default_engine(kind or "vllm")
     if model:
         given["name"] = PurePath(model).name.lower()
         given["served_model_name"] = model
@@ -69,9 +74,9 @@ def with_engine(config: Config, kind: str | None, model: str | None, replicas: i
     return msgspec.structs.replace(config, engines=(engine,))
 
 
-def _default_engine() -> EngineOptions:
-    """Two replicas; with GPUs each on one of its own, and no more of them than GPUs."""
-    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+def _default_engine(kind: str) -> EngineOptions:
+    """Two replicas; vLLM's each on a GPU of its own where there are any, and no more of them than GPUs."""
+    gpus = 0 if kind == "sim" else len(list(Path("/dev").glob("nvidia[0-9]*")))
     if not gpus:
         return EngineOptions(replicas=DEFAULT_REPLICAS)
     return EngineOptions(replicas=min(DEFAULT_REPLICAS, gpus), num_gpus=1.0)
@@ -81,7 +86,6 @@ def run(config: Config, *, once: bool) -> int:
     """Everything on this machine until Ctrl-C; with `once` until the demo is over. Returns the exit status."""
     for engine in config.engines:
         deployment.engine_args(engine)  # what can be refused is refused before anything starts
-    signal.signal(signal.SIGTERM, _interrupt)
     with ExitStack() as stack:
         try:
             _up(config, stack)
@@ -126,16 +130,20 @@ def _up(config: Config, stack: ExitStack) -> None:
         ray_is_ours = stack.enter_context(_ray(config))
     if any(engine.kind == "vllm" and not engine.model for engine in config.engines):
         console.print(f"note: {TINY_NOTE}", style="yellow")
+    _check_gpus(config)
     stack.enter_context(_engines(config, leave_serve=ray_is_ours))
     with _progress("router"):
         line = stack.enter_context(_router(config))
     console.print(line)
     addresses = dict(word.split("=", 1) for word in line.split()[1:])
     model = model_name(config.engines[0])
-    if "http" in addresses:
-        demo.over_http(console, addresses["http"], model)
-    if "grpc" in addresses:
-        demo.over_grpc(console, addresses["grpc"], model)
+    try:
+        if "http" in addresses:
+            demo.over_http(console, addresses["http"], model)
+        if "grpc" in addresses:
+            demo.over_grpc(console, addresses["grpc"], model)
+    except demo.DemoFailed as error:
+        raise StartFailed(str(error)) from error
 
 
 @contextmanager
@@ -163,9 +171,13 @@ def _ray(config: Config) -> Iterator[bool]:
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise StartFailed(f"Ray did not start: {error}") from error
+    signal.signal(signal.SIGTERM, _interrupt)  # only now: Ray has put a handler of its own there
+    directories = _directories()
     try:
         yield ours
     finally:
+        if not ours:
+            _end_directories(_directories() - directories, membership.ray_namespace)
         ray.shutdown()
 
 
@@ -173,6 +185,24 @@ def _quiet() -> None:
     """Ray's own progress would stand between ours."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _check_gpus(config: Config) -> None:
+    wanted = sum(e.num_gpus * e.tensor_parallel_size * e.replicas for e in config.engines)
+    present = ray.cluster_resources().get("GPU", 0.0)
+    if wanted > present:
+        raise StartFailed(f"the replicas need {wanted:g} GPUs, and the Ray cluster has {present:g}")
+
+
+def _directories() -> set[str]:
+    """Names of the directory actors that run."""
+    return {a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["name"] == directory.NAME}
+
+
+def _end_directories(names: set[str], namespace: str) -> None:
+    """Ends the directories that this run brought into a cluster that goes on."""
+    for name in names:
+        ray.kill(ray.get_actor(name, namespace=namespace))
 
 
 def _cpus_needed(config: Config) -> int:
@@ -208,15 +238,17 @@ def _wait_for_engines(config: Config) -> None:
     with _progress(f"engines: loading {models}") as tell:
         while True:
             status = deployment.statuses()
-            ready = 0
+            ready, settled = 0, len(status) > 0
             for engine in config.engines:
                 application = status.get(deployment.application_name(engine.name))
                 if application is not None:
+                    # On a redeploy the old replicas are ready as well; only RUNNING says that the new ones are.
                     ready += min(application.ready, engine.replicas)
+                    settled = settled and application.status == "RUNNING"
                     if application.status == "DEPLOY_FAILED":
                         raise StartFailed(f"engine {engine.name!r} did not start: {_cause(application.message)}")
             tell(f"{ready} of {wanted} replicas ready")
-            if ready >= wanted:
+            if ready >= wanted and settled:
                 return
             if time.monotonic() > deadline:
                 raise StartFailed(f"{ready} of {wanted} replicas were ready after {START_TIMEOUT_S:.0f} s")
@@ -243,10 +275,7 @@ def _router(config: Config) -> Iterator[str]:
     try:
         child.stdin.write(msgspec.json.encode(order).decode() + "\n")
         child.stdin.flush()
-        line = child.stdout.readline().strip()
-        if not line:
-            raise StartFailed(f"the router ended with status {child.wait()}; its log stands above")
-        yield line
+        yield _ready_line(child)
     finally:
         child.stdin.close()
         try:
@@ -254,7 +283,30 @@ def _router(config: Config) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-        child.stdout.close()
+
+
+def _ready_line(child: subprocess.Popen[str]) -> str:
+    """The child's line that tells its addresses; what else it prints goes on to our standard error, now and later."""
+    lines: queue.Queue[str] = queue.Queue()
+    output = child.stdout
+    assert output is not None
+
+    def read() -> None:
+        for line in output:
+            if line.startswith("ready "):
+                lines.put(line.strip())
+            else:
+                sys.stderr.write(line)
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        line = lines.get(timeout=ROUTER_TIMEOUT_S)
+    except queue.Empty:
+        raise StartFailed(f"the router has no lane to every model after {ROUTER_TIMEOUT_S:.0f} s") from None
+    if not line:
+        raise StartFailed(f"the router ended with status {child.wait()}; its log stands above")
+    return line
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from router.options import Config
 
 log = logging.getLogger(__name__)
 
+READY = b"ready "
+"""What a child's line on standard output begins with once it serves."""
 RESTART_DELAY_S = 1.0
 STOP_MARGIN_S = 10.0
 
@@ -71,11 +73,11 @@ def say(line: str) -> None:
 
 
 async def _foreground(order: Order, ready: Callable[[str], None], parent_pipe: bool) -> int:
-    stop = asyncio.Event()
-    _stop_on_signals(stop, parent_pipe)
-    app = App(order.config, reuse_port=order.reuse_port)
+    stop = _stop_event(parent_pipe)
+    # Joining Ray puts a handler over ours that prints a stack trace and does not stop.
+    app = App(order.config, reuse_port=order.reuse_port, joined=lambda: _stop_on_signals(stop))
     await app.start()
-    announce = asyncio.create_task(_announce(app, ready, stop))
+    announce = asyncio.create_task(_announce(app, ready))
     await stop.wait()
     log.info("stopping: streams in flight may end")
     announce.cancel()
@@ -84,9 +86,8 @@ async def _foreground(order: Order, ready: Callable[[str], None], parent_pipe: b
     return 0
 
 
-async def _announce(app: App, ready: Callable[[str], None], stop: asyncio.Event) -> None:
+async def _announce(app: App, ready: Callable[[str], None]) -> None:
     await app.wait_ready()
-    _stop_on_signals(stop)  # once more: joining Ray has put a handler over ours that prints a stack trace
     ready(_address_line(app.config, app.http_port, app.grpc_port))
 
 
@@ -99,43 +100,59 @@ def _address_line(config: Config, http_port: int, grpc_port: int) -> str:
     return " ".join(words)
 
 
-def _stop_on_signals(stop: asyncio.Event, parent_pipe: bool = False) -> None:
+def _stop_event(parent_pipe: bool) -> asyncio.Event:
+    """Set by SIGINT and SIGTERM, and with `parent_pipe` when the parent is gone."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    _stop_on_signals(stop)
+    if parent_pipe:
+        # Nothing more comes on it, so readable means closed; and closed it stays readable.
+        def closed() -> None:
+            loop.remove_reader(sys.stdin.fileno())
+            stop.set()
+
+        loop.add_reader(sys.stdin.fileno(), closed)
+    return stop
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
-    if parent_pipe:  # nothing more comes on it: readable means that the parent is gone
-        loop.add_reader(sys.stdin.fileno(), stop.set)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
 
 
 async def _supervise(order: Order, ready: Callable[[str], None], parent_pipe: bool) -> int:
-    stop, config = asyncio.Event(), order.config
-    _stop_on_signals(stop, parent_pipe)
+    stop, config = _stop_event(parent_pipe), order.config
     with ExitStack() as held:
-        http_port = held.enter_context(_reserved(config.http.host, config.http.port))
-        grpc_port = held.enter_context(_reserved(config.grpc.host, config.grpc.port))
-        fixed = msgspec.structs.replace(
-            config,
-            workers=1,
-            http=msgspec.structs.replace(config.http, port=http_port),
-            grpc=msgspec.structs.replace(config.grpc, port=grpc_port),
-        )
-        barrier = asyncio.Barrier(config.workers + 1)
-        keepers = [asyncio.create_task(_keep_worker(number, fixed, barrier)) for number in range(config.workers)]
-        all_ready = asyncio.create_task(barrier.wait())
-        all_ready.add_done_callback(
-            lambda _: None if stop.is_set() else ready(_address_line(fixed, http_port, grpc_port))
-        )
-        await stop.wait()
-        all_ready.cancel()
-        for keeper in keepers:
-            keeper.cancel()
-        await asyncio.gather(all_ready, *keepers, return_exceptions=True)
-    return 0
+        http, grpc = config.http, config.grpc
+        if http.enabled:
+            http = msgspec.structs.replace(http, port=held.enter_context(_reserved(http.host, http.port)))
+        if grpc.enabled:
+            grpc = msgspec.structs.replace(grpc, port=held.enter_context(_reserved(grpc.host, grpc.port)))
+        fixed = msgspec.structs.replace(config, workers=1, http=http, grpc=grpc)
+        waiting = set(range(config.workers))
+
+        def told_ready(number: int) -> None:
+            if waiting:
+                waiting.discard(number)
+                if not waiting:
+                    ready(_address_line(fixed, http.port, grpc.port))
+
+        stopped = asyncio.create_task(stop.wait())
+        keepers = [asyncio.create_task(_keep_worker(n, fixed, told_ready)) for n in range(config.workers)]
+        done, _ = await asyncio.wait([stopped, *keepers], return_when=asyncio.FIRST_COMPLETED)
+        status = next((keeper.result() for keeper in keepers if keeper in done), 0)
+        for task in (stopped, *keepers):
+            task.cancel()
+        await asyncio.gather(stopped, *keepers, return_exceptions=True)
+    return status
 
 
-async def _keep_worker(number: int, config: Config, all_ready: asyncio.Barrier) -> None:
-    """Runs one worker, again when it dies, until cancelled; then ends it and waits."""
-    first = True
+async def _keep_worker(number: int, config: Config, ready: Callable[[int], None]) -> int:
+    """Runs one worker, again when it dies, until cancelled; then ends it and waits.
+
+    Returns the status of one that ends before it was ever ready: another try would end the same way.
+    """
+    once_ready = False
     while True:
         process = await asyncio.create_subprocess_exec(
             *spawn_arguments(),
@@ -147,15 +164,17 @@ async def _keep_worker(number: int, config: Config, all_ready: asyncio.Barrier) 
         assert process.stdout is not None
         try:
             process.stdin.write(msgspec.json.encode(Order(config, reuse_port=True)) + b"\n")
-            await process.stdout.readline()
-            if first:
-                first = False
-                await all_ready.wait()
+            async for line in process.stdout:
+                if line.startswith(READY):
+                    once_ready = True
+                    ready(number)
             status = await process.wait()
         finally:
             if process.returncode is None:
                 await _end(process)
-        log.error("worker %d ended with status %d; it is started again", number, status)
+        log.error("worker %d ended with status %d", number, status)
+        if not once_ready:
+            return status or 1
         await asyncio.sleep(RESTART_DELAY_S)
 
 

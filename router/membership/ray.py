@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
+import ray
+
 from router import ray_private
 from router.membership import directory
 from router.membership.base import OnMembers, ReplicaRecord
@@ -65,17 +67,28 @@ class MemberView:
 class RayMembership:
     """Follows the directory of one Ray cluster."""
 
-    def __init__(self, options: MembershipOptions, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises `ConfigError` where Ray's version is one that kvlane was not tried with."""
+    def __init__(
+        self,
+        options: MembershipOptions,
+        joined: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`joined` is called on the event loop each time this process has become part of the cluster.
+
+        Raises `ConfigError` where Ray's version is one that kvlane was not tried with.
+        """
         ray_private.check_version()
+        self._options = options
+        self._joined = joined
         self._interval_s = options.relist_interval_s
         self._clock = clock
         self._view = MemberView()
-        self._directory = DirectoryClient(options.ray_namespace, lambda: join(options))
+        self._directory = DirectoryClient(options.ray_namespace, self._join)
         self._out = False
 
     async def run(self, on_members: OnMembers) -> None:
         """See `Membership.run`. Joins the cluster first, and never leaves it: that is for the process's owner."""
+        self._loop = asyncio.get_running_loop()
         told = False
         while True:
             view = self._view
@@ -90,6 +103,12 @@ class RayMembership:
             if view.take(listing, self._clock()) or not told:
                 on_members(view.members)
                 told = True
+
+    def _join(self) -> None:
+        """Runs in the directory client's thread."""
+        if not ray.is_initialized():
+            join(self._options)
+            self._loop.call_soon_threadsafe(self._joined)
 
     def _outage(self, error: DirectoryAway) -> None:
         if not self._out:

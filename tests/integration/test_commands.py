@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 from engine import deployment
+from router import config as config_files
 from tests.integration.ray_local import DEADLINE_S, NAMESPACE, alive, cluster, descendants, wait_until
+from tests.integration.stack import kvlane_up
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3 * DEADLINE_S)]
 
@@ -105,6 +109,45 @@ def test_deploy_and_serve_bring_up_two_models_each_with_its_pool(tmp_path: Path)
             process.send_signal(signal.SIGTERM)
             assert process.wait(DEADLINE_S) == 0
         deployment.undeploy(["large", "small"])
+
+
+def test_a_stop_before_all_models_are_ready_is_as_clean_as_one_after(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    with cluster() as address, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        both = TWO_MODELS.format(address=address, namespace=NAMESPACE)
+        config.write_text(both)
+        alone = config_files.load(str(config), env={})
+        deployment.deploy(msgspec.structs.replace(alone, engines=alone.engines[1:]))
+        command = kvlane("serve", "--config", str(config), "--http", f"127.0.0.1:{port}", "--grpc", "127.0.0.1:0")
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            wait_until(lambda: ready_models(port) == {"large": 0, "small": 2}, "one model is there, one is not")
+            process.send_signal(signal.SIGTERM)
+            _, log = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 0, log
+        assert "*** SIGTERM" not in log
+        deployment.undeploy(["small"])
+
+
+def ready_models(port: int) -> dict[str, int]:
+    try:
+        models: dict[str, int] = httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=DEADLINE_S).json()["models"]
+    except httpx.HTTPError:
+        return {}
+    return models
+
+
+def test_up_takes_everything_down_on_sigterm(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('[membership]\nray_address = "local"\n')
+    with kvlane_up(tmp_path / "log", "--engine", "sim", "--config", str(config)) as stack:
+        started = [stack.process.pid, *descendants(stack.process.pid)]
+        stack.process.terminate()
+        assert stack.process.wait(DEADLINE_S) == 0
+        wait_until(lambda: not any(map(alive, started)), "no process is left")
+        assert "Traceback" not in stack.log()
 
 
 def test_deploy_without_a_cluster_says_so(tmp_path: Path) -> None:

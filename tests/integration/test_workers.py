@@ -83,3 +83,16 @@ def test_a_router_stops_at_once_by_a_signal_and_finishes_what_is_in_flight() -> 
         while alive(process) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not alive(process)
+
+
+def test_workers_that_cannot_start_end_the_supervisor_instead_of_restarting_for_ever(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(
+        '[membership]\nkind = "static"\n[[membership.replicas]]\nname = "a"\nport = 1\nsecret_file = "/nowhere"\n'
+    )
+    command = [sys.executable, "-m", "router", "serve", "--config", str(config), "--workers", "2"]
+    command += ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "/nowhere" in done.stderr
+    assert "ready" not in done.stdout

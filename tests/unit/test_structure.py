@@ -58,7 +58,9 @@ ALLOWED: dict[str, set[str]] = {
     "router.testing": WORDS | SEAMS,
     "router.workers": WORDS | {"router.app"},
     "router.demo": {"kvlane"},
-    "router.up": WORDS | {"router.app", "router.demo", "router.workers", "engine.deployment"},
+    "router.up": WORDS
+    | {"router.app", "router.demo", "router.workers", "engine.deployment"}
+    | {"router.membership.directory", "router.membership.directory_client"},
     "router.__main__": WORDS
     | {"router.config", "router.fields", "router.policies.registry", "router.up", "router.workers"},
     # The other side of the lane: what travels on it, and how a replica makes itself known.
