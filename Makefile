@@ -1,34 +1,45 @@
 # Everything a user or developer runs; `make help` lists it.
 PYTHON ?= python3
+# The tests, on any machine, and the CPU variant of `make up`.
 VENV ?= .venv
-BIN := $(VENV)/bin
-# The CPU build of vLLM unless there is an NVIDIA GPU.
+# The CPU build of vLLM unless there is an NVIDIA GPU. The builds are one import package, so each has its environment.
 VARIANT ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+RUNTIME_VENV := $(if $(filter gpu,$(VARIANT)),$(VENV)-gpu,$(VENV))
+BIN := $(VENV)/bin
 ARGS ?=
 
 digest = $(shell cat $(1) | sha256sum | cut -c1-16)
-RUNTIME_STAMP := $(VENV)/.installed-$(VARIANT)-$(call digest,requirements/$(VARIANT).txt)
+RUNTIME_STAMP := $(RUNTIME_VENV)/.installed-$(VARIANT)-$(call digest,requirements/$(VARIANT).txt)
 DEV_STAMP := $(VENV)/.installed-dev-$(call digest,requirements/dev.txt)
+CPU_STAMP := $(VENV)/.installed-cpu-$(call digest,requirements/cpu.txt)
+# The project itself, editable; again only when the checkout or its metadata is another one.
 SOURCE := $(CURDIR) $(call digest,pyproject.toml)
+
+install_source = @[ "$$(cat $(1)/.source 2>/dev/null)" = "$(SOURCE)" ] || { \
+  $(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e . && echo "$(SOURCE)" > $(1)/.source; }
 
 .PHONY: help
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 .PHONY: up
-up: $(RUNTIME_STAMP) source ## real vLLM replicas behind the router, with a streamed demo; ARGS=--once ends after it
-	$(BIN)/kvlane up $(ARGS)
+up: $(RUNTIME_STAMP) ## real vLLM replicas behind the router, with a streamed demo; ARGS=--once ends after it
+	$(call install_source,$(RUNTIME_VENV))
+	$(RUNTIME_VENV)/bin/kvlane up $(ARGS)
 
 .PHONY: test
-test: $(DEV_STAMP) source ## every test
+test: $(DEV_STAMP) ## every test
+	$(call install_source,$(VENV))
 	$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: test-fast
-test-fast: $(DEV_STAMP) source ## the tests that need neither Ray nor vLLM, in under a minute
+test-fast: $(DEV_STAMP) ## the tests that need neither Ray nor vLLM, in under a minute
+	$(call install_source,$(VENV))
 	$(BIN)/python -m pytest -m "not slow and not ray and not vllm" $(ARGS)
 
 .PHONY: check
-check: $(DEV_STAMP) source ## format, lint, types, protobuf drift
+check: $(DEV_STAMP) ## format, lint, types, protobuf drift
+	$(call install_source,$(VENV))
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -44,7 +55,8 @@ protos: $(DEV_STAMP) ## generate the protobuf code anew
 	$(BIN)/python protos/generate.py
 
 .PHONY: bench
-bench: $(DEV_STAMP) source ## CPU per chunk and per request, added time to first token
+bench: $(DEV_STAMP) ## CPU per chunk and per request, added time to first token
+	$(call install_source,$(VENV))
 	$(BIN)/python -m loadtests.router_cost $(ARGS)
 
 .PHONY: lock
@@ -53,22 +65,20 @@ lock: ## resolve the requirement locks anew; needs uv on the PATH
 
 .PHONY: clean
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV)-gpu build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+%/bin/python:
+	$(PYTHON) -m venv $*
 
-# What a lock leaves out stays out: no dependency is installed that it does not name.
-$(RUNTIME_STAMP): | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements/$(VARIANT).txt
+# What a lock leaves out stays out: no dependency is installed that it does not name. A stamp says what the environment
+# holds now, so installing one thing takes the stamps of others away.
+$(RUNTIME_STAMP): | $(RUNTIME_VENV)/bin/python
+	@rm -f $(RUNTIME_VENV)/.installed-*
+	$(RUNTIME_VENV)/bin/python -m pip install --quiet --no-deps -r requirements/$(VARIANT).txt
 	@touch $@
 
-$(DEV_STAMP): | $(BIN)/python
+# The development lock holds the whole CPU lock.
+$(DEV_STAMP): | $(VENV)/bin/python
+	@rm -f $(VENV)/.installed-*
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/dev.txt
-	@touch $@
-
-# The project itself, editable; again only when the checkout or its metadata is another one.
-.PHONY: source
-source: | $(BIN)/python
-	@[ "$$(cat $(VENV)/.source 2>/dev/null)" = "$(SOURCE)" ] || { \
-	  $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e . && echo "$(SOURCE)" > $(VENV)/.source; }
+	@touch $@ $(CPU_STAMP)

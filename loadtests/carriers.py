@@ -22,7 +22,7 @@ import uvloop
 from ray import serve
 
 from engine import deployment
-from loadtests.processes import Cost
+from loadtests.processes import Cost, descendants
 from loadtests.router_cost import STEP_OPTIONS
 from router.lane import frames
 from router.lane.actor import ActorCarrier
@@ -126,7 +126,7 @@ async def _measure(arguments: argparse.Namespace, config: Config) -> None:
     router: dict[tuple[str, int], list[float]] = {}
     replica: dict[tuple[str, int], list[float]] = {}
     trips: dict[str, list[float]] = {name: [] for name in carriers}
-    pids = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _is_replica(pid)]
+    pids = [pid for pid in descendants(os.getpid()) if _is_replica(pid)]
     for rep in range(arguments.reps):
         for name in list(carriers)[:: 1 if rep % 2 else -1]:
             trips[name] += await _pings(carriers[name], next(iter(records.values())))

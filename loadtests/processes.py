@@ -46,6 +46,19 @@ class Cost:
         return self._now() - self._began
 
 
+def descendants(pid: int) -> list[int]:
+    """The processes that this one started, and theirs."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(word) for word in task.read_text().split()]
+        except OSError:
+            continue  # It has ended meanwhile.
+        for child in children:
+            found += [child, *descendants(child)]
+    return found
+
+
 def peak_rss_mb(pid: int) -> float:
     """The most memory that the process has held, in MiB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

@@ -67,6 +67,7 @@ def main() -> int:
     parser.add_argument("--protocols", default="http,grpc")
     parser.add_argument("--tokens", type=int, default=200, help="tokens per answer when chunks are measured")
     parser.add_argument("--prompt-kb", type=float, default=4.0)
+    parser.add_argument("--step-ms", type=float, default=20.0, help="duration of an engine step")
     parser.add_argument("--policy", default="power-of-two")
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="write the rows here as well")
@@ -83,7 +84,7 @@ async def _measure_all(arguments: argparse.Namespace) -> list[Row]:
     for protocol in arguments.protocols.split(","):
         for streams in map(int, arguments.streams.split(",")):
             with (
-                engines(2, STEP_OPTIONS) as (_, addresses),
+                engines(2, STEP_OPTIONS | {"step_base_ms": arguments.step_ms}) as (_, addresses),
                 router(addresses, arguments.policy) as (pid, http, grpc),
             ):
                 port = {"http": http, "grpc": grpc}[protocol]
@@ -104,13 +105,15 @@ async def _measure(
         tally = await load(port, streams, arguments.tokens, kilobytes, 1)
         per_chunk.append(1e6 * cost.cpu_s() / tally.chunks)
         errors += tally.errors
-        floor.append(await asyncio.to_thread(send_cost_us, streams, STEP_OPTIONS["step_base_ms"] / 1000))
+        floor.append(await asyncio.to_thread(send_cost_us, streams, arguments.step_ms / 1000))
         rounds = max(4, 2000 // streams)
         cost = Cost(pid)
         tally = await load(port, streams, 1, kilobytes, rounds)
         per_request.append(1e6 * cost.cpu_s() / tally.requests)
         errors += tally.errors
-        routed, direct = await _ttfts(load, port, addresses, streams, kilobytes, routed_first=rep % 2 == 0)
+        routed, direct = await _ttfts(
+            load, port, addresses, streams, kilobytes, arguments.step_ms, routed_first=rep % 2 == 0
+        )
         added_p50.append(1e3 * (_percentile(routed, 50) - _percentile(direct, 50)))
         added_p99.append(1e3 * (_percentile(routed, 99) - _percentile(direct, 99)))
     return Row(
@@ -127,7 +130,14 @@ async def _measure(
 
 
 async def _ttfts(
-    load: Load, port: int, addresses: list[dict[str, Any]], streams: int, kilobytes: float, *, routed_first: bool
+    load: Load,
+    port: int,
+    addresses: list[dict[str, Any]],
+    streams: int,
+    kilobytes: float,
+    step_ms: float,
+    *,
+    routed_first: bool,
 ) -> tuple[list[float], list[float]]:
     """Times to first token through the router, and straight from the engines' HTTP ports.
 
@@ -135,23 +145,29 @@ async def _ttfts(
     would otherwise queue, and the difference would say nothing of the router.
     """
     tokens, rounds = (10, 30) if streams <= 64 else (50, 8)
-    spread_s = tokens * STEP_OPTIONS["step_base_ms"] / 1000
+    spread_s = tokens * step_ms / 1000
 
     async def routed() -> list[float]:
-        return (await load(port, streams, tokens, kilobytes, rounds, spread_s)).ttft_s
+        return _whole(await load(port, streams, tokens, kilobytes, rounds, spread_s))
 
     async def direct() -> list[float]:
         share = max(1, streams // len(addresses))
         tallies = await asyncio.gather(
             *(clients.http_load(address["http"], share, tokens, kilobytes, rounds, spread_s) for address in addresses)
         )
-        return [ttft for tally in tallies for ttft in tally.ttft_s]
+        return [ttft for tally in tallies for ttft in _whole(tally)]
 
     if routed_first:
         first = await routed()
         return first, await direct()
     second = await direct()
     return await routed(), second
+
+
+def _whole(tally: Tally) -> list[float]:
+    if tally.errors:
+        raise RuntimeError(f"{tally.errors} of {tally.requests} requests failed")
+    return tally.ttft_s
 
 
 def _percentile(values: list[float], percent: int) -> float:

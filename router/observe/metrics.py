@@ -42,13 +42,15 @@ class Metrics:
             ["rpc", "outcome"],
             registry=registry,
         )
-        self._duration = Histogram(
+        self._counters: dict[tuple[str, str], Counter] = {}
+        durations = Histogram(
             "kvlane_request_seconds",
             "Time from dispatch to the end of a request.",
             ["rpc"],
             buckets=_DURATION_BUCKETS_S,
             registry=registry,
         )
+        self._durations = {rpc: durations.labels(name) for rpc, name in _RPC_NAMES.items()}
         self._ttft = Histogram(
             "kvlane_first_output_seconds",
             "Time from submit on a lane to the stream's first output.",
@@ -73,9 +75,18 @@ class Metrics:
 
     def ended(self, request: Request, began: float, outcome: str) -> None:
         """A request ended: `ok`, `cancelled` or an error's name."""
-        rpc = _RPC_NAMES[request.rpc]
-        self._requests.labels(rpc, outcome).inc()
-        self._duration.labels(rpc).observe(self._clock() - began)
+        self._count(_RPC_NAMES[request.rpc], outcome)
+        self._durations[request.rpc].observe(self._clock() - began)
+
+    def refused(self, rpc: str, error: str) -> None:
+        """An ingress answered a request with that error without dispatching it."""
+        self._count(rpc, error)
+
+    def _count(self, rpc: str, outcome: str) -> None:
+        counter = self._counters.get((rpc, outcome))
+        if counter is None:  # looking a child up by its labels costs more than counting
+            counter = self._counters[rpc, outcome] = self._requests.labels(rpc, outcome)
+        counter.inc()
 
     def first_output(self, waited_s: float) -> None:
         """A stream's first output came."""

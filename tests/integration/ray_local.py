@@ -12,6 +12,8 @@ from pathlib import Path
 import ray
 from ray import serve
 
+from loadtests.processes import descendants
+
 NAMESPACE = "kvlane-test"
 DEADLINE_S = 90.0
 """For everything that another process has to do first; the machine may be busy."""
@@ -31,19 +33,6 @@ def cluster(cpus: int = 8) -> Iterator[str]:
         serve.shutdown()
         ray.shutdown()
         wait_until(lambda: not any(map(alive, started)), "the cluster's processes have ended")
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that this one started, and theirs."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(word) for word in task.read_text().split()]
-        except OSError:
-            continue  # It has ended meanwhile.
-        for child in children:
-            found += [child, *descendants(child)]
-    return found
 
 
 def alive(pid: int) -> bool:
