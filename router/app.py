@@ -80,7 +80,13 @@ class App:
                 self._http = HttpIngress(config.http, self.dispatcher, self.replicas, metrics=self._metrics.exposition)
                 self.http_port = await self._http.start(reuse_port=self._reuse_port)
             if config.grpc.enabled:
-                self._grpc = GrpcIngress(config.grpc, self.dispatcher, self.replicas, reuse_port=self._reuse_port)
+                self._grpc = GrpcIngress(
+                    config.grpc,
+                    self.dispatcher,
+                    self.replicas,
+                    reuse_port=self._reuse_port,
+                    refused=self._metrics.refused,
+                )
                 self.grpc_port = await self._grpc.start()
         except (OSError, RuntimeError) as error:
             await self.stop(0)

@@ -7,7 +7,17 @@ An ingress renders these in one place; foreign exceptions are mapped to one of t
 from __future__ import annotations
 
 import enum
-from typing import ClassVar
+from typing import ClassVar, Final
+
+SHOWN_CHARS: Final = 100
+"""How much of a client's own word stands in a message about it."""
+LOGGED_CHARS: Final = 300
+"""How much of such a word or of a message stands in a log line."""
+
+
+def cut(text: str, limit: int = SHOWN_CHARS) -> str:
+    """`text` with at most `limit` characters; what is left out shows as an ellipsis."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 class Fault(enum.StrEnum):

@@ -31,7 +31,7 @@ class HttpOptions(Options, frozen=True):
     max_body_bytes: BodyBytes = 32 << 20  # A 1M-token prompt with a few images.
     max_header_bytes: Bytes = 64 << 10  # Twice what large cookies and traces need.
     header_timeout_s: Seconds = 10.0  # From a request's first byte to the end of its headers.
-    body_timeout_s: Seconds = 30.0  # Longest pause while a body arrives.
+    body_timeout_s: Seconds = 30.0  # Longest pause while a body arrives, or while finished answers are not read.
     idle_timeout_s: Seconds = 620.0  # Above the 600 s of Google's load balancers, which must close first.
     stream_buffer_bytes: Bytes = 4 << 20  # What a slow client may leave unread before its stream is aborted.
     max_connections: Count = 10_000  # Below common file-descriptor limits, so that accepting never fails.
@@ -48,14 +48,15 @@ class GrpcOptions(Options, frozen=True):
     port: Port = 9000
     max_message_bytes: BodyBytes = 32 << 20  # As the HTTP body.
     max_concurrent_streams: Count = 4096  # Per connection; grpc's own default of 100 would queue silently.
-    stream_buffer_bytes: Bytes = 4 << 20
+    stream_buffer_bytes: Bytes = 4 << 20  # As over HTTP.
+    request_timeout_s: Seconds = 30.0  # From a call's start to its whole request message.
+    read_timeout_s: Seconds = 30.0  # Longest pause of a client that has the rest of an ended stream to read.
     keepalive_time_s: Seconds = 60.0  # Below the idle limits of common load balancers.
     keepalive_timeout_s: Seconds = 20.0
     tls_cert_file: str = ""  # PEM chain; empty serves plaintext.
     tls_key_file: str = ""
     tls_client_ca_file: str = ""  # Set: clients must show a certificate that this CA signed.
     reflection: bool = True
-    shutdown_grace_s: Seconds = 30.0
 
 
 class LaneOptions(Options, frozen=True):

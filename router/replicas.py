@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Callable, Collection, Mapping
 
-from router.errors import ModelNotFound, NoReplica, ReplicaLost
+from router.errors import ModelNotFound, NoReplica, ReplicaLost, cut
 from router.ingress.base import ModelStatus, Readiness
 from router.lane.carriers import Carrier
 from router.lane.client import Lane, Lease
@@ -270,10 +270,10 @@ class Replicas:
         """The pool of `model` without some replicas. Raises `ModelNotFound`, or `NoReplica` where it is empty."""
         pool = self._pools.get(model)
         if pool is None and model not in self._cards and model not in self._required:
-            raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
+            raise ModelNotFound(f"The model `{cut(model)}` does not exist.", param="model")
         views = tuple([lane.view() for lane in pool or () if lane.replica not in excluding])
         if not views:
-            raise NoReplica(f"no replica of model `{model}` is ready")
+            raise NoReplica(f"no replica of model `{cut(model)}` is ready")
         return Snapshot(model, views)
 
     def lease(self, replica: str) -> Lease:

@@ -6,18 +6,21 @@
         async for delta in client.generate("tiny", "Once upon a time", max_tokens=32):
             print(delta.text, end="")
 
-Needs grpcio and protobuf, nothing else of kvlane. Every failure of a call is a `KvlaneCallError`. A stream that is left
+Needs grpcio and protobuf, nothing else of kvlane. Every failure of a call is a `KvlaneCallError`, the end of a call by
+`Stream.cancel` or `Client.close` and calls after that included; only the cancelling of the task that waits stays
+`asyncio.CancelledError`, as everywhere. A stream that is left
 early is cancelled, which stops its work in the engine: at once when it was used as a context manager, else when it is
 collected.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypedDict, Unpack
+from typing import Any, NoReturn, Self, TypeAlias, TypedDict, Unpack
 
 import grpc
 import grpc.aio
@@ -167,6 +170,21 @@ class KvlaneCallError(Exception):
         return cls(error.code(), str(name), error.details() or "", retryable, _text(trailers.get("x-request-id")))
 
 
+# What grpc raises for a call that failed, that was cancelled here, or whose channel is closed.
+_FAILURES = (grpc.aio.AioRpcError, asyncio.CancelledError, grpc.aio.UsageError, grpc.aio.InternalError)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    """Raises what tells of one of `_FAILURES`."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        raise KvlaneCallError.of(error) from error
+    task = asyncio.current_task()
+    if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+        raise error
+    message = str(error) or "the call was cancelled on this side"
+    raise KvlaneCallError(grpc.StatusCode.CANCELLED, "", message, retryable=False) from error
+
+
 class Stream:
     """A streamed answer: an async iterator of `Delta`, and a context manager that cancels what is left."""
 
@@ -176,7 +194,8 @@ class Stream:
         self._to_delta = to_delta
 
     def cancel(self) -> None:
-        """Ends the call; its work in the engine stops. Harmless after the end."""
+        """Ends the call; its work in the engine stops, and whoever waits for a delta gets CANCELLED. Harmless after the
+        end."""
         self._call.cancel()
 
     def __aiter__(self) -> Self:
@@ -185,8 +204,8 @@ class Stream:
     async def __anext__(self) -> Delta:
         try:
             return self._to_delta(await anext(self._responses))
-        except grpc.aio.AioRpcError as error:
-            raise KvlaneCallError.of(error) from error
+        except _FAILURES as error:
+            _fail(error)
 
     async def __aenter__(self) -> Self:
         return self
@@ -258,7 +277,7 @@ class Client:
             request.text = prompt
         else:
             request.token_ids.ids.extend(prompt)
-        return Stream(self._generate(request, timeout=timeout_s, metadata=self._metadata), _generate_delta)
+        return self._stream(self._generate, request, timeout_s, _generate_delta)
 
     def chat(
         self,
@@ -280,7 +299,7 @@ class Client:
             tools=tools,
             chat_template_kwargs_json=json.dumps(chat_template_kwargs) if chat_template_kwargs else "",
         )
-        return Stream(self._chat(request, timeout=timeout_s, metadata=self._metadata), _chat_delta)
+        return self._stream(self._chat, request, timeout_s, _chat_delta)
 
     async def embed(
         self,
@@ -295,18 +314,31 @@ class Client:
         request = pb.EmbedRequest(model=model, texts=texts, dimensions=dimensions, routing=_routing(routing))
         try:
             response = await self._embed(request, timeout=timeout_s, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise KvlaneCallError.of(error) from error
+        except _FAILURES as error:
+            _fail(error)
         vectors = tuple(tuple(embedding.values) for embedding in response.embeddings)
         return Embeddings(vectors, _usage(response), _route(response))
 
     async def models(self, *, timeout_s: float | None = None) -> list[Model]:
-        """The models that can be asked for."""
+        """The models that the router has heard of; one without a ready replica has `ready_replicas` 0."""
         try:
             response = await self._models(pb.ModelsRequest(), timeout=timeout_s, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise KvlaneCallError.of(error) from error
+        except _FAILURES as error:
+            _fail(error)
         return [Model(each.name, each.parent, each.max_model_len, each.ready_replicas) for each in response.models]
+
+    def _stream(
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable[Any, Any],
+        request: Any,
+        timeout_s: float | None,
+        to_delta: Callable[[Any], Delta],
+    ) -> Stream:
+        try:
+            call = method(request, timeout=timeout_s, metadata=self._metadata)
+        except _FAILURES as error:
+            _fail(error)
+        return Stream(call, to_delta)
 
     async def close(self) -> None:
         """Ends the connection and every call on it."""

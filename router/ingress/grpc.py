@@ -20,14 +20,18 @@ from grpc_reflection.v1alpha import reflection
 from kvlane.v1 import inference_pb2 as pb
 
 from router.errors import (
+    LOGGED_CHARS,
     ClientTooSlow,
     DeadlineExceeded,
     Fault,
     InternalError,
     InvalidRequest,
     KvlaneError,
+    RequestTimeout,
     ShuttingDown,
+    cut,
 )
+from router.ingress import request_ids
 from router.ingress.base import Dispatch, Fleet
 from router.ingress.grpc_errors import render
 from router.ingress.grpc_port import bind, server_options
@@ -48,6 +52,10 @@ log = logging.getLogger(__name__)
 
 FLUSH_S: Final = 0.5
 """At the end of `stop`: time for final statuses to leave before connections are cut."""
+STATUS_S: Final = 5.0
+"""How long a failed call's handler stays until its client has read up to the status. grpc sends a status only behind
+all messages, and only a client can end a call early, so one that does not read is then left to grpc: it gets the rest
+and the status whenever it reads on."""
 
 Parse: TypeAlias = Callable[[bytes, Caller, Callable[[], str]], Request]
 Handler: TypeAlias = Callable[["_Call"], Awaitable[bytes | None]]
@@ -64,18 +72,23 @@ class GrpcIngress:
         *,
         reuse_port: bool = False,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        refused: Callable[[str, str], None] = lambda rpc, error: None,
     ) -> None:
+        """`refused` is called with ``"grpc"`` and the error's name for each error answered without dispatch."""
         self._options = options
         self._dispatch = dispatch
         self._fleet = fleet
         self._reuse_port = reuse_port
         self._new_id = new_id
+        self._refused = refused
         self._health = _Health()
         self._server: grpc.aio.Server | None = None
         self._calls: set[asyncio.Task[object]] = set()
+        self._reading: set[asyncio.Task[object]] = set()
+        self._cut: set[asyncio.Task[object]] = set()
+        self._abandoned = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._cutting = False
 
     async def start(self) -> int:
         """Listens; returns the port bound. Raises `ConfigError` where address or TLS files cannot be used."""
@@ -98,7 +111,10 @@ class GrpcIngress:
             await self._health.set(service, status)
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no new calls and gives those in flight `grace_s` seconds; what is left then ends with UNAVAILABLE."""
+        """Takes no new calls and gives those in flight `grace_s` seconds; what is left then ends with UNAVAILABLE.
+
+        Calls that have not sent their request yet end so at once.
+        """
         server, self._server = self._server, None
         if server is None:
             return
@@ -106,14 +122,20 @@ class GrpcIngress:
         # Refuses new calls at once, and returns when all calls are over and their clients have everything.
         draining = asyncio.create_task(server.stop(grace_s + FLUSH_S))
         try:
+            self._cut_off(self._reading)
             in_time = await self._idle_within(grace_s)
             self._health.end_watches()
             if not in_time:
-                self._cutting = True
-                for call in self._calls:
-                    call.cancel()
+                self._cut_off(self._calls)
+            elif self._abandoned:
+                await server.stop(FLUSH_S)  # Its client may never read what would let the call end.
         finally:
             await draining
+
+    def _cut_off(self, calls: set[asyncio.Task[object]]) -> None:
+        for call in calls - self._cut:
+            self._cut.add(call)
+            call.cancel()
 
     async def _idle_within(self, timeout_s: float) -> bool:
         try:
@@ -165,22 +187,32 @@ class GrpcIngress:
         except KvlaneError as error:
             failure = error
             _log_failure(call, error)
+            if not call.dispatched:
+                self._refused("grpc", error.name)
         except grpc.aio.InternalError:
             raise
         except Exception:
             log.exception("%s: a defect in the gRPC ingress or behind it", call.described())
             failure = InternalError("internal error")
+            if not call.dispatched:
+                self._refused("grpc", failure.name)
         code, message, trailers = render(failure, call.request_id)
-        return await call.context.abort(code, message, trailers)
+        try:
+            async with asyncio.timeout(STATUS_S):
+                return await call.context.abort(code, message, trailers)
+        except TimeoutError as error:
+            self._abandoned = True
+            raise asyncio.CancelledError from error
 
     async def _uncut(self, work: Awaitable[bytes | None]) -> bytes | None:
         """The result of `work`. Raises `ShuttingDown` where `stop` cut this call off."""
         try:
             return await work
         except asyncio.CancelledError:
-            if not self._cutting:
+            task = _current_task()
+            if task not in self._cut:
                 raise
-            _current_task().uncancel()
+            task.uncancel()
             raise ShuttingDown("this router is going away") from None
 
     def _enter(self, task: asyncio.Task[object]) -> None:
@@ -189,36 +221,81 @@ class GrpcIngress:
 
     def _leave(self, task: asyncio.Task[object]) -> None:
         self._calls.discard(task)
+        self._cut.discard(task)
         if not self._calls:
             self._idle.set()
 
     def _streamed(self, parse: Parse) -> Handler:
         async def streamed(call: _Call) -> None:
-            request = await call.request(parse, self._new_id)
+            request = await self._request(call, parse)
             sink = StreamSink(request.request_id, self._options.stream_buffer_bytes)
             writer = asyncio.create_task(sink.pump(call.context))
             try:
                 await self._dispatch.run(request, sink)
                 sink.complete()
-                await writer
+                await self._flushed(sink, writer)
             except ClientTooSlow:
-                sink.drop()
-                await writer
                 raise
-            except Exception:
+            except Exception as error:
                 # What came before the failure is the client's; the status goes out behind it.
                 sink.stop()
-                await writer
+                await self._flushed(sink, writer, error)
                 raise
             finally:
                 if not writer.done():
+                    sink.drop()
+                    if sink.opening:
+                        await asyncio.wait([writer], timeout=STATUS_S)
                     writer.cancel()
                     await asyncio.wait([writer])
 
         return streamed
 
+    async def _flushed(self, sink: StreamSink, writer: asyncio.Task[None], failure: Exception | None = None) -> None:
+        """Waits until the client has taken all of an ended stream.
+
+        Raises `failure`, by default `ClientTooSlow`, where it takes nothing for `read_timeout_s`.
+        """
+        limit_s = self._options.read_timeout_s
+        while not writer.done():
+            before = sink.unread_bytes
+            await asyncio.wait([writer], timeout=limit_s)
+            if not writer.done() and sink.unread_bytes == before:
+                raise failure or ClientTooSlow(f"the client left {before} bytes unread for {limit_s:g} s")
+        await writer
+
+    async def _request(self, call: _Call, parse: Parse) -> Request:
+        """The request to route. Raises `InvalidRequest`, `RequestTimeout`, and `DeadlineExceeded` without time left."""
+        metadata = _text_metadata(call.context)
+        call.request_id = request_ids.accepted(metadata.get("x-request-id")) or self._new_id()
+        body = await self._body(call)
+        # Stubs say that there always is a deadline; a call without one has None.
+        timeout_s = cast("float | None", call.context.time_remaining())
+        request = parse(body, caller_of(metadata, timeout_s), lambda: call.request_id)
+        call.request_id = request.request_id
+        if timeout_s is not None and timeout_s <= 0:
+            raise DeadlineExceeded("the deadline passed before the request was read")
+        call.dispatched = True
+        return request
+
+    async def _body(self, call: _Call) -> bytes:
+        """The serialized request. Raises `InvalidRequest` where the client sent none, and `RequestTimeout`."""
+        limit_s = self._options.request_timeout_s
+        task = _current_task()
+        self._reading.add(task)
+        try:
+            async with asyncio.timeout(limit_s):
+                body = await call.context.read()
+        except TimeoutError as error:
+            raise RequestTimeout(f"the call brought no whole request message within {limit_s:g} s") from error
+        finally:
+            self._reading.discard(task)
+        if not isinstance(body, bytes):
+            raise InvalidRequest("the call brought no request message, or one over the limit")
+        return body
+
     async def _embed(self, call: _Call) -> bytes:
-        request = await call.request(embed_request, self._new_id)
+        request = await self._request(call, embed_request)
         sink = UnarySink()
         await self._dispatch.run(request, sink)
         answer = sink.answer()
@@ -226,7 +303,7 @@ class GrpcIngress:
         return answer
 
     async def _models(self, call: _Call) -> bytes:
-        models_request(await call.body())
+        models_request(await self._body(call))
         models = [
             pb.Model(
                 name=status.card.name,
@@ -275,26 +352,8 @@ class _Call:
         self.method = method
         self.context = context
         self.request_id = ""
-
-    async def body(self) -> bytes:
-        """The serialized request. Raises `InvalidRequest` where the client sent none."""
-        body = await self.context.read()
-        if not isinstance(body, bytes):
-            raise InvalidRequest("the call brought no request message, or one over the limit")
-        return body
-
-    async def request(self, parse: Parse, new_id: Callable[[], str]) -> Request:
-        """The request to route. Raises `InvalidRequest`, or `DeadlineExceeded` where no time is left."""
-        body = await self.body()
-        # Stubs say that there always is a deadline; a call without one has None.
-        timeout_s = cast("float | None", self.context.time_remaining())
-        caller = caller_of(_text_metadata(self.context), timeout_s)
-        self.request_id = caller.header("x-request-id")
-        request = parse(body, caller, new_id)
-        self.request_id = request.request_id
-        if timeout_s is not None and timeout_s <= 0:
-            raise DeadlineExceeded("the deadline passed before the request was read")
-        return request
+        self.dispatched = False
+        """Dispatch has it, and counts how it ends."""
 
     def described(self) -> str:
         """For logs. Only while the handler runs: grpc frees the call after it, and `peer` would then crash the process,
@@ -309,7 +368,7 @@ def _text_metadata(context: Context) -> dict[str, str]:
 
 def _log_failure(call: _Call, error: KvlaneError) -> None:
     level = logging.INFO if error.fault is Fault.CLIENT else logging.WARNING
-    log.log(level, "%s: %s: %s", call.described(), error.name, error.message)
+    log.log(level, "%s: %s: %r", call.described(), error.name, cut(error.message, LOGGED_CHARS))
 
 
 def _current_task() -> asyncio.Task[object]:

@@ -5,7 +5,6 @@ Pure functions over bytes. Rule: a request is parsed once, to learn from it; its
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Final, TypeVar
 
@@ -14,13 +13,13 @@ from google.protobuf.message import DecodeError, Message
 from kvlane.v1 import inference_pb2 as pb
 
 from router.errors import InvalidRequest
+from router.ingress import request_ids
 from router.types import Request, Rpc
 
 SERVICE: Final = "kvlane.v1.Inference"
 FORWARDED: Final = ("x-request-id", "traceparent", "tracestate", "x-session-id")
 """Request metadata that travels on to the engine."""
-_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,256}")
-"""What fits into a log line, a header and a metadata value."""
+_REQUEST_ID: Final = FORWARDED[0]
 
 AnyRequest = TypeVar("AnyRequest", pb.GenerateRequest, pb.ChatRequest, pb.EmbedRequest)
 
@@ -75,11 +74,11 @@ def models_request(body: bytes) -> None:
 
 
 def caller_of(metadata: Mapping[str, str], timeout_s: float | None) -> Caller:
-    """The caller behind request metadata, whose names are lower case."""
-    return Caller(
-        headers=tuple((name, metadata[name]) for name in FORWARDED if name in metadata),
-        timeout_s=timeout_s,
-    )
+    """The caller behind request metadata, whose names are lower case; a request id that is not valid is left out."""
+    headers = tuple((name, metadata[name]) for name in FORWARDED if name in metadata)
+    if headers and headers[0][0] == _REQUEST_ID and not request_ids.accepted(headers[0][1]):
+        headers = headers[1:]
+    return Caller(headers, timeout_s)
 
 
 def _parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
@@ -105,13 +104,8 @@ def _request(
     new_id: Callable[[], str],
 ) -> Request:
     routing = message.routing
-    request_id = routing.request_id or caller.header("x-request-id") or new_id()
-    if _REQUEST_ID.fullmatch(request_id) is None:
-        raise InvalidRequest(
-            "a request id is 1 to 256 printable ASCII characters without spaces", param="routing.request_id"
-        )
     return Request(
-        request_id=request_id,
+        request_id=request_ids.accepted(routing.request_id) or caller.header(_REQUEST_ID) or new_id(),
         model=message.model,
         rpc=Rpc.GRPC,
         path=f"/{SERVICE}/{method}",

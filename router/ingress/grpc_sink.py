@@ -53,6 +53,10 @@ class StreamSink:
         """Bytes taken and not yet written, the message being written included."""
         self._ready = asyncio.Event()
         self._finished = False
+        self._dropped = False
+        self.opening = False
+        """The initial metadata is being sent. Cancelling `pump` then would leave the call without any status: grpc.aio
+        would send the metadata anew with it, which its core refuses."""
 
     def routed(self, receipt: Receipt) -> None:
         """Keeps the receipt until the first data: a try that fails before it is replaced by the next one's."""
@@ -71,6 +75,11 @@ class StreamSink:
         self._unread_bytes += len(payload)
         self._ready.set()
 
+    @property
+    def unread_bytes(self) -> int:
+        """What the client has not taken yet."""
+        return self._unread_bytes
+
     def complete(self) -> None:
         """The stream ended whole; `pump` returns once everything is written."""
         self.started = True  # A stream without any output still has its route to tell.
@@ -82,7 +91,8 @@ class StreamSink:
         self._ready.set()
 
     def drop(self) -> None:
-        """As `stop`, and what waits is thrown away; a message being written still goes out."""
+        """As `stop`, and what waits is thrown away."""
+        self._dropped = True
         self._messages.clear()
         self.stop()
 
@@ -100,9 +110,13 @@ class StreamSink:
 
     async def _write_all(self, context: Context) -> None:
         await self._ready.wait()
-        if not self.started:
+        if not self.started or self._dropped:
             return
+        self.opening = True
         await context.send_initial_metadata(request_id_metadata(self._request_id))
+        self.opening = False
+        if self._dropped:
+            return
         if self._receipt is not None:
             await context.write(route_message(self._receipt))
         while True:

@@ -43,12 +43,15 @@ class HttpIngress:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         chance: random.Random | None = None,
+        refused: Callable[[str, str], None] = lambda rpc, error: None,
     ) -> None:
+        """`refused` is called with ``"http"`` and the error's name for each error answered without dispatch."""
         self.options = options
         self.dispatch = dispatch
         self.cors = Cors(options.cors_origins)
         self.routes = Routes(options, fleet, metrics, wall, chance or random.Random())
         self.clock = clock
+        self.refused = refused
         self._wall = wall
         self._date = ""
         self._connections: set[Connection] = set()
@@ -56,10 +59,12 @@ class HttpIngress:
         self._empty = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._stopping = False
 
     async def start(self, sock: socket.socket | None = None, reuse_port: bool = False) -> int:
         """Listens on `sock`, else on the configured address; returns the port. Raises `OSError`."""
         loop = asyncio.get_running_loop()
+        self._stopping = False
 
         def connect() -> Connection:
             return Connection(self, loop)
@@ -81,10 +86,11 @@ class HttpIngress:
         """Accepts nothing more, lets responses under way finish for `grace_s` seconds, then ends them."""
         if self._server is None:
             return
+        self._stopping = True
         self._server.close()
         for connection in tuple(self._connections):
             connection.retire()
-        if not await self._emptied(grace_s):
+        if not await self._emptied(grace_s) and self._connections:
             logger.info("cut %d connections that did not finish in time", len(self._connections))
             for connection in tuple(self._connections):
                 connection.stop_short()
@@ -118,10 +124,15 @@ class HttpIngress:
         return self._date
 
     def admit(self, connection: Connection) -> bool:
-        """Counts the connection in; False where `max_connections` are open already."""
+        """Counts the connection in; False where `max_connections` are open already.
+
+        One that was accepted just before `stop` began arrives after it, and is closed unheard.
+        """
         limit = self.options.max_connections
         self._connections.add(connection)
         self._empty.clear()
+        if self._stopping:
+            connection.retire()
         if len(self._connections) > limit + _REFUSALS:
             connection.abort()
         return len(self._connections) <= limit

@@ -10,16 +10,16 @@ Deadlines are looked at by the server's one coarse timer, so a request costs no 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import socket
 import struct
 from collections.abc import Callable
 from typing import Final, Protocol, cast
 
-from router.errors import ClientTooSlow, Fault, InternalError, KvlaneError, Overloaded, RequestTimeout, ShuttingDown
+from router.errors import ClientTooSlow, InternalError, KvlaneError, Overloaded, RequestTimeout, ShuttingDown
 from router.ingress.base import Dispatch
 from router.ingress.cors import Cors
+from router.ingress.http_log import log_answer, log_defect, log_failure, logger
 from router.ingress.http_parser import BODY, HEAD, IDLE, HttpRequest, RequestParser
 from router.ingress.http_response import Envelope, Exchange, Reply, error_reply
 from router.ingress.http_routes import Routes, Target, read_target
@@ -27,12 +27,13 @@ from router.lane.carriers import tune
 from router.options import HttpOptions
 from router.types import Request
 
-logger = logging.getLogger("kvlane.http")
-
 MAX_QUEUED: Final = 8
-"""Pipelined requests that wait for their turn; beyond it nothing more is read."""
+"""Pipelined requests that wait for their turn; beyond it no more input is parsed."""
 MAX_QUEUED_BYTES: Final = 1 << 20
 """Bytes of their bodies, likewise."""
+MAX_HELD_BYTES: Final = 1 << 20
+"""Input that waits to be parsed; a client that sends more is cut off. Reading never pauses, because a connection that
+is not read cannot tell that its client is gone."""
 LINGER_S: Final = 5.0
 """How long a closing connection may stand still: its output unread, or its client still sending after an error."""
 
@@ -45,6 +46,7 @@ _FRESH: Final = "the first request"
 _WAITING: Final = "the next request"
 _IN_HEAD: Final = "the headers"
 _IN_BODY: Final = "the body"
+_UNREAD: Final = "the client's reading"
 _CLOSING: Final = "the end"
 _NOTHING: Final = ("", 0)
 
@@ -66,6 +68,7 @@ class Site(Protocol):
     routes: Routes
     cors: Cors
     clock: Callable[[], float]
+    refused: Callable[[str, str], None]
 
     def date(self) -> str:
         """The `date` and `server` lines."""
@@ -94,11 +97,10 @@ class Connection(asyncio.Protocol):
         self._waits_for = _NOTHING
         self._exchange: Exchange | None = None
         self._task: asyncio.Task[None] | None = None
-        self._held_input: list[bytes] = []
+        self._held_input = bytearray()
         self._held_output: list[bytes] = []
         self._held_bytes = 0
         self._unflushed = 0
-        self._reading = True
         self._retiring = False
         self._closing = False
         self._lost = False
@@ -111,13 +113,15 @@ class Connection(asyncio.Protocol):
         tune(transport)
         self._wait(_FRESH, self._site.options.header_timeout_s)
         if not self._site.admit(self):
-            logger.info("refused a connection: %d are open", self._site.options.max_connections)
             self._refuse(TooManyConnections("Too many connections are open"))
 
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        self._held_input.append(data)
+        if self._held_input or len(data) > _SLICE_BYTES or not self._has_room():
+            self._held_input += data
+        else:
+            self._parser.feed(data)
         self._advance()
 
     def eof_received(self) -> None:
@@ -158,15 +162,22 @@ class Connection(asyncio.Protocol):
     def _advance(self) -> None:
         """Reads and answers as far as the input and the client's reading allow."""
         self._answer_queued()
-        while self._held_input and not self._closing and self._has_room():
-            self._feed(self._held_input.pop(0))
+        held = self._held_input
+        while held and not self._closing and self._has_room():
+            piece = held[:_SLICE_BYTES]
+            del held[:_SLICE_BYTES]
+            self._parser.feed(piece)
             self._answer_queued()
         if self._closing:
+            return
+        if len(held) > MAX_HELD_BYTES:
+            logger.info("cut a connection: its client sent %d bytes ahead of the answers", len(held))
+            self._abandon()
+            self.cut()
             return
         if self._parser.wants_continue and self._exchange is None:
             self._parser.wants_continue = False
             self.write(_CONTINUE)
-        self._read(not self._held_input)
         self._set_deadline()
 
     def _has_room(self) -> bool:
@@ -175,18 +186,6 @@ class Connection(asyncio.Protocol):
             return True
         waiting = sum(len(item.body) for item in queue if isinstance(item, HttpRequest))
         return len(queue) < MAX_QUEUED and waiting < MAX_QUEUED_BYTES
-
-    def _feed(self, data: bytes) -> None:
-        if len(data) <= _SLICE_BYTES:
-            self._parser.feed(data)
-            return
-        self._parser.feed(data[:_SLICE_BYTES])
-        self._held_input.insert(0, data[_SLICE_BYTES:])
-
-    def _read(self, reading: bool) -> None:
-        if reading != self._reading:
-            self._reading = reading
-            (self._transport.resume_reading if reading else self._transport.pause_reading)()
 
     def _answer_queued(self) -> None:
         queue = self._queue
@@ -220,10 +219,10 @@ class Connection(asyncio.Protocol):
             self._route(request, target, envelope)
         except KvlaneError as error:
             log_failure(error, envelope)
-            self._reply(error_reply(error, envelope.path), envelope)
+            self._reply_refusal(error, envelope)
         except Exception:
-            logger.exception("failed to handle %s %r", request.method, envelope.path)
-            self._reply(error_reply(InternalError("Internal error"), envelope.path), envelope)
+            log_defect("handle", request.method, envelope.path)
+            self._reply_refusal(InternalError("Internal error"), envelope)
 
     def _route(self, request: HttpRequest, target: Target, envelope: Envelope) -> None:
         routes = self._site.routes
@@ -249,7 +248,7 @@ class Connection(asyncio.Protocol):
             exchange.fail(ShuttingDown("The request was cancelled"))
             raise
         except Exception:
-            logger.exception("failed to relay %s %r", request.method, request.path)
+            log_defect("relay", request.method, request.path)
             exchange.fail(InternalError("Internal error"))
 
     # Responses out.
@@ -258,14 +257,17 @@ class Connection(asyncio.Protocol):
         """Answers at once, without a replica."""
         close = not envelope.keep_alive
         self.write(reply.render(envelope, close=close))
-        logger.debug("%s %r %d", envelope.method, envelope.path, reply.status)
+        log_answer(envelope, reply.status)
         if close:
             self._close()
 
+    def _reply_refusal(self, error: KvlaneError, envelope: Envelope) -> None:
+        self._site.refused("http", error.name)
+        self._reply(error_reply(error, envelope.path), envelope)
+
     def answered(self, exchange: Exchange, *, close: bool) -> None:
         """The exchange's response is complete; the next request gets its turn."""
-        envelope = exchange.envelope
-        logger.debug("%s %r %d %s", envelope.method, envelope.path, exchange.status, envelope.request_id)
+        log_answer(exchange.envelope, exchange.status)
         self._exchange = self._task = None
         if close or self._retiring:
             self._close()
@@ -288,9 +290,13 @@ class Connection(asyncio.Protocol):
         """Raises `ClientTooSlow` when more than `stream_buffer_bytes` are unread."""
         if self.flowing:
             return
-        unread = self._held_bytes + self._transport.get_write_buffer_size()
+        unread = self._unread_bytes()
         if unread > self._site.options.stream_buffer_bytes:
             raise ClientTooSlow(f"The client left {unread} bytes unread")
+
+    def _unread_bytes(self) -> int:
+        """Output that the client has not taken yet."""
+        return self._held_bytes + self._transport.get_write_buffer_size()
 
     def _flush(self) -> None:
         held = b"".join(self._held_output)
@@ -304,6 +310,7 @@ class Connection(asyncio.Protocol):
         """Answers an input that cannot be read on, and closes once the client had time to read the answer."""
         envelope = Envelope(self._site.routes.request_id(None), "", "", False, False, "", self._site.date)
         log_failure(error, envelope)
+        self._site.refused("http", error.name)
         self.write(error_reply(error, "").render(envelope, close=True))
         # Closed with input unread, the kernel would reset the connection and the answer could be lost.
         self._close(half=True)
@@ -318,10 +325,9 @@ class Connection(asyncio.Protocol):
         self._held_input.clear()
         if self._held_output:
             self._flush()
-        self._unflushed = self._transport.get_write_buffer_size()
+        self._unflushed = self._unread_bytes()
         self._wait(_CLOSING, LINGER_S)
         if half and self._transport.can_write_eof():
-            self._read(True)
             self._transport.write_eof()
         else:
             self._transport.close()
@@ -375,8 +381,12 @@ class Connection(asyncio.Protocol):
     def _set_deadline(self) -> None:
         options = self._site.options
         state = self._parser.state
-        if self._exchange is not None or self._queue:
+        if self._exchange is not None:
             self.deadline, self._waits_for = math.inf, _NOTHING
+        elif not self.flowing:
+            if self._waits_for[0] != _UNREAD:
+                self._unflushed = self._unread_bytes()
+                self._wait(_UNREAD, options.body_timeout_s)
         elif state == HEAD:
             self._wait(_IN_HEAD, options.header_timeout_s)
         elif state == BODY:
@@ -397,17 +407,19 @@ class Connection(asyncio.Protocol):
         what = self._waits_for[0]
         if what in (_IN_HEAD, _IN_BODY):
             self._refuse(RequestTimeout(f"Timed out waiting for {what}"))
-        elif what != _CLOSING:
-            self._close()
+        elif what == _UNREAD:
+            self._hurry(self._site.options.body_timeout_s)
+        elif what == _CLOSING:
+            self._hurry(LINGER_S)
         else:
-            self._hurry()
+            self._close()
 
-    def _hurry(self) -> None:
-        """Gives a closing connection more time as long as its client reads."""
-        unflushed = self._transport.get_write_buffer_size()
-        if 0 < unflushed < self._unflushed:
-            self._unflushed = unflushed
-            self.deadline = self._site.clock() + LINGER_S
+    def _hurry(self, limit_s: float) -> None:
+        """Gives the client more time as long as it reads."""
+        unread = self._unread_bytes()
+        if 0 < unread < self._unflushed:
+            self._unflushed = unread
+            self.deadline = self._site.clock() + limit_s
         else:
             self._transport.abort()
 
@@ -416,14 +428,3 @@ def _preflight_reply(preflight: tuple[int, str, bytes], envelope: Envelope) -> R
     status, lines, body = preflight
     envelope.cors = ""  # The preflight's own lines say it all.
     return Reply(status, "text/plain; charset=utf-8", body, lines)
-
-
-def log_failure(error: KvlaneError, envelope: Envelope) -> None:
-    """One line; with a traceback only for what is a defect here."""
-    what = (envelope.method, envelope.path, error.http_status, error.name, error.message, envelope.request_id)
-    if isinstance(error, InternalError):
-        logger.error("%s %r %d %s: %s (%s)", *what, exc_info=error)
-    elif error.fault is Fault.REPLICA:
-        logger.warning("%s %r %d %s: %s (%s)", *what)
-    else:
-        logger.info("%s %r %d %s: %s (%s)", *what)

@@ -27,6 +27,9 @@ ENDED: Final = 3
 _OVERHEAD: Final = 16
 """Bytes of chunk framing allowed per byte of chunked body; a chunk of one byte needs 5."""
 
+_MAX_LENGTH_DIGITS: Final = 20
+"""Digits of 2**64; llhttp checks the value, but takes any number of leading zeros."""
+
 _PASS: Final = 0  # Goes to the replica.
 _NOTE: Final = 1  # Goes to the replica, and the router reads it.
 _TAKE: Final = 2  # The router reads it; the replica gets none or the router's own.
@@ -111,19 +114,18 @@ class RequestParser:
         self._url = b""
         self._headers: list[tuple[str, str]] = []
         self._noted: dict[str, str] = {}
-        self._body: list[bytes] = []
-        self._body_bytes = 0
+        self._body: bytes | bytearray = b""
         self._fed = 0
         self._dropped = 0
         self._keep_alive = True
         self._http_1_0 = False
 
-    def feed(self, data: bytes | memoryview) -> None:
+    def feed(self, data: bytes | bytearray) -> None:
         """Parses the next bytes; never raises. After the last request they are ignored."""
         while data and self.state != ENDED:
             data = self._feed(data)
 
-    def _feed(self, data: bytes | memoryview) -> bytes | memoryview:
+    def _feed(self, data: bytes | bytearray) -> bytes | bytearray:
         """Parses up to the end or to the end of a head that wants an upgrade; returns the rest."""
         before, was_idle = self.begun, self.state == IDLE
         self._reading = len(data)
@@ -152,7 +154,7 @@ class RequestParser:
             if self._fed > self._max_header_bytes:
                 self._refuse(self._headers_too_large())
             return
-        limit = self._max_header_bytes + _OVERHEAD * max(self._body_bytes, 1)
+        limit = self._max_header_bytes + _OVERHEAD * max(len(self._body), 1)
         if self._fed > limit and self._fed - self._head_bytes() > limit:
             self._refuse(InvalidRequest("The chunked body has more framing than content"))
 
@@ -251,6 +253,8 @@ class RequestParser:
         if "host" not in noted and not self._http_1_0:
             self._stop(InvalidRequest("The Host header is missing"))
         length = noted.get("content-length")
+        if length is not None and len(length) > _MAX_LENGTH_DIGITS:
+            self._stop(InvalidRequest("The Content-Length has too many digits"))
         if length is not None and int(length) > self._max_body_bytes:
             self._stop(self._body_too_large())
         coding = noted.get("transfer-encoding")
@@ -265,28 +269,32 @@ class RequestParser:
 
     def on_body(self, part: bytes) -> None:
         self.wants_continue = False
-        self._body_bytes += len(part)
-        if self._body_bytes > self._max_body_bytes:
+        body = self._body
+        if len(body) + len(part) > self._max_body_bytes:
             self._stop(self._body_too_large())
-        self._body.append(part)
+        if not body:
+            self._body = part
+        elif isinstance(body, bytearray):
+            body += part
+        else:
+            self._body = bytearray(body) + part
 
     def on_message_complete(self) -> None:
         if self._upgrading:
             return
-        body = self._body
         self.complete.append(
             HttpRequest(
                 method=self._parser.get_method().decode("ascii"),
                 target=self._url,
                 headers=self._headers,
                 noted=self._noted,
-                body=body[0] if len(body) == 1 else b"".join(body),
+                body=bytes(self._body),  # The very same where it came in one piece.
                 keep_alive=self._keep_alive,
                 http_1_0=self._http_1_0,
             )
         )
         self.wants_continue = False
-        self._body = []
+        self._body = b""
         self.state = IDLE if self._keep_alive else ENDED
 
     def _stop(self, error: KvlaneError) -> None:

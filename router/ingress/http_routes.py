@@ -8,7 +8,6 @@ resets, weight updates …) are one engine's administration and must not be in r
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable
 from typing import Final
 from urllib.parse import parse_qsl, unquote_to_bytes
@@ -16,8 +15,8 @@ from urllib.parse import parse_qsl, unquote_to_bytes
 import httptools
 import msgspec
 
-from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, PathNotFound
-from router.ingress import openai
+from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, PathNotFound, cut
+from router.ingress import multipart, openai, request_ids
 from router.ingress.base import Fleet
 from router.ingress.http_parser import HttpRequest
 from router.ingress.http_response import Reply
@@ -33,7 +32,6 @@ _ONE_REPLICAS_STATE: Final = frozenset({"/v1/load_lora_adapter", "/v1/unload_lor
 
 _OWN: Final = frozenset({"/healthz", "/readyz", "/metrics", "/v1/models"})
 _MODEL_PREFIX: Final = "/v1/models/"
-_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}").fullmatch
 _JSON: Final = "application/json"
 
 
@@ -94,8 +92,8 @@ class Routes:
     def request_id(self, request: HttpRequest | None) -> str:
         """The client's own where it may choose one, else 32 random hexadecimal digits."""
         if request is not None and self._trust_request_id:
-            given = request.noted.get("x-request-id")
-            if given is not None and _REQUEST_ID(given):
+            given = request_ids.accepted(request.noted.get("x-request-id"))
+            if given:
                 return given
         return f"{self._random_bits(128):032x}"
 
@@ -104,7 +102,7 @@ class Routes:
         if path not in _OWN and not path.startswith(_MODEL_PREFIX):
             return None
         if request.method not in ("GET", "HEAD"):
-            raise MethodNotAllowed(f"{request.method} is not allowed at {path}", allow=("GET", "HEAD"))
+            raise MethodNotAllowed(f"{request.method} is not allowed at {cut(path)}", allow=("GET", "HEAD"))
         if path == "/healthz":
             return Reply(200, "text/plain; charset=utf-8", b"ok")
         if path == "/readyz":
@@ -122,7 +120,7 @@ class Routes:
         name = path.removeprefix(_MODEL_PREFIX)
         card = openai.model_card(models, name, self._created)
         if card is None:
-            raise ModelNotFound(f"The model `{name}` does not exist.", param="model")
+            raise ModelNotFound(f"The model `{cut(name)}` does not exist.", param="model")
         return Reply(200, _JSON, card)
 
     def relay(self, request: HttpRequest, target: Target, request_id: str) -> Request:
@@ -147,19 +145,21 @@ class Routes:
         )
 
     def _check(self, asked: str, method: str, path: str) -> None:
-        relayed = path in RELAYED or path.startswith(RELAYED_PREFIXES)
-        allowed = self._fleet.methods(path) if relayed and path not in _ONE_REPLICAS_STATE else ()
+        relayed = (path in RELAYED or path.startswith(RELAYED_PREFIXES)) and path not in _ONE_REPLICAS_STATE
+        allowed = self._fleet.methods(path) if relayed else ()
+        if relayed and not allowed and not self._fleet.models():
+            return  # No replica has said yet what there is: dispatch waits for one, which then judges path and method.
         if not allowed:
-            raise PathNotFound(f"There is nothing at {path}")
+            raise PathNotFound(f"There is nothing at {cut(path)}")
         if method not in allowed:
             allow = (*allowed, "HEAD") if "GET" in allowed and "HEAD" not in allowed else allowed
-            raise MethodNotAllowed(f"{asked} is not allowed at {path}", allow=allow)
+            raise MethodNotAllowed(f"{asked} is not allowed at {cut(path)}", allow=allow)
 
     def _facts(self, request: HttpRequest, target: Target) -> openai.Facts:
         if request.body:
             content_type = request.noted.get("content-type", "")
             if content_type[:19].lower() == "multipart/form-data":
-                facts = openai.read_multipart(request.body, content_type)
+                facts = openai.Facts(model=multipart.read_model(request.body, content_type))
             else:
                 facts = openai.read_json(request.body)
             model = facts.model or self._default_model

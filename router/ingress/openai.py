@@ -1,4 +1,4 @@
-"""What the router must know of OpenAI-compatible traffic: a body's model, error objects, the models list.
+"""What the router must know of OpenAI-compatible traffic: a JSON body's model, error objects, the models list.
 
 Sans-IO: plain functions on bytes. The one rule: the body itself is never changed, and what the engine can judge better
 (every field but `model`) is left to it.
@@ -6,16 +6,18 @@ Sans-IO: plain functions on bytes. The one rule: the body itself is never change
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-import python_multipart
-from python_multipart.exceptions import FormParserError
 
-from router.errors import ClientTooSlow, InvalidRequest, KvlaneError
+from router.errors import ClientTooSlow, InvalidRequest, KvlaneError, cut
 from router.ingress.base import ModelStatus
 
 _MAX_PRIORITY: Final = 2**31
+_MAX_WORD_BYTES: Final = 1024  # Of `user` and `cache_salt` as JSON; longer ones are the engine's alone to judge.
+_MAX_NUMBER_BYTES: Final = 11
+_MAX_MESSAGE_CHARS: Final = 1024  # Messages may quote what a client sent.
+_QUOTE: Final = ord('"')
 _STOP_WORD: Final = "data: [DONE]\n\n"
 
 
@@ -30,10 +32,11 @@ class Facts(msgspec.Struct, frozen=True):
 
 class _Body(msgspec.Struct):
     model: str | None = None
-    # Typed loosely: a wrong type of these is the engine's to refuse, with its own words.
-    user: Any = None
-    cache_salt: Any = None
-    priority: Any = None
+    # Not decoded, only skipped: a wrong type of these is the engine's to refuse, with its own words, and decoding a
+    # hostile one (megabytes of nested lists) would hold up every other stream.
+    user: msgspec.Raw = msgspec.Raw()
+    cache_salt: msgspec.Raw = msgspec.Raw()
+    priority: msgspec.Raw = msgspec.Raw()
 
 
 class _ErrorInfo(msgspec.Struct):
@@ -86,6 +89,8 @@ class _ModelList(msgspec.Struct):
 
 
 _body_decoder = msgspec.json.Decoder(_Body)
+_word_decoder = msgspec.json.Decoder(str)
+_number_decoder = msgspec.json.Decoder(int)
 _encoder = msgspec.json.Encoder()
 
 
@@ -96,6 +101,7 @@ def read_json(body: bytes) -> Facts:
         if not body.isascii():
             body.decode()
         found = _body_decoder.decode(body)
+        return Facts(found.model or "", _word(found.user), _word(found.cache_salt), _priority(found.priority))
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not valid UTF-8 (byte {error.start})") from error
     except msgspec.ValidationError as error:
@@ -105,12 +111,6 @@ def read_json(body: bytes) -> Facts:
         raise InvalidRequest(f"The body is not valid JSON: {error}{position}") from error
     except RecursionError as error:
         raise InvalidRequest("The body is not valid JSON: nested too deeply") from error
-    return Facts(
-        model=found.model or "",
-        user=found.user if type(found.user) is str else "",
-        cache_salt=found.cache_salt if type(found.cache_salt) is str else "",
-        priority=_priority(found.priority),
-    )
 
 
 def _wrong_type(error: msgspec.ValidationError) -> InvalidRequest:
@@ -121,90 +121,36 @@ def _wrong_type(error: msgspec.ValidationError) -> InvalidRequest:
     return InvalidRequest(f"{field}: {reason}", param=field)
 
 
-def _priority(value: object) -> int:
-    if type(value) is int and -_MAX_PRIORITY <= value < _MAX_PRIORITY:
-        return value
-    return 0
+def _word(raw: msgspec.Raw) -> str:
+    """A short string; anything else counts as none."""
+    text = memoryview(raw)
+    if not 2 < len(text) <= _MAX_WORD_BYTES or text[0] != _QUOTE:
+        return ""
+    return _word_decoder.decode(text)
 
 
-def read_multipart(body: bytes, content_type: str) -> Facts:
-    """The facts of a multipart/form-data body, read no further than its `model`. Raises `InvalidRequest`."""
-    _, parameters = python_multipart.multipart.parse_options_header(content_type)
-    boundary = parameters.get(b"boundary")
-    if not boundary:
-        raise InvalidRequest("multipart/form-data needs a boundary")
-    form = _ModelField()
+def _priority(raw: msgspec.Raw) -> int:
+    """A small integer; anything else counts as none."""
+    text = memoryview(raw)
+    if not 0 < len(text) <= _MAX_NUMBER_BYTES:
+        return 0
     try:
-        parser = python_multipart.MultipartParser(boundary, form.callbacks())
-        parser.write(body)
-        model = form.value.decode()
-    except _Found:
-        model = form.text()
-    except (FormParserError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The body is not valid multipart/form-data: {error}") from error
-    return Facts(model=model)
-
-
-class _Found(Exception):
-    """Unwinds the parser: what follows the field need not be read."""
-
-
-class _ModelField:
-    """Callbacks for a multipart parser that keep the field `model` and nothing else."""
-
-    def __init__(self) -> None:
-        self.value = b""
-        self._wanted = False
-        self._name = b""
-        self._header = b""
-
-    def callbacks(self) -> Any:
-        return {
-            "on_part_begin": self._part_begin,
-            "on_header_field": self._header_field,
-            "on_header_value": self._header_value,
-            "on_header_end": self._header_end,
-            "on_part_data": self._part_data,
-            "on_part_end": self._part_end,
-        }
-
-    def text(self) -> str:
-        try:
-            return self.value.decode()
-        except UnicodeDecodeError as error:
-            raise InvalidRequest("model: not valid UTF-8", param="model") from error
-
-    def _part_begin(self) -> None:
-        self._wanted = False
-        self._name = self._header = b""
-
-    def _header_field(self, data: bytes, start: int, end: int) -> None:
-        self._name += data[start:end]
-
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def _header_end(self) -> None:
-        if self._name.lower() == b"content-disposition":
-            _, parameters = python_multipart.multipart.parse_options_header(self._header)
-            self._wanted = parameters.get(b"name") == b"model" and b"filename" not in parameters
-        self._name = self._header = b""
-
-    def _part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._wanted:
-            self.value += data[start:end]
-
-    def _part_end(self) -> None:
-        if self._wanted:
-            raise _Found
+        value = _number_decoder.decode(text)
+    except msgspec.ValidationError:
+        return 0
+    return value if -_MAX_PRIORITY <= value < _MAX_PRIORITY else 0
 
 
 def error_body(error: KvlaneError, path: str = "") -> bytes:
     """The error object as vLLM shapes it; `code` is the HTTP status."""
-    info = _ErrorInfo(error.message, error.openai_type, error.param, error.http_status)
+    info = _error_info(error)
     if path.startswith("/v1/messages"):
         return _encoder.encode(_MessagesError("error", info))
     return _encoder.encode(_ErrorBody(info))
+
+
+def _error_info(error: KvlaneError) -> _ErrorInfo:
+    return _ErrorInfo(cut(error.message, _MAX_MESSAGE_CHARS), error.openai_type, error.param, error.http_status)
 
 
 def error_event(error: KvlaneError, path: str) -> bytes:
@@ -212,7 +158,7 @@ def error_event(error: KvlaneError, path: str) -> bytes:
 
     Streams of the Messages and Responses APIs have named events and no closing `[DONE]`.
     """
-    info = _ErrorInfo(error.message, error.openai_type, error.param, error.http_status)
+    info = _error_info(error)
     if path.startswith(("/v1/messages", "/v1/responses")):
         return b"event: error\ndata: %b\n\n" % _encoder.encode(_MessagesError("error", info))
     return b"data: %b\n\n%b" % (_encoder.encode(_ErrorBody(info)), _STOP_WORD.encode())

@@ -70,6 +70,8 @@ class Served:
         self.dispatch = dispatch
         self.target = f"127.0.0.1:{port}"
         self.channel = channel
+        self.refused: list[tuple[str, str]] = []
+        """What the ingress answered without dispatch."""
 
     def generate(self, request: pb.GenerateRequest = PROMPT, **call: Any) -> grpc.aio.UnaryStreamCall[Any, Any]:
         return generate_on(self.channel)(request, **call)
@@ -107,12 +109,21 @@ def generate_on(channel: grpc.aio.Channel) -> Callable[..., grpc.aio.UnaryStream
 async def serving(script: Script, **options: Any) -> AsyncIterator[Served]:
     dispatch = FakeDispatch(script)
     ids = iter(range(1_000_000))
-    ingress = GrpcIngress(GrpcOptions(port=0, **options), dispatch, FakeFleet(), new_id=lambda: f"made-{next(ids)}")
+    refused: list[tuple[str, str]] = []
+    ingress = GrpcIngress(
+        GrpcOptions(port=0, **options),
+        dispatch,
+        FakeFleet(),
+        new_id=lambda: f"made-{next(ids)}",
+        refused=lambda rpc, error: refused.append((rpc, error)),
+    )
     port = await ingress.start()
     arguments = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=arguments) as channel:
-            yield Served(ingress, dispatch, port, channel)
+            served = Served(ingress, dispatch, port, channel)
+            served.refused = refused
+            yield served
     finally:
         await ingress.stop(0)
 
@@ -149,6 +160,13 @@ def hangs(*texts: str) -> Script:
         await asyncio.Event().wait()
 
     return script
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Lets the loop turn until the condition holds."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 async def within(awaitable: Awaitable[Any], seconds: float = 10) -> Any:

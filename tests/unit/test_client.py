@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,7 +15,7 @@ from kvlane.v1 import inference_pb2 as pb
 
 from router.errors import ModelNotFound, ReplicaLost
 from router.types import Request, Sink
-from tests.unit.grpc_serving import Script, Served, fails, hangs, receipt, says, serving, within
+from tests.unit.grpc_serving import Script, Served, fails, hangs, receipt, says, serving, until, within
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -150,6 +151,48 @@ async def test_a_deadline_is_a_call_error() -> None:
             _ = [delta async for delta in stream]
         assert caught.value.status is grpc.StatusCode.DEADLINE_EXCEEDED
         await within(served.dispatch.cancelled.wait())
+
+
+async def test_a_cancelled_stream_is_a_call_error_for_whoever_waits_on_it() -> None:
+    async with connected(hangs("a")) as (client, served):
+        stream = client.generate("tiny", "hi")
+        assert [(await anext(stream)).text for _ in range(2)] == ["", "a"]
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        stream.cancel()
+        with pytest.raises(KvlaneCallError) as caught:
+            await within(waiting)
+        assert (caught.value.status, caught.value.retryable) == (grpc.StatusCode.CANCELLED, False)
+        await within(served.dispatch.cancelled.wait())
+
+
+async def test_closing_the_client_ends_its_calls_as_call_errors_and_refuses_new_ones() -> None:
+    async with connected(hangs("a")) as (client, served):
+        stream = client.generate("tiny", "hi")
+        assert [(await anext(stream)).text for _ in range(2)] == ["", "a"]
+        calls = [asyncio.ensure_future(anext(stream)), asyncio.ensure_future(client.embed("tiny", ["text"]))]
+        await until(lambda: len(served.dispatch.requests) == 2)
+        await client.close()
+        for call in calls:
+            with pytest.raises(KvlaneCallError) as caught:
+                await within(call)
+            assert caught.value.status is grpc.StatusCode.CANCELLED
+        for begin in (lambda: anext(client.generate("tiny", "hi")), client.models, lambda: client.embed("tiny", ["t"])):
+            with pytest.raises(KvlaneCallError) as caught:
+                await within(begin())
+            assert caught.value.status is grpc.StatusCode.CANCELLED
+
+
+async def test_cancelling_the_task_that_waits_stays_a_cancel() -> None:
+    async with connected(hangs("a")) as (client, served):
+        for begin in (lambda: anext(client.generate("tiny", "hi")), lambda: client.embed("tiny", ["text"])):
+            served.dispatch.script = hangs()
+            served.dispatch.running.clear()
+            waiting = asyncio.ensure_future(begin())
+            await within(served.dispatch.running.wait())
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await within(waiting)
 
 
 async def test_leaving_a_stream_early_cancels_the_request() -> None:

@@ -259,11 +259,6 @@ BAD = {
         pb.GenerateRequest(model="m", token_ids=pb.TokenIds()).SerializeToString(),
         "the prompt is empty",
     ),
-    "request id": (
-        "Generate",
-        pb.GenerateRequest(model="m", text="a", routing=pb.RoutingParams(request_id="a\nb")).SerializeToString(),
-        "a request id is",
-    ),
     "no messages": ("Chat", pb.ChatRequest(model="m").SerializeToString(), "the conversation is empty"),
     "no role": (
         "Chat",
@@ -289,6 +284,44 @@ async def test_a_bad_request_is_refused_without_a_traceback(case: str, caplog: p
     (line,) = [record for record in caplog.records if record.name.startswith("router")]
     assert line.exc_info is None
     assert line.getMessage().startswith(f"{method} ")
+    assert served.refused == [("grpc", "invalid_request")]
+
+
+async def test_only_what_never_reached_dispatch_counts_as_refused() -> None:
+    async with serving(fails(ReplicaLost("gone"))) as served:
+        await served.error("Generate", PROMPT.SerializeToString())
+        assert served.refused == []
+        await served.error("Embed", b"")
+        assert served.refused == [("grpc", "invalid_request")]
+
+
+@pytest.mark.parametrize("bad", ["a b", "x" * 129, "x" * 5000])
+async def test_a_request_id_that_is_not_valid_is_replaced_and_never_an_error(bad: str) -> None:
+    routed = pb.GenerateRequest(model="tiny", text="a", routing=pb.RoutingParams(request_id=bad))
+    async with serving(fails(ReplicaLost("gone"))) as served:
+        for body, metadata, expected in (
+            (PROMPT, (("x-request-id", bad),), "made-0"),
+            (routed, (), "made-1"),
+            (routed, (("x-request-id", "mine"),), "mine"),
+            (pb.GenerateRequest(text="a"), (("x-request-id", bad),), "made-2"),
+        ):
+            seen = await served.error("Generate", body.SerializeToString(), metadata=metadata)
+            assert trailers(seen)["x-request-id"] == expected
+    assert [request.request_id for request in served.dispatch.requests] == ["made-0", "made-1", "mine"]
+    assert [request.headers for request in served.dispatch.requests] == [(), (), (("x-request-id", "mine"),)]
+
+
+async def test_what_a_client_sends_cannot_forge_or_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def script(request: Request, sink: Sink) -> None:
+        raise ModelNotFound(f"The model `{request.model}` does not exist.")
+
+    caplog.set_level(logging.INFO, "router.ingress.grpc")
+    async with serving(script) as served:
+        for model in ("x\n2026-01-01 ERROR forged", "m" * 100_000):
+            await served.error("Generate", pb.GenerateRequest(model=model, text="a").SerializeToString())
+    lines = [record.getMessage() for record in caplog.records if "model_not_found" in record.getMessage()]
+    assert len(lines) == 2
+    assert all("\n" not in line and len(line) < 500 for line in lines)
 
 
 async def test_a_call_without_a_message_is_refused() -> None:

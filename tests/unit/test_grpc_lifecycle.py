@@ -16,14 +16,18 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from kvlane.v1 import inference_pb2 as pb
 
 from router import errors
-from router.errors import ReplicaLost
+from router.errors import KvlaneError, ReplicaLost
+from router.ingress import grpc as grpc_ingress
 from router.ingress.grpc import GrpcIngress
+from router.ingress.grpc_sink import StreamSink
 from router.options import GrpcOptions
 from router.types import Request, Sink
 from tests.unit.grpc_serving import (
     PROMPT,
+    SERVICE,
     FakeDispatch,
     FakeFleet,
+    Script,
     Served,
     fails,
     generate_on,
@@ -33,6 +37,7 @@ from tests.unit.grpc_serving import (
     says,
     serving,
     trailers,
+    until,
     within,
 )
 
@@ -131,6 +136,92 @@ async def test_a_slow_client_is_cut_off_and_others_go_on() -> None:
                 pass
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert trailers(caught.value)["kvlane-error"] == "client_too_slow"
+
+
+@pytest.mark.parametrize("method", ["Generate", "Chat", "Embed", "Models"])
+async def test_a_call_that_sends_no_request_is_ended(method: str) -> None:
+    async with serving(says("a"), request_timeout_s=0.05) as served:
+        call: Any = served.channel.stream_stream(SERVICE + method)()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await within(call.read())
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert trailers(caught.value)["kvlane-error"] == "request_timeout"
+        await until(lambda: not served.ingress._calls)
+        assert [response.text async for response in served.generate()] == ["", "a"]
+    assert served.refused == [("grpc", "request_timeout")]
+
+
+async def test_a_call_that_has_sent_no_request_does_not_hold_a_stop_up() -> None:
+    async with serving(says("a")) as served:
+        call: Any = served.channel.stream_stream(f"{SERVICE}Generate")()
+        reading = asyncio.ensure_future(call.read())
+        await until(lambda: bool(served.ingress._reading))
+        await within(served.ingress.stop(600))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await within(reading)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert trailers(caught.value)["kvlane-error"] == "shutting_down"
+
+
+def _much(error: KvlaneError | None) -> Script:
+    """More than any window of HTTP/2 takes, at once, and the end."""
+
+    async def script(request: Request, sink: Sink) -> None:
+        sink.routed(receipt(request))
+        for _ in range(3):
+            sink.data(message("x" * (8 << 20)), 1)
+        if error is not None:
+            raise error
+
+    return script
+
+
+@pytest.mark.parametrize("error", [None, ReplicaLost("gone")], ids=["whole", "failed"])
+async def test_a_client_that_never_reads_an_ended_stream_is_given_up(
+    error: KvlaneError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_ingress, "STATUS_S", 0.05)
+    async with serving(_much(error), stream_buffer_bytes=64 << 20, read_timeout_s=0.05) as served:
+        slow = served.generate()
+        await within(served.dispatch.running.wait())
+        await until(lambda: not served.ingress._calls)
+        # Its status waits behind what it has not read.
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in slow:
+                pass
+        expected = "client_too_slow" if error is None else error.name
+        assert trailers(caught.value)["kvlane-error"] == expected
+
+
+async def test_a_stream_that_fails_while_it_opens_still_gets_its_status() -> None:
+    async def script(request: Request, sink: Sink) -> None:
+        while True:
+            sink.data(message("x" * (8 << 20)), 1)
+            await asyncio.sleep(0)
+
+    async with serving(script, stream_buffer_bytes=1 << 20) as served:
+        seen = await within(served.error("Generate", PROMPT.SerializeToString()))
+        assert seen.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert trailers(seen)["kvlane-error"] == "client_too_slow"
+
+
+async def test_a_client_that_is_too_slow_leaves_nothing_behind_and_holds_no_stop_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def script(request: Request, sink: Sink) -> None:
+        assert isinstance(sink, StreamSink)
+        while True:
+            sink.data(message("x" * (8 << 20)), 1)
+            await until(lambda: not sink._messages)  # It is being written.
+
+    monkeypatch.setattr(grpc_ingress, "STATUS_S", 0.05)
+    async with serving(script, stream_buffer_bytes=1 << 20) as served:
+        slow = served.generate()
+        await within(served.dispatch.failed.wait())
+        await until(lambda: not served.ingress._calls)
+        assert not [task for task in asyncio.all_tasks() if "pump" in repr(task)]
+        await within(served.ingress.stop(600))
+        slow.cancel()
 
 
 async def test_one_message_larger_than_the_buffer_passes() -> None:

@@ -540,6 +540,17 @@ async def test_a_defect_fails_the_streams_instead_of_leaving_them_hanging(caplog
         await bench.engine.check_health()
 
 
+async def test_a_death_is_told_at_once_and_before_the_streams_fail() -> None:
+    bench = Bench()
+    out = bench.post(COMPLETIONS, prompt="x", max_tokens=10, stream=True)
+    told: list[tuple[bool, bool]] = []
+    bench.engine.on_step(lambda: told.append((bench.engine.dead(), out.over)))
+    assert not bench.engine.dead()
+    bench.engine.fail()
+    assert told == [(True, False)]
+    assert out.over
+
+
 async def test_closing_fails_what_is_in_flight_and_leaves_no_timer() -> None:
     bench = Bench()
     out = bench.post(COMPLETIONS, prompt="x", max_tokens=10, stream=True)

@@ -86,7 +86,8 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Models(self, request, context):
-        """The models that can be asked for right now.
+        """The models that some replica has announced since the router started, ready now or not: a model whose replicas are
+        all gone stays listed with `ready_replicas` 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

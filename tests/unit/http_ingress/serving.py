@@ -119,6 +119,7 @@ class Served:
         self.fleet = fleet
         self.clock = clock
         self.defects: list[dict[str, Any]] = []
+        self.refused: list[tuple[str, str]] = []
 
     @property
     def url(self) -> str:
@@ -230,6 +231,7 @@ def get(path: str, *lines: str, method: str = "GET") -> bytes:
 async def served(script: Script = echo, **options: Any) -> AsyncIterator[Served]:
     """Serves until the block ends; fails the test where anything raised inside the event loop."""
     dispatch, fleet, clock = FakeDispatch(script), FakeFleet(), Clock()
+    refused: list[tuple[str, str]] = []
     ingress = HttpIngress(
         HttpOptions(port=0, **options),
         dispatch,
@@ -238,8 +240,10 @@ async def served(script: Script = echo, **options: Any) -> AsyncIterator[Served]
         clock=clock,
         wall=lambda: 1_700_000_000.0,
         chance=random.Random(7),
+        refused=lambda rpc, error: refused.append((rpc, error)),
     )
     serving = Served(ingress, await ingress.start(), dispatch, fleet, clock)
+    serving.refused = refused
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: serving.defects.append(context))
     try:

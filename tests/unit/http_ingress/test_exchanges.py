@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import logging
 
 import httpx
 import openai as openai_sdk
@@ -14,6 +15,7 @@ from router.errors import (
     ClientTooSlow,
     KvlaneError,
     MethodNotAllowed,
+    ModelNotFound,
     NoReplica,
     Overloaded,
     ReplicaLost,
@@ -211,6 +213,20 @@ async def test_an_engines_own_paths_are_out_of_reach(path: str) -> None:
         assert not serving.dispatch.requests
 
 
+@pytest.mark.parametrize("data", [post(), post("/v1/whatever"), post("/tokenize"), get("/v1/responses/x?model=tiny")])
+async def test_before_the_first_replica_came_dispatch_judges_what_could_be_relayed(data: bytes) -> None:
+    async def refuse(request: Request, sink: Sink) -> None:
+        raise NoReplica("none is ready")
+
+    async with served(refuse) as serving:
+        serving.fleet.cards, serving.fleet.routes = [], {}
+        answer = await serving.say(data)
+        assert (answer.status, answer.headers["x-kvlane-error"]) == (503, "no_replica")
+        for path in ("/health", "/v1/load_lora_adapter", "/reset_prefix_cache"):
+            assert (await serving.say(post(path))).headers["x-kvlane-error"] == "path_not_found"
+        assert len(serving.dispatch.requests) == 1
+
+
 async def test_path_is_checked_before_method_and_method_before_body() -> None:
     async with served() as serving:
         wrong = await serving.say(get("/v1/chat/completions"))
@@ -281,6 +297,52 @@ async def test_a_clients_request_id_is_kept_where_it_is_trusted_and_harmless() -
         assert dict(serving.dispatch.requests[0].headers)["x-request-id"] == "mine"
     async with served(trust_request_id=False) as serving:
         assert (await serving.say(get("/healthz", "X-Request-ID: mine"))).headers["x-request-id"] != "mine"
+
+
+async def test_what_is_refused_without_dispatch_is_counted_and_nothing_else() -> None:
+    async def fail(request: Request, sink: Sink) -> None:
+        raise NoReplica("none is ready")
+
+    async with served(max_body_bytes=1000) as serving:
+        for data in (
+            post(),
+            post(body=b"{"),
+            get("/v1/nothing"),
+            get("/v1/models/nobody"),
+            get("/v1/chat/completions"),
+            post(body=b"x" * 1001),
+            b"nonsense\r\n\r\n",
+        ):
+            await serving.say(data)
+        serving.dispatch.script = fail
+        await serving.say(post())
+    names = [
+        *("invalid_request", "path_not_found", "model_not_found", "method_not_allowed"),
+        *("body_too_large", "invalid_request"),
+    ]
+    assert serving.refused == [("http", name) for name in names]
+
+
+async def test_what_a_client_sends_cannot_forge_or_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(request: Request, sink: Sink) -> None:
+        raise ModelNotFound(f"The model `{request.model}` does not exist.")
+
+    caplog.set_level(logging.DEBUG, "kvlane.http")
+    async with served(fail) as serving:
+        forged = json.dumps({"model": "x\n2026-01-01 ERROR forged"}).encode()
+        for data in (
+            post(body=forged),
+            post(body=b'{"model":"%b"}' % (b"m" * 100_000)),
+            post("/v1/x%0a2026-01-01%20ERROR%20forged"),
+            get("/v1/" + "p" * 30_000),
+            get("/v1/models/" + "n" * 30_000),
+        ):
+            answer = await serving.say(data)
+            assert answer.status == 404
+            assert len(answer.body) < 2000
+    lines = [record.getMessage() for record in caplog.records if record.name == "kvlane.http"]
+    assert len([line for line in lines if " 404 " in line]) == 10
+    assert all("\n" not in line and len(line) < 1000 for line in lines)
 
 
 def _every_error() -> list[KvlaneError]:

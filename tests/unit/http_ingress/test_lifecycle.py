@@ -52,6 +52,41 @@ async def test_a_client_that_leaves_cancels_its_request(script: Script, half_clo
         await client.close()
 
 
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@pytest.mark.parametrize(
+    "ahead",
+    [post() * 12, post(body=b" " * 1_200_000) + b"G" * 200_000],
+    ids=["many requests", "a large one"],
+)
+async def test_a_client_that_leaves_with_requests_sent_ahead_cancels_its_request(ahead: bytes, reset: bool) -> None:
+    async with served(forever) as serving:
+        client = await serving.connect()
+        client.write(post() + ahead)
+        async with asyncio.timeout(DEADLINE_S):
+            await client.writer.drain()
+            await serving.dispatch.running.wait()
+            if reset:
+                client.writer.transport.abort()
+            else:
+                client.writer.close()
+            await serving.dispatch.ended.wait()
+        await serving.until(lambda: serving.ingress.connections == 0)
+        assert serving.dispatch.outcome == [asyncio.CancelledError]
+        await client.close()
+
+
+async def test_a_client_that_sends_far_too_much_ahead_is_cut_off() -> None:
+    async with served(forever) as serving:
+        client = await serving.connect()
+        client.write(post() * 20_000)
+        async with asyncio.timeout(DEADLINE_S):
+            await serving.dispatch.ended.wait()
+        await serving.until(lambda: serving.ingress.connections == 0)
+        assert serving.dispatch.outcome == [asyncio.CancelledError]
+        assert len(serving.dispatch.requests) == 1
+        await client.close()
+
+
 async def test_a_client_that_leaves_before_its_task_began_runs_nothing() -> None:
     async with served(forever) as serving:
         for _ in range(20):
@@ -111,6 +146,29 @@ async def test_a_client_that_was_too_slow_but_reads_on_learns_why() -> None:
         rest = await client.rest()
         assert b'"type":"ClientTooSlowError"' in rest
         assert rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        await client.close()
+
+
+@pytest.mark.parametrize("queued", [0, 5])
+async def test_a_client_that_reads_none_of_its_finished_answers_is_dropped(queued: int) -> None:
+    async def large(request: Request, sink: Sink) -> None:
+        sink.head(200, (*JSON, ("content-length", "8000000")))
+        sink.data(b"a" * 8_000_000, 0)
+
+    async with served(large, body_timeout_s=30, stream_buffer_bytes=16 << 20) as serving:
+        client = await _narrow(serving.port)
+        client.write(post() + post() * queued)
+        async with asyncio.timeout(DEADLINE_S):
+            await serving.dispatch.ended.wait()
+        await serving.until(lambda: serving.deadlines == [30])
+        await client.reader.readexactly(1_000_000)  # Reading on earns more time.
+        serving.pass_time(30)
+        await asyncio.sleep(0)
+        assert serving.ingress.connections == 1
+        for _ in range(3):
+            serving.pass_time(31)
+            await asyncio.sleep(0)
+        await serving.until(lambda: serving.ingress.connections == 0)
         await client.close()
 
 
@@ -179,6 +237,19 @@ async def test_stopping_closes_idle_connections_and_lets_a_stream_finish() -> No
         await asyncio.wait_for(stopping, DEADLINE_S)
         await idle.close()
         await busy.close()
+
+
+async def test_a_connection_that_was_just_accepted_does_not_hold_a_stop_up() -> None:
+    async with served(forever) as serving:
+        busy = await serving.connect()
+        busy.write(post())
+        await asyncio.wait_for(serving.dispatch.running.wait(), DEADLINE_S)
+        late = [socket.create_connection(("127.0.0.1", serving.port)) for _ in range(3)]
+        stopping = asyncio.create_task(serving.ingress.stop(10 * DEADLINE_S))
+        await busy.close()
+        await asyncio.wait_for(stopping, DEADLINE_S)
+        for sock in late:
+            sock.close()
 
 
 async def test_stopping_ends_what_outlasts_the_grace_with_an_explicit_error() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 
 import pytest
 
@@ -22,6 +23,7 @@ DOUBTFUL = {
     "a list of lengths": POST + b"Content-Length: 3, 3\r\n\r\nabc",
     "a signed length": POST + b"Content-Length: +3\r\n\r\nabc",
     "a negative length": POST + b"Content-Length: -3\r\n\r\nabc",
+    "a length of 5000 digits": POST + b"Content-Length: " + b"0" * 5000 + b"3\r\n\r\nabc",
     "an overflowing length": POST + b"Content-Length: 99999999999999999999\r\n\r\nabc",
     "an empty length": POST + b"Content-Length: \r\n\r\nabc",
     "a space before a colon": POST + b"Content-Length : 3\r\n\r\nabc",
@@ -127,6 +129,24 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read_or_while_it_ar
         assert (await serving.say(post("/tokenize", CHAT + b" " * (1000 - len(CHAT))))).status == 200
 
 
+def test_a_body_in_many_small_chunks_takes_little_more_memory_than_its_bytes() -> None:
+    parser = RequestParser(1 << 16, 1 << 20)
+    parser.feed(CHUNKED)
+    blob = b"2\r\nab\r\n" * 1000
+    tracemalloc.start()
+    try:
+        for _ in range(200):
+            parser.feed(blob)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2 * 400_000
+    parser.feed(b"0\r\n\r\n")
+    (request,) = parser.complete
+    assert isinstance(request, HttpRequest)
+    assert request.body == b"ab" * 200_000
+
+
 async def test_a_client_that_still_sends_can_read_why_it_was_refused() -> None:
     async with served(max_body_bytes=1000) as serving:
         client = await serving.connect()
@@ -212,6 +232,7 @@ async def test_a_connection_over_the_limit_is_told_so() -> None:
         answer = await extra.answer()
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
         assert answer.headers["x-kvlane-error"] == "too_many_connections"
+        assert serving.refused == [("http", "too_many_connections")]
         await extra.close()
         for client in kept:
             await client.close()
