@@ -135,16 +135,28 @@ class SimulatedEngine:
         self._wake()
         return lambda: self._abort(id)
 
+    def dead(self) -> bool:
+        return bool(self._failure)
+
     async def check_health(self) -> None:
         if self._failure:
             raise ReplicaFailed(self._failure)
 
     async def close(self) -> None:
         if not self._failure:
-            self.fail("the engine was closed")
+            self._stop("the engine was closed")
 
     def fail(self, reason: str = "the simulated engine was told to fail") -> None:
         """Dies as an engine does: all its streams fail, and so does whatever is asked of it from now on."""
+        self._failure = reason
+        for listener in self._listeners:
+            try:
+                listener()
+            except Exception:
+                _log.exception("a listener of the simulated engine failed")
+        self._stop(reason)
+
+    def _stop(self, reason: str) -> None:
         self._failure = reason
         if self._timer is not None:
             self._timer.cancel()

@@ -14,18 +14,23 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, Final
 
 from engine.base import Abort, StreamOut
 from engine.vllm_args import prepare_cpu, serve_namespace
+from engine.vllm_errors import FAILED
 from engine.vllm_grpc import GrpcStreams
 from engine.vllm_http import HttpStream
+from engine.vllm_log import shorten_tracebacks
 from router.errors import ConfigError, KvlaneError, ReplicaFailed, ReplicaLost
 from router.lane.frames import Submit
 from router.types import EngineInfo, Load, ModelCard, RouteInfo, Rpc
 
 _CLOSE_GRACE_S: Final = 5.0
 """How long aborted streams may take to end before their tasks are cancelled."""
+_WATCH_S: Final = 0.25
+"""How often to look whether the engine lives; vLLM tells nobody that it died."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +49,8 @@ class VllmEngine:
         self._steps = _Steps()
         self._active: set[_Stream] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.Task[None] | None = None
+        self._death_told = False
         self._cores: list[multiprocessing.process.BaseProcess] = []
         self._closing = AsyncExitStack()
 
@@ -53,6 +60,7 @@ class VllmEngine:
             namespace = await asyncio.to_thread(self._namespace)
             self._engine = await _finish_or_undo(asyncio.create_task(asyncio.to_thread(self._launch, namespace)))
             await self._start_app(namespace)
+            self._watch = asyncio.create_task(self._watch_for_death())
         except BaseException:
             await self.close()
             raise
@@ -85,8 +93,8 @@ class VllmEngine:
         )
 
     def on_step(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` after each engine step, before the tasks that render the step's output have run, and when an
-        aborted stream has left the engine.
+        """Calls `listener` after each engine step, before the tasks that render the step's output have run, when an
+        aborted stream has left the engine, and when the engine is found dead.
         """
         self._steps.listeners.append(listener)
 
@@ -107,7 +115,7 @@ class VllmEngine:
             task = asyncio.create_task(self._grpc.run(call, stream))
             stream.stop = task.cancel
         self._tasks.add(task)
-        task.add_done_callback(self._dropped)
+        task.add_done_callback(partial(self._ended, stream))
 
         def abort() -> None:
             if stream in self._active:
@@ -117,6 +125,10 @@ class VllmEngine:
                 stream.stop()
 
         return abort
+
+    def dead(self) -> bool:
+        """Whether the engine has started and does not run any more: all that is asked of it fails from now on."""
+        return self._info is not None and self._lost()
 
     async def check_health(self) -> None:
         """Raises `ReplicaFailed` when the engine is dead."""
@@ -132,6 +144,10 @@ class VllmEngine:
     async def close(self) -> None:
         """Fails all streams, then ends the engine and its processes. May be called more than once."""
         self._grpc = None
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
+            self._watch = None
         for stream in tuple(self._active):
             stream.fail(ReplicaLost("the replica has shut down"))
             stream.stop()
@@ -153,6 +169,7 @@ class VllmEngine:
         from vllm.reasoning import ReasoningParserManager
         from vllm.tool_parsers import ToolParserManager
 
+        shorten_tracebacks()
         cpu: bool = current_platform.is_cpu()
         namespace = serve_namespace(self._model, self._served_model_name, self._args, cpu=cpu)
         if cpu:
@@ -201,15 +218,31 @@ class VllmEngine:
         # Logs the engine's statistics now and then, and takes the start-up's objects out of garbage collection.
         await self._closing.enter_async_context(self._app.router.lifespan_context(self._app))
         self._info = _info(self._engine, self._app)
-        self._grpc = GrpcStreams(self._engine, state)
+        self._grpc = GrpcStreams(self._engine, state, self._lost)
 
     def _lost(self) -> bool:
         return self._engine is None or bool(self._engine.errored)
 
-    def _dropped(self, task: asyncio.Task[None]) -> None:
+    async def _watch_for_death(self) -> None:
+        while not self._lost():
+            await asyncio.sleep(_WATCH_S)
+        self._tell_of_death()
+
+    def _tell_of_death(self) -> None:
+        if not self._death_told:
+            self._death_told = True
+            _log.error("the engine died")
+            self._steps.tell()
+
+    def _ended(self, stream: _Stream, task: asyncio.Task[None]) -> None:
+        """A stream's task is over: whatever became of the task, the stream has its end."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a stream's task failed", exc_info=error)
+        if self._watch is not None and self._lost():
+            self._tell_of_death()
+        if stream in self._active:
+            stream.fail(ReplicaLost("the engine died") if self._lost() else ReplicaFailed(FAILED))
 
     async def _await_tasks(self) -> None:
         _, late = await asyncio.wait(self._tasks, timeout=_CLOSE_GRACE_S)

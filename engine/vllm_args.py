@@ -20,6 +20,9 @@ _OF_THE_SERVER: Final = (
     "uvicorn_log_level", "disable_uvicorn_access_log", "disable_access_log_for_endpoints",
     "h11_max_incomplete_event_size", "h11_max_header_count",
 )  # fmt: skip
+_ON_HTTP_ALONE: Final = ("api_key", "middleware")
+_API_KEY_VARIABLE: Final = "VLLM_API_KEY"
+_GUARD_THE_ROUTER: Final = "would act on HTTP alone and leave gRPC open; a replica is reached through the router only"
 
 _PARALLEL: Final = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes")
 _BIND: Final = "VLLM_CPU_OMP_THREADS_BIND"
@@ -33,10 +36,13 @@ and replicas share it."""
 def serve_namespace(model: str, served_model_name: str, args: dict[str, Any], *, cpu: bool) -> argparse.Namespace:
     """vLLM's arguments for `model`, with `args` (names with underscores or dashes) over the defaults.
 
-    Raises `ConfigError` for a name that vLLM does not have, a value that it refuses, and a name without effect here.
+    Raises `ConfigError` for a name that vLLM does not have, a value that it refuses, and a name without effect here or
+    with only half of its effect.
     """
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
+    if os.environ.get(_API_KEY_VARIABLE):
+        raise ConfigError(f"the environment variable {_API_KEY_VARIABLE} {_GUARD_THE_ROUTER}", param="api_key")
     words = ["--model", model, *serve_words(served_model_name, args, cpu=cpu)]
     try:
         namespace: argparse.Namespace = _parser().parse_args(words)
@@ -109,6 +115,8 @@ def _check_name(name: str, known: tuple[str, ...]) -> None:
         raise ConfigError(
             f"vLLM's argument {name!r} has no effect here: the replica opens no port of its own", param=name
         )
+    if name in _ON_HTTP_ALONE:
+        raise ConfigError(f"vLLM's argument {name!r} {_GUARD_THE_ROUTER}", param=name)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -126,8 +134,6 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
         return _flag_words(action, flag, value)
     if isinstance(value, (list, tuple)) and action.nargs in ("+", "*"):
         return [flag, *map(_word, value)]
-    if isinstance(value, (list, tuple)) and isinstance(action, argparse._AppendAction):
-        return [f"{flag}={_word(item)}" for item in value]
     return [f"{flag}={_word(value)}"]
 
 

@@ -18,9 +18,9 @@ from google.protobuf.message import DecodeError, Message
 from kvlane.v1 import inference_pb2 as pb
 
 from engine.base import StreamOut
-from engine.vllm_errors import mapped, of_response
+from engine.vllm_errors import FAILED, mapped, of_response
 from engine.vllm_requests import chat_request, completion_request, embedding_request
-from router.errors import InvalidRequest, NotSupported, PathNotFound, ReplicaFailed
+from router.errors import InvalidRequest, NotSupported, PathNotFound, ReplicaFailed, ReplicaLost
 from router.lane.frames import Submit
 
 M = TypeVar("M", bound=Message)
@@ -30,10 +30,14 @@ _LOWEST_LOGPROB: Final = -9999.0
 
 
 class GrpcStreams:
-    """Answers gRPC calls on one engine. `state` is the state of vLLM's application, which holds its serving objects."""
+    """Answers gRPC calls on one engine.
 
-    def __init__(self, engine: Any, state: Any) -> None:
+    `state` is the state of vLLM's application, which holds its serving objects; `lost` says whether the engine is dead.
+    """
+
+    def __init__(self, engine: Any, state: Any, lost: Callable[[], bool]) -> None:
         self._engine = engine
+        self._lost = lost
         self._completions = getattr(state, "openai_serving_completion", None)
         self._chat = getattr(state, "openai_serving_chat", None)
         self._embeddings = getattr(state, "serving_embedding", None)
@@ -52,7 +56,8 @@ class GrpcStreams:
                 raise PathNotFound(f"the engine has no method {call.path}")
             finish = await method(call, out)
         except Exception as error:
-            out.fail(mapped(error))
+            # A dead engine makes for errors of all sorts.
+            out.fail(ReplicaLost("the engine died") if self._lost() else mapped(error, call.request_id))
         else:
             out.end(finish)
 
@@ -157,7 +162,7 @@ class _Answer:
 
     def _add_output(self, output: Any, usage: pb.Usage, *, is_last: bool) -> None:
         if output.finish_reason == "error":
-            raise ReplicaFailed("the engine failed at this request")
+            raise ReplicaFailed(FAILED)
         if not (output.text or output.token_ids or output.finish_reason):
             return  # A step that computed only a part of the prompt.
         first = not usage.completion_tokens

@@ -57,7 +57,7 @@ class HttpStream:
             # The application answers 500 by itself and raises what happened for its server's log.
             _log.error("request %s: vLLM's application raised", self._call.request_id, exc_info=error)
         if not self._complete and not self._failed and not self._gone.is_set():
-            self._out.fail(ReplicaFailed("vLLM's application ended without a whole answer"))
+            self._fail()
 
     async def _receive(self) -> Message:
         if not self._body_taken:
@@ -70,12 +70,18 @@ class HttpStream:
         if self._failed or self._gone.is_set():
             return
         if self._lost():
-            self._failed = True
-            self._out.fail(ReplicaLost("the engine died"))
+            self._fail()
         elif message["type"] == "http.response.start":
             self._start(message)
         elif message["type"] == "http.response.body":
             self._body(message)
+
+    def _fail(self) -> None:
+        self._failed = True
+        if self._lost():
+            self._out.fail(ReplicaLost("the engine died"))
+        else:
+            self._out.fail(ReplicaFailed("vLLM's application ended without a whole answer"))
 
     def _start(self, message: Message) -> None:
         headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in message["headers"]]

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Literal
 
 import msgspec
+from kvlane.client import Client
 
 from engine import deployment
 from router.app import App
@@ -69,6 +70,13 @@ async def routing(config: Config) -> AsyncIterator[App]:
         yield app
     finally:
         await app.stop(5.0)
+
+
+@asynccontextmanager
+async def grpc_client(app: App) -> AsyncIterator[Client]:
+    """A gRPC client of the router."""
+    async with Client(f"127.0.0.1:{app.grpc_port}") as client:
+        yield client
 
 
 def completion(tokens: int, prompt: str = "hello", *, stream: bool = True) -> Request:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.integration.ray_local import alive, descendants, wait_until
+from loadtests.processes import descendants
+from tests.integration.ray_local import alive, wait_until
 
 START_DEADLINE_S = 300.0
 STOP_DEADLINE_S = 120.0
@@ -51,17 +52,33 @@ class Stack:
             sums[name] += float(value)
         return sums
 
+    def in_engines(self) -> int:
+        """How many requests the engines run or have waiting, as their last steps said."""
+        metrics = self.metrics()
+        return int(metrics["kvlane_replica_running"] + metrics["kvlane_replica_waiting"])
+
+    def holds(self, count: int) -> bool:
+        """Whether there are so many requests in the router, on its lanes, and in the engines."""
+        metrics = self.metrics()
+        engines = metrics["kvlane_replica_running"] + metrics["kvlane_replica_waiting"]
+        return metrics["kvlane_streams_in_flight"] == metrics["kvlane_replica_leases"] == engines == count
+
     def idle(self) -> bool:
         """Whether no request is left: not in the router, not on a lane, not in an engine."""
-        metrics = self.metrics()
-        busy = ("streams_in_flight", "replica_running", "replica_waiting", "replica_leases")
-        return all(metrics[f"kvlane_{name}"] == 0 for name in busy)
+        return self.holds(0)
 
     def replicas(self) -> list[int]:
         """The processes of the engine replicas."""
-        return [
-            pid for pid in descendants(self.process.pid) if b"ServeReplica" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        return [pid for pid in descendants(self.process.pid) if b"ServeReplica" in command_line(pid)]
+
+    def replica_logs(self) -> dict[str, str]:
+        """What the processes of Ray's workers, the engine replicas among them, have written to their logs, by file."""
+        (head,) = [pid for pid in descendants(self.process.pid) if b"gcs_server" in command_line(pid).split(b"\0")[0]]
+        flag = b"--log_dir="
+        words = command_line(head).split(b"\0")
+        (folder,) = [Path(word.removeprefix(flag).decode()) for word in words if word.startswith(flag)]
+        files = [*folder.glob("worker-*.err"), *folder.glob("worker-*.out"), *(folder / "serve").rglob("*.log")]
+        return {str(file.relative_to(folder)): file.read_text(errors="replace") for file in files}
 
     def stop(self) -> int:
         """Ends it by Ctrl-C; returns its exit status once no process of it is left."""
@@ -70,6 +87,14 @@ class Stack:
         status = self.process.wait(STOP_DEADLINE_S)
         wait_until(lambda: not any(map(alive, started)), "no process is left")
         return status
+
+
+def command_line(pid: int) -> bytes:
+    """A process's words, each ended by a zero byte; nothing where it has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 @contextmanager

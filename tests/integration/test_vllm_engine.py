@@ -583,6 +583,37 @@ async def test_an_abort_empties_the_engine(
     print(f"abort: median {statistics.median(times) * 1e3:.1f} ms, longest {max(times) * 1e3:.1f} ms")
 
 
+async def scheduled(engine: VllmEngine, count: int) -> None:
+    """Waits until the last step's own statistics say so: `load` counts without what was aborted, lost or not."""
+    async with asyncio.timeout(DEADLINE_S):
+        while engine._steps.running != count:
+            await asyncio.sleep(0.0005)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: completion(True), lambda: completion(False), long_generate, long_chat],
+    ids=["streamed completion", "whole completion", "Generate", "Chat"],
+)
+async def test_an_abort_takes_the_stream_out_of_the_scheduler_while_another_goes_on(
+    engine: VllmEngine, make: Callable[[], Submit]
+) -> None:
+    other, stop_other = submit(engine, completion(True))
+    times = []
+    for _ in range(20):
+        out, abort = submit(engine, make())
+        await scheduled(engine, 2)
+        began = time.perf_counter()
+        abort()
+        await scheduled(engine, 1)
+        times.append(time.perf_counter() - began)
+        assert not out.done.is_set()
+        assert not other.done.is_set(), "it was the other stream that left the scheduler"
+    stop_other()
+    await settled(engine)
+    print(f"out of the scheduler: median {statistics.median(times) * 1e3:.1f} ms, longest {max(times) * 1e3:.1f} ms")
+
+
 async def test_an_abort_leaves_the_other_streams_alone(engine: VllmEngine) -> None:
     body = {"model": MODEL, "prompt": "Hello", "max_tokens": 100, "ignore_eos": True, "stream": True}
     other, _ = submit(engine, http_call("/v1/completions", body))

@@ -15,9 +15,10 @@ from kvlane.v1 import inference_pb2 as pb
 from engine.tiny_model import make_tiny_model
 from engine.vllm import VllmEngine
 from engine.vllm_args import serve_namespace
+from loadtests.processes import descendants
 from router.errors import ConfigError, InvalidRequest, ReplicaFailed, ReplicaLost
 from router.types import Load
-from tests.integration.ray_local import alive, descendants
+from tests.integration.ray_local import alive
 from tests.integration.vllm_fixtures import (
     DEADLINE_S,
     FOREIGN_WARNINGS,
@@ -73,12 +74,24 @@ async def test_when_the_engine_core_dies_all_streams_fail_and_health_says_so(mod
         assert b"error" not in outs[0].body
         assert b"[DONE]" not in outs[0].body
         assert not outs[2].status
+        assert engine.dead()
         with pytest.raises(ReplicaFailed):
             await engine.check_health()
         assert engine.load() == Load()
         late = await ask(engine, http_call("/v1/completions", LONG))
         assert [type(error) for error in late.failures] == [ReplicaLost]
     assert not any(map(alive, [core]))
+
+
+async def test_the_death_of_an_idle_engine_is_told(model: Path) -> None:
+    async with running_engine(model) as engine:
+        assert not engine.dead()
+        told = asyncio.Event()
+        engine.on_step(lambda: told.set() if engine.dead() else None)
+        (core,) = engine_cores()
+        os.kill(core, signal.SIGKILL)
+        async with asyncio.timeout(DEADLINE_S):
+            await told.wait()
 
 
 async def test_closing_fails_the_streams_and_leaves_no_process(model: Path) -> None:
@@ -166,6 +179,8 @@ async def test_an_adapter_answers_under_its_name_on_both_protocols(model: Path, 
         ({"enforce_eager": "yes"}, "true or false"),
         ({"model": "other"}, "field 'model'"),
         ({"port": 8000}, "no effect"),
+        ({"api_key": "secret"}, "through the router only"),
+        ({"middleware": ["a.b"]}, "through the router only"),
         ({"max_model_len": 1 << 30}, "max_model_len"),
     ],
 )
@@ -178,6 +193,12 @@ async def test_an_argument_that_cannot_be_used_stops_the_start(model: Path, args
     assert not engine_cores()
 
 
+def test_an_api_key_in_the_environment_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with pytest.raises(ConfigError, match=r"VLLM_API_KEY .* through the router only"):
+        serve_namespace("m", MODEL, {}, cpu=True)
+
+
 def test_arguments_pass_through_and_the_rest_are_vllms_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -187,7 +208,6 @@ def test_arguments_pass_through_and_the_rest_are_vllms_defaults(monkeypatch: pyt
         "max-model-len": 2048,
         "enable_prefix_caching": False,
         "lora_modules": [adapter],
-        "middleware": ["a.b", "c.d"],
         "allowed_origins": ["*"],
         "kv_events_config": {"enable_kv_cache_events": True, "publisher": "zmq"},
         "max_num_seqs": None,
@@ -196,7 +216,6 @@ def test_arguments_pass_through_and_the_rest_are_vllms_defaults(monkeypatch: pyt
     assert made["max_model_len"] == 2048
     assert made["enable_prefix_caching"] is False
     assert made["lora_modules"][0].path == "/a"
-    assert made["middleware"] == ["a.b", "c.d"]
     assert made["allowed_origins"] == ["*"]
     assert made["kv_events_config"].publisher == "zmq"
     assert made["served_model_name"] == [MODEL]

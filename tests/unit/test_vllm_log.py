@@ -17,18 +17,17 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, FOREIGN_WARNINGS]
 @pytest.fixture
 def shown() -> Iterator[io.StringIO]:
     """What a handler of vLLM's log writes."""
-    import vllm.logger  # noqa: F401  # sets its logging up
-
-    text = io.StringIO()
-    handler = logging.StreamHandler(text)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-    log = logging.getLogger("vllm")
-    log.addHandler(handler)
     shorten_tracebacks()
     shorten_tracebacks()
+    (handler,) = logging.getLogger("vllm").handlers
+    assert isinstance(handler, logging.StreamHandler)
     assert len(handler.filters) == 1
+    text = io.StringIO()
+    formatter, stream = handler.formatter, handler.setStream(text)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     yield text
-    log.removeHandler(handler)
+    handler.setFormatter(formatter)
+    handler.setStream(stream)
 
 
 def say(logger: str, error: Exception) -> None:
