@@ -169,7 +169,6 @@ class VllmEngine:
         from vllm.reasoning import ReasoningParserManager
         from vllm.tool_parsers import ToolParserManager
 
-        shorten_tracebacks()
         cpu: bool = current_platform.is_cpu()
         namespace = serve_namespace(self._model, self._served_model_name, self._args, cpu=cpu)
         if cpu:
@@ -209,6 +208,7 @@ class VllmEngine:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
 
+        shorten_tracebacks()
         await self._engine.reset_mm_cache()  # As the server: drops the dummy data of the profile run.
         tasks = await self._engine.get_supported_tasks()
         self._app = build_app(namespace, tasks, self._engine.model_config)

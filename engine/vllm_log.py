@@ -14,9 +14,9 @@ _PARSERS: Final = ("vllm.tool_parsers.", "vllm.reasoning.")
 
 
 def shorten_tracebacks() -> None:
-    """Has the handlers of vLLM's log in this process shorten what is no defect. May be called again."""
-    import vllm.logger  # noqa: F401  # sets the handlers up
-
+    """Has the handlers of vLLM's log in this process shorten what is no defect. vLLM makes them when an engine starts;
+    may be called again.
+    """
     for handler in logging.getLogger(_VLLM).handlers:
         if _shorten not in handler.filters:
             handler.addFilter(_shorten)

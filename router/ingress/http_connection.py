@@ -19,7 +19,7 @@ from typing import Final, Protocol, cast
 from router.errors import ClientTooSlow, InternalError, KvlaneError, Overloaded, RequestTimeout, ShuttingDown
 from router.ingress.base import Dispatch
 from router.ingress.cors import Cors
-from router.ingress.http_log import log_answer, log_defect, log_failure, logger
+from router.ingress.http_log import log_answer, log_defect, log_failure, log_relayed_refusal, logger
 from router.ingress.http_parser import BODY, HEAD, IDLE, HttpRequest, RequestParser
 from router.ingress.http_response import Envelope, Exchange, Reply, error_reply
 from router.ingress.http_routes import Routes, Target, read_target
@@ -239,6 +239,8 @@ class Connection(asyncio.Protocol):
         try:
             await self._site.dispatch.run(request, exchange)
             exchange.finish()
+            if exchange.status >= 400:
+                log_relayed_refusal(exchange.envelope, exchange.status)
         except KvlaneError as error:
             if not exchange.done:
                 log_failure(error, exchange.envelope)

@@ -28,6 +28,13 @@ def log_defect(doing: str, method: str, path: str) -> None:
     logger.exception("failed to %s %s %r", doing, method, cut(path, LOGGED_CHARS))
 
 
+def log_relayed_refusal(envelope: Envelope, status: int) -> None:
+    """An error that the replica itself answered with, such as vLLM's judgement of a client's values."""
+    logger.info(
+        "%s %r %d by the replica (%s)", envelope.method, cut(envelope.path, LOGGED_CHARS), status, envelope.request_id
+    )
+
+
 def log_answer(envelope: Envelope, status: int) -> None:
     """An answer that was given whole."""
     if logger.isEnabledFor(logging.DEBUG):

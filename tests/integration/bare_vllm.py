@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.vllm_args import cpu_environment, serve_words
-from tests.integration.ray_local import alive, descendants
+from loadtests.processes import descendants
+from tests.integration.ray_local import alive
 
 START_DEADLINE_S = 240.0
 STOP_DEADLINE_S = 30.0

@@ -17,8 +17,9 @@ import msgspec
 import pytest
 
 from engine import deployment
+from loadtests.processes import descendants
 from router import config as config_files
-from tests.integration.ray_local import DEADLINE_S, NAMESPACE, alive, cluster, descendants, wait_until
+from tests.integration.ray_local import DEADLINE_S, NAMESPACE, alive, cluster, wait_until
 from tests.integration.stack import kvlane_up
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3 * DEADLINE_S)]

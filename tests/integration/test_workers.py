@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loadtests.processes import MODEL, engines, router
-from tests.integration.ray_local import alive, descendants, wait_until
+from loadtests.processes import MODEL, descendants, engines, router
+from tests.integration.ray_local import alive, wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -17,17 +17,16 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, FOREIGN_WARNINGS]
 @pytest.fixture
 def shown() -> Iterator[io.StringIO]:
     """What a handler of vLLM's log writes."""
-    shorten_tracebacks()
-    shorten_tracebacks()
-    (handler,) = logging.getLogger("vllm").handlers
-    assert isinstance(handler, logging.StreamHandler)
-    assert len(handler.filters) == 1
     text = io.StringIO()
-    formatter, stream = handler.formatter, handler.setStream(text)
+    handler = logging.StreamHandler(text)
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    log = logging.getLogger("vllm")
+    log.addHandler(handler)
+    shorten_tracebacks()
+    shorten_tracebacks()
+    assert len(handler.filters) == 1
     yield text
-    handler.setFormatter(formatter)
-    handler.setStream(stream)
+    log.removeHandler(handler)
 
 
 def say(logger: str, error: Exception) -> None:
