@@ -206,15 +206,23 @@ async def test_a_config_that_contradicts_itself_changes_nothing(members: Members
     assert members.now == before
 
 
+async def test_unknown_engine_arguments_are_refused_before_anything_is_deployed(members: Members) -> None:
+    broken = msgspec.structs.replace(ENGINE, name="broken", args={"step_bas_ms": 1})
+    with pytest.raises(ConfigError, match="step_base_ms"):
+        deployment.deploy(msgspec.structs.replace(CONFIG, engines=(broken,)))
+    assert "kvlane-broken" not in deployment.statuses()
+
+
 async def test_an_engine_that_does_not_start_is_reported_with_its_reason(members: Members) -> None:
-    broken = msgspec.structs.replace(ENGINE, name="broken", replicas=1, args={"no_such_option": 1})
+    # An address that is not this machine's: nothing tells so before the replica starts.
+    broken = msgspec.structs.replace(ENGINE, name="broken", replicas=1, lane_host="203.0.113.1")
     await asyncio.to_thread(deployment.deploy, msgspec.structs.replace(CONFIG, engines=(broken,)))
     status = deployment.statuses
     async with asyncio.timeout(DEADLINE_S):
         while (state := (await asyncio.to_thread(status))["kvlane-broken"]).status != "DEPLOY_FAILED":
             await asyncio.sleep(0.2)
     assert state.ready == 0
-    assert "no_such_option" in state.message
+    assert "203.0.113.1" in state.message
     await asyncio.to_thread(deployment.undeploy, ["broken"])
     assert "kvlane-broken" not in deployment.statuses()
 
