@@ -142,6 +142,15 @@ class Overloaded(KvlaneError):
     retryable = True
 
 
+class TooManyConnections(Overloaded):
+    """The connection itself is refused, whatever it would have asked."""
+
+    name = "too_many_connections"
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    openai_type = "ServiceUnavailableError"
+
+
 class NoReplica(KvlaneError):
     """Rejected before any work: no replica of the model is ready."""
 

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable
 from typing import Final, Protocol, cast
 
-from router.errors import ClientTooSlow, InternalError, KvlaneError, Overloaded, RequestTimeout, ShuttingDown
+from router.errors import ClientTooSlow, InternalError, KvlaneError, RequestTimeout, ShuttingDown, TooManyConnections
 from router.ingress.base import Dispatch
 from router.ingress.cors import Cors
 from router.ingress.http_log import log_answer, log_defect, log_failure, log_relayed_refusal, logger
@@ -49,15 +49,6 @@ _IN_BODY: Final = "the body"
 _UNREAD: Final = "the client's reading"
 _CLOSING: Final = "the end"
 _NOTHING: Final = ("", 0)
-
-
-class TooManyConnections(Overloaded):
-    """The connection itself is refused, whatever it would have asked."""
-
-    name = "too_many_connections"
-    http_status = 503
-    grpc_status = "UNAVAILABLE"
-    openai_type = "ServiceUnavailableError"
 
 
 class Site(Protocol):
