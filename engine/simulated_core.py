@@ -3,16 +3,19 @@
 It schedules as vLLM does: each step has a token budget that running requests draw from first, then waiting ones in
 order; long prompts are computed in chunks; where KV blocks run out, the youngest request loses its blocks and starts
 over; a token comes out of every request that is computed up to its end. Whoever drives it owns the time: `plan` says
-how long the next step takes, `commit` ends it, and requests may come and go in between.
+how long the next step takes, `commit` ends it, and requests may come and go in between. Where many steps in a row only
+decode, `stretch` and `leap` do them at once, with the same results.
 """
 
 from __future__ import annotations
 
 import random
 from bisect import insort
+from collections.abc import Callable
 from heapq import heappop, heappush
+from math import sqrt
 from operator import attrgetter
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -39,6 +42,12 @@ class SimulatedOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_ms_per_token: Milliseconds = 0.032  # 16 GFLOP at an effective 500 TFLOP/s.
     decode_ms_per_seq: Milliseconds = 0.02  # Sampling and small kernels.
     context_ms_per_1k_tokens: Milliseconds = 0.04  # Reading 128 KiB of KV cache per token at 3.35 TB/s.
+    # A second model beside the linear one, whose terms are added: a step's matrix products take the longer of reading
+    # the weights and computing its tokens, rounded off where the two meet: sqrt(floor² + (token * tokens)²).
+    roofline_floor_ms: Milliseconds = 0.0
+    roofline_ms_per_token: Milliseconds = 0.0
+    prefill_ms_per_pair: Milliseconds = 0.0  # Attention of prompts: per pair of a computed token and one before it.
+    decode_ms_per_context_token: Milliseconds = 0.0  # Attention of answers: per token read from the KV cache.
     jitter: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0  # Steps last up to this share more or less, at random.
     time_scale: Annotated[float, msgspec.Meta(ge=0)] = 1.0  # Stretches all durations; 0 is as fast as possible.
     answer_tokens: Count = 128  # Length of the answer where a request sets none; it then ends with "stop".
@@ -78,6 +87,7 @@ class Job:
         "named",
         "names_at",
         "owed",
+        "owed_pairs",
         "produced",
         "prompt",
         "running",
@@ -102,6 +112,7 @@ class Job:
         self.running = False
         self.scheduled = 0  # Tokens that the step under way computes.
         self.owed = 0  # Its part of the core's queued prefill tokens; 0 while it decodes.
+        self.owed_pairs = 0  # Their attention pairs, doubled: whole numbers add up without drift.
         self.hashes = list(prompt.hashes)  # Of its full blocks; generated ones are added as they fill.
         self.held: list[int] = []  # Named blocks that it refers to, first to last.
         self.anonymous = 0  # Its other blocks.
@@ -114,9 +125,9 @@ class StepResult(msgspec.Struct, frozen=True):
     """What one step did. The jobs are live: read them before the next step."""
 
     duration_ms: float
-    """Already stretched by `time_scale`."""
+    """Already stretched by `time_scale`; after a leap, of its last step."""
     produced: list[Job]
-    """Requests that got exactly one new token; a request's first one has `produced == 1`."""
+    """Requests that got exactly one new token, after a leap one per step; a request's first one has `produced == 1`."""
     finished: list[Job]
     """Those among them that are complete, with `finish` set."""
     prefill_tokens: int
@@ -124,7 +135,27 @@ class StepResult(msgspec.Struct, frozen=True):
     preempted: int
     cache_events: list[CacheEvent]
     """Blocks stored and evicted, in order."""
+    prefilled: list[Job] = []
+    """Those of `produced` whose prompt this step completed."""
 
+
+class StepWork(msgspec.Struct, frozen=True, gc=False):
+    """What a step computes, for step-time models of one's own."""
+
+    prefill_tokens: int
+    prefill_pairs: float
+    """Attention pairs of those tokens (see `Load.queued_prefill_pairs`)."""
+    decodes: int
+    """Requests that get an output token without computing any of their prompt."""
+    decode_context: int
+    """Tokens in the KV cache that their attention reads."""
+
+
+StepModel: TypeAlias = Callable[[StepWork], float]
+"""Milliseconds that a step takes, before jitter and `time_scale`. Replaces all terms of the options."""
+
+LONGEST_STRETCH: Final = 64
+"""Steps. More in one go would save nothing, and much is computed in vain where stretches are interrupted."""
 
 _KEY: Final = attrgetter("key")
 
@@ -132,14 +163,26 @@ _KEY: Final = attrgetter("key")
 class _Plan:
     """A step under way."""
 
-    __slots__ = ("budget", "context_tokens", "decode_seqs", "duration_ms", "jobs", "preempted", "prefill_tokens")
+    __slots__ = (
+        "budget",
+        "decode_context",
+        "decode_seqs",
+        "duration_ms",
+        "jobs",
+        "preempted",
+        "prefill_context",
+        "prefill_pairs",
+        "prefill_tokens",
+    )
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.jobs: list[Job] = []
         self.prefill_tokens = 0
+        self.prefill_pairs = 0.0
+        self.prefill_context = 0
         self.decode_seqs = 0
-        self.context_tokens = 0
+        self.decode_context = 0
         self.preempted = 0
         self.duration_ms = 0.0
 
@@ -147,8 +190,9 @@ class _Plan:
 class SimulatedCore:
     """The engine's scheduler and its step-time model. Deterministic: same options and calls, same results."""
 
-    def __init__(self, options: SimulatedOptions) -> None:
+    def __init__(self, options: SimulatedOptions, step_model: StepModel | None = None) -> None:
         self.options = options
+        self._step_model = step_model
         self.pool = BlockPool(options.kv_blocks)
         self.steps = 0
         self._random = random.Random(options.seed)
@@ -158,6 +202,8 @@ class SimulatedCore:
         self._waiting_count = 0
         self._arrivals = 0
         self._owed = 0
+        self._owed_pairs = 0
+        self._last = StepWork(0, 0.0, 0, 0)
         self._step_ms = 0.0
         self._plan: _Plan | None = None
 
@@ -190,13 +236,19 @@ class SimulatedCore:
             self._waiting_count -= 1
 
     def load(self) -> Load:
-        """The load now; `step_ms` is the last step's."""
+        """The load now; what is said of a step is of the last one."""
+        last = self._last
         return Load(
             running=len(self._running),
             waiting=self._waiting_count,
             queued_prefill_tokens=self._owed,
             kv_usage=self.pool.used / self.options.kv_blocks,
             step_ms=self._step_ms,
+            queued_prefill_pairs=self._owed_pairs * 0.5,
+            step_prefill_tokens=last.prefill_tokens,
+            step_prefill_pairs=last.prefill_pairs,
+            step_decodes=last.decodes,
+            step_context_tokens=last.decode_context,
         )
 
     def step(self) -> StepResult | None:
@@ -214,7 +266,8 @@ class SimulatedCore:
         if not plan.preempted:
             # As vLLM: whoever made room for others must not come back in the same step.
             self._plan_waiting(plan)
-        plan.duration_ms = self._duration_ms(plan)
+        work = StepWork(plan.prefill_tokens, plan.prefill_pairs, plan.decode_seqs, plan.decode_context)
+        plan.duration_ms = self._duration_ms(work, plan.prefill_context)
         return plan.duration_ms
 
     def commit(self) -> StepResult:
@@ -224,6 +277,7 @@ class SimulatedCore:
             raise RuntimeError("no step is under way")
         produced: list[Job] = []
         finished: list[Job] = []
+        prefilled: list[Job] = []
         for job in plan.jobs:
             scheduled = job.scheduled
             if not scheduled:
@@ -232,6 +286,8 @@ class SimulatedCore:
             job.computed += scheduled
             if job.owed:
                 self._owe(job, job.tokens - job.computed)
+                if not job.owed:
+                    prefilled.append(job)
             if job.computed == job.tokens:
                 job.tokens += 1
                 job.produced += 1
@@ -242,6 +298,7 @@ class SimulatedCore:
             self._finish(finished)
         self.steps += 1
         self._step_ms = plan.duration_ms
+        self._last = StepWork(plan.prefill_tokens, plan.prefill_pairs, plan.decode_seqs, plan.decode_context)
         return StepResult(
             duration_ms=plan.duration_ms,
             produced=produced,
@@ -250,7 +307,60 @@ class SimulatedCore:
             decode_seqs=plan.decode_seqs,
             preempted=plan.preempted,
             cache_events=self.pool.take_events(),
+            prefilled=prefilled,
         )
+
+    def stretch(self, start_s: float) -> list[float]:
+        """When the coming steps end, from `start_s` on, as far as each of them is sure to do nothing but advance every
+        running request by a token: nobody computes a prompt, can be admitted or needs a KV block. The last of them may
+        complete requests. Empty where that cannot be said of the next step, or where steps have jitter.
+
+        Holds until a request is added or aborted: first `leap` over the steps that are over by then.
+        """
+        options = self.options
+        if self._plan is not None:
+            raise RuntimeError("a step is under way")
+        running = self._running
+        if not running or options.jitter or self._startable():
+            return []
+        steps, context = LONGEST_STRETCH, 0
+        for job in running:
+            computed = job.computed
+            left = min(job.capacity, job.names_at - 1) - computed
+            if left < steps:
+                steps = left
+            left = job.answer_tokens - job.produced
+            if left < steps:
+                steps = left
+            if job.owed or steps <= 0:
+                return []
+            context += computed
+        ends, decodes = [], len(running)
+        for _ in range(steps):
+            context += decodes
+            start_s += self._duration_ms(StepWork(0, 0.0, decodes, context), 0) / 1000
+            ends.append(start_s)
+        return ends
+
+    def leap(self, steps: int) -> StepResult:
+        """Does so many steps of the last `stretch` at once."""
+        running = self._running
+        context = 0
+        finished: list[Job] = []
+        for job in running:
+            job.computed += steps
+            job.tokens += steps
+            job.produced += steps
+            context += job.computed
+            if job.produced == job.answer_tokens:
+                finished.append(job)
+        work = self._last = StepWork(0, 0.0, len(running), context)
+        self._step_ms = self._duration_ms(work, 0)
+        self.steps += steps
+        produced = list(running)
+        if finished:
+            self._finish(finished)
+        return StepResult(self._step_ms, produced, finished, 0, work.decodes, 0, self.pool.take_events())
 
     def _answer(self, prompt: Prompt, max_tokens: int | None) -> tuple[int, str]:
         """Length of the answer, and why it will end."""
@@ -288,12 +398,14 @@ class SimulatedCore:
             job.scheduled = count
             jobs.append(job)
             budget -= count
-            context += end
             if job.owed:
                 plan.prefill_tokens += count
+                plan.prefill_pairs += _pairs(count, end) * 0.5
+                plan.prefill_context += end
             else:
+                context += end
                 decodes += 1
-        plan.budget, plan.context_tokens, plan.decode_seqs = budget, context, decodes
+        plan.budget, plan.decode_context, plan.decode_seqs = budget, context, decodes
 
     def _plan_waiting(self, plan: _Plan) -> None:
         options = self.options
@@ -302,9 +414,7 @@ class SimulatedCore:
             if job is None:
                 return
             hits = self._hits(job)
-            blocks = -(-job.tokens // options.block_tokens)
-            # Room for the whole prompt, though blocks are taken chunk by chunk: else long prompts preempt each other.
-            if not self.pool.fits(blocks - hits, job.hashes[:hits]):
+            if not self._fits(job, hits):
                 return
             heappop(self._waiting)
             self._waiting_count -= 1
@@ -330,7 +440,19 @@ class SimulatedCore:
         plan.jobs.append(job)
         plan.budget -= count
         plan.prefill_tokens += count
-        plan.context_tokens += start + count
+        plan.prefill_pairs += _pairs(count, start + count) * 0.5
+        plan.prefill_context += start + count
+
+    def _startable(self) -> bool:
+        """Whether the next step would admit a waiting request."""
+        if len(self._running) >= self.options.max_num_seqs:
+            return False
+        job = self._next_waiting()
+        return job is not None and self._fits(job, self._hits(job))
+
+    def _fits(self, job: Job, hits: int) -> bool:
+        # Room for the whole prompt, though blocks are taken chunk by chunk: else long prompts preempt each other.
+        return self.pool.fits(-(-job.tokens // self.options.block_tokens) - hits, job.hashes[:hits])
 
     def _next_waiting(self) -> Job | None:
         waiting = self._waiting
@@ -404,17 +526,33 @@ class SimulatedCore:
         self._running = [job for job in self._running if job.running]
 
     def _owe(self, job: Job, tokens: int) -> None:
+        pairs = _pairs(tokens, job.tokens)
         self._owed += tokens - job.owed
+        self._owed_pairs += pairs - job.owed_pairs
         job.owed = tokens
+        job.owed_pairs = pairs
 
-    def _duration_ms(self, plan: _Plan) -> float:
+    def _duration_ms(self, work: StepWork, prefill_context: int) -> float:
         options = self.options
-        duration = (
-            options.step_base_ms
-            + options.prefill_ms_per_token * plan.prefill_tokens
-            + options.decode_ms_per_seq * plan.decode_seqs
-            + options.context_ms_per_1k_tokens * plan.context_tokens / 1000
-        )
+        if self._step_model is not None:
+            duration = self._step_model(work)
+        else:
+            duration = (
+                options.step_base_ms
+                + options.prefill_ms_per_token * work.prefill_tokens
+                + options.decode_ms_per_seq * work.decodes
+                + options.context_ms_per_1k_tokens * (prefill_context + work.decode_context) / 1000
+            )
+            if options.roofline_floor_ms or options.roofline_ms_per_token:
+                computing = options.roofline_ms_per_token * (work.prefill_tokens + work.decodes)
+                duration += sqrt(options.roofline_floor_ms**2 + computing * computing)
+            duration += options.prefill_ms_per_pair * work.prefill_pairs
+            duration += options.decode_ms_per_context_token * work.decode_context
         if options.jitter:
             duration *= 1 + options.jitter * self._random.uniform(-1, 1)
         return duration * options.time_scale
+
+
+def _pairs(tokens: int, end: int) -> int:
+    """Twice the attention pairs of the last `tokens` tokens of `end`."""
+    return tokens * (2 * end - tokens)

@@ -1,25 +1,30 @@
 """Dispatch: the hot path, where the stages meet.
 
-Job: admit a request, choose its replica, run it on that replica's lane, and try another replica if the first fails
-before the client saw a byte. Rule: no await between the snapshot, the choice and the charge. It owns no state.
+Job: admit a request, look its prompt up, choose its replica, run it on that replica's lane, and try another replica if
+the first fails before the client saw a byte. Rule: no await between the snapshot, the choice and the charge. It owns no
+state.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
+
+import msgspec
 
 from router.admission import Admission
 from router.errors import DeadlineExceeded, KvlaneError, NoReplica
 from router.lane.frames import End
 from router.options import LimitOptions
 from router.policies.base import Policy
+from router.prefix.prefixes import Prefixes
+from router.receipts import Explainer, make_receipt
 from router.replicas import Replicas
-from router.types import Decision, Reason, Receipt, Request, Sink, Snapshot
+from router.types import Chain, Charge, Decision, Reason, Receipt, Request, Sink, Snapshot
 
-log = logging.getLogger(__name__)
+EXPLAIN_HEADER: Final = ("x-kvlane-explain", "1")
+"""A request that carries it is told of every replica that it could have gone to."""
 
 
 class Observer(Protocol):
@@ -34,8 +39,14 @@ class Observer(Protocol):
     def retried(self, error: KvlaneError) -> None:
         """A request goes to another replica."""
 
-    def policy_failed(self, error: Exception) -> None:
-        """The policy raised or answered nonsense."""
+    def hashed(self, seconds: float) -> None:
+        """A prompt was read and hashed."""
+
+    def looked_up(self, seconds: float) -> None:
+        """It was looked up who holds how much of a prompt."""
+
+    def routed(self, request: Request, receipt: Receipt) -> None:
+        """A replica was chosen; once per try."""
 
 
 class Dispatcher:
@@ -46,20 +57,26 @@ class Dispatcher:
         admission: Admission,
         policy: Policy,
         policy_name: str,
-        fallback: Policy,
+        prefixes: Prefixes,
         replicas: Replicas,
         limits: LimitOptions,
         observer: Observer,
         clock: Callable[[], float],
+        explainer: Explainer,
+        record: Callable[[Request, Receipt], None] | None = None,
     ) -> None:
+        """`policy` must answer with a replica of the snapshot and not raise (see `router.policies.guard`). `record`, where
+        it is given, gets every receipt with all candidates in it."""
         self._admission = admission
         self._policy = policy
         self._policy_name = policy_name
-        self._fallback = fallback
+        self._prefixes = prefixes
         self._replicas = replicas
         self._limits = limits
         self._observer = observer
         self._clock = clock
+        self._explainer = explainer
+        self._record = record
 
     async def run(self, request: Request, sink: Sink) -> End:
         """Routes `request` and streams its output into `sink`; raises a `KvlaneError` if it does not end whole."""
@@ -93,19 +110,25 @@ class Dispatcher:
     async def _route(self, request: Request, sink: Sink) -> End:
         tried: set[str] = set()
         fallbacks: tuple[str, ...] = ()
+        chain: Chain | None = None
         lost: KvlaneError | None = None
         while True:
             try:
-                snapshot = await self._candidates(request.model, tried)
+                pool = await self._candidates(request.model, tried)
             except NoReplica:
                 if lost is None:
                     raise
                 raise lost from None  # what happened to the request says more than that nobody else is there
+            if lost is None:
+                chain = self._chain(request)
+            snapshot = self._looked_up(pool, chain)
             decision = self._choose(request, snapshot, fallbacks)
-            with self._replicas.lease(decision.replica) as lane:
-                sink.routed(self._receipt(request, snapshot, decision, retry=bool(tried)))
+            charge = self._prefixes.charge(snapshot.prefix, decision.replica)
+            with self._replicas.lease(decision.replica) as lane, self._prefixes.hold(decision.replica, chain):
+                receipt = self._receipt(request, snapshot, decision, charge, retry=bool(tried))
+                sink.routed(receipt)
                 try:
-                    return await lane.run(request, sink)
+                    return await lane.run(request, sink, charge, receipt.expected_s)
                 except KvlaneError as error:
                     tried.add(decision.replica)
                     fallbacks = fallbacks or decision.fallbacks
@@ -129,23 +152,41 @@ class Dispatcher:
             except TimeoutError:
                 return self._replicas.snapshot(model, tried)
 
+    def _chain(self, request: Request) -> Chain | None:
+        """The prompt's hashes; None without reading the body where no replica of the model reuses prefixes."""
+        if not self._replicas.caching(request.model):
+            return None
+        began = self._clock()
+        chain = self._prefixes.chain(request)
+        self._observer.hashed(self._clock() - began)
+        return chain
+
+    def _looked_up(self, pool: Snapshot, chain: Chain | None) -> Snapshot:
+        """The pool, and who of it holds how much of the prompt now."""
+        if chain is None:
+            return pool
+        began = self._clock()
+        prefix = self._prefixes.view(pool.model, chain)
+        self._observer.looked_up(self._clock() - began)
+        return Snapshot(pool.model, pool.replicas, prefix, pool.now)
+
     def _choose(self, request: Request, snapshot: Snapshot, fallbacks: tuple[str, ...]) -> Decision:
         """The first of the earlier decision's fallbacks that is still there, or else what the policy says."""
-        names = [view.replica for view in snapshot.replicas]
-        for name in fallbacks:
-            if name in names:
-                return Decision(name, Reason.RETRY, fallbacks)
-        try:
-            decision = self._policy.choose(request, snapshot)
-            if decision.replica in names:
-                return decision
-            raise LookupError(f"it chose {decision.replica!r}, which is not in the snapshot")
-        except Exception as error:  # a plugin's defect must not cost a request
-            self._observer.policy_failed(error)
-            decision = self._fallback.choose(request, snapshot)
-            return Decision(decision.replica, Reason.POLICY_FAILED)
+        if fallbacks:
+            names = [view.replica for view in snapshot.replicas]
+            for name in fallbacks:
+                if name in names:
+                    return Decision(name, Reason.RETRY, fallbacks)
+        return self._policy.choose(request, snapshot)
 
-    def _receipt(self, request: Request, snapshot: Snapshot, decision: Decision, *, retry: bool) -> Receipt:
-        depth = next(view.queue_depth for view in snapshot.replicas if view.replica == decision.replica)
-        reason = Reason.RETRY if retry else decision.reason
-        return Receipt(request.request_id, decision.replica, self._policy_name, reason, depth)
+    def _receipt(
+        self, request: Request, snapshot: Snapshot, decision: Decision, charge: Charge, *, retry: bool
+    ) -> Receipt:
+        receipt = make_receipt(request, snapshot, decision, charge, self._policy_name, retry=retry)
+        if self._record is not None or EXPLAIN_HEADER in request.headers:
+            candidates = self._explainer.candidates(request, snapshot, decision.replica)
+            receipt = msgspec.structs.replace(receipt, candidates=candidates)
+            if self._record is not None:
+                self._record(request, receipt)
+        self._observer.routed(request, receipt)
+        return receipt

@@ -94,6 +94,19 @@ class PolicyOptions(Options, frozen=True):
 
     name: Name = "power-of-two"  # Spreads load well and needs no tuning.
     options: dict[str, Any] = {}
+    stall_ms: Annotated[float, msgspec.Meta(gt=0)] = 5.0  # All streams wait meanwhile; later answers are not taken.
+    shadow: str = ""  # Another policy that decides too, without effect; metrics compare the two.
+    shadow_options: dict[str, Any] = {}
+
+
+class PrefixOptions(Options, frozen=True):
+    """What the router knows of the replicas' KV caches."""
+
+    enabled: bool = True  # False routes by load alone: prompts are not hashed and cache reports are not used.
+    block_bytes: Annotated[int, msgspec.Meta(ge=16, le=4096)] = 256  # About 64 tokens of text: four GPU KV blocks.
+    max_prompt_bytes: Bytes = 1 << 20  # What is hashed of a longer prompt; bounds the time on the event loop.
+    max_blocks: Count = 2_000_000  # Blocks indexed, of all replicas together; about 0.3 GB. Further ones are refused.
+    hold_timeout_s: Seconds = 600.0  # Until a request that is still in flight counts no longer as soon cached.
 
 
 class LimitOptions(Options, frozen=True):
@@ -144,6 +157,7 @@ class Config(Options, frozen=True):
     lane: LaneOptions = LaneOptions()
     membership: MembershipOptions = MembershipOptions()
     policy: PolicyOptions = PolicyOptions()
+    prefix: PrefixOptions = PrefixOptions()
     limits: LimitOptions = LimitOptions()
     engines: tuple[EngineOptions, ...] = ()
     ray: RayOptions = RayOptions()

@@ -1,8 +1,8 @@
 """All replicas as this router knows them, and a lane to each.
 
-Job: follow membership, keep one lane per replica (with back-off), and give policies the snapshot of a model's pool.
-Rule: only a READY replica gets new requests; a replica leaves the pool in the very callback that learns of its loss.
-`Replicas` is the only writer of this state.
+Job: follow membership, keep one lane per replica (with back-off), give policies the snapshot of a model's pool, and
+pass on what replicas say of their KV caches. Rule: only a READY replica gets new requests; a replica leaves the pool in
+the very callback that learns of its loss. `Replicas` is the only writer of this state.
 """
 
 from __future__ import annotations
@@ -13,20 +13,68 @@ import logging
 import random
 import re
 from collections.abc import Callable, Collection, Mapping
+from typing import Final, Protocol
 
 from router.errors import ModelNotFound, NoReplica, ReplicaLost, cut
-from router.ingress.base import ModelStatus, Readiness
+from router.ingress.base import CacheStatus, ModelStatus, Readiness
 from router.lane.carriers import Carrier
 from router.lane.client import Lane, Lease
+from router.lane.frames import CacheReport
+from router.load.account import Blind, Foresight
 from router.membership.base import ReplicaRecord
 from router.options import LaneOptions
-from router.types import EngineInfo, ModelCard, Snapshot
+from router.types import CacheMode, EngineInfo, ModelCard, Snapshot
 
 log = logging.getLogger(__name__)
 
 
 FORGET_S = 600.0
 """How long a model without any replica is still known: until then requests for it wait, and get 503 instead of 404."""
+
+
+SWEEP_INTERVAL_S: Final = 0.1
+"""How often what the caches' observer put off is done."""
+
+
+class CacheObserver(Protocol):
+    """Who keeps what replicas hold in their KV caches (`router.prefix.prefixes`)."""
+
+    def opened(self, replica: str, info: EngineInfo) -> None:
+        """A lane to the replica opened: all that was known of it is void."""
+
+    def reported(self, replica: str, report: CacheReport) -> bool:
+        """The replica's next report; False where one before it was missed."""
+
+    def lost(self, replica: str) -> None:
+        """Its lane is gone, and with it all that was known."""
+
+    def mode(self, replica: str) -> CacheMode:
+        """What is known of its cache now."""
+
+    def cause(self, replica: str) -> str:
+        """Why it is not exact; else empty."""
+
+    def sweep(self) -> bool:
+        """Does a slice of what was put off; whether there is more."""
+
+
+class Unobserved:
+    """Nobody keeps what replicas hold."""
+
+    def opened(self, replica: str, info: EngineInfo) -> None: ...
+    def lost(self, replica: str) -> None: ...
+
+    def reported(self, replica: str, report: CacheReport) -> bool:
+        return True
+
+    def mode(self, replica: str) -> CacheMode:
+        return CacheMode.OFF
+
+    def cause(self, replica: str) -> str:
+        return "prefix.enabled is false"
+
+    def sweep(self) -> bool:
+        return False
 
 
 class State(enum.Enum):
@@ -131,7 +179,8 @@ class _Member:
             self.lane.close()
 
     def _new_lane(self) -> Lane:
-        self.lane = Lane(self.record.replica, self.record.secret, self._owner.name, self)
+        owner = self._owner
+        self.lane = Lane(self.record.replica, self.record.secret, owner.name, self, owner.foresee)
         return self.lane
 
     def lane_opened(self, lane: Lane) -> None:
@@ -139,6 +188,7 @@ class _Member:
             self._opened.set()
             assert lane.welcome is not None
             self.info = lane.welcome.info
+            self._owner.opened(lane)
             self.happens(Event.OPENED)
 
     def lane_draining(self, lane: Lane) -> None:
@@ -154,8 +204,11 @@ class _Member:
             self._opened.set()
             self._lost.set()
 
-    def first_output(self, waited_s: float) -> None:
-        self._owner.first_output(waited_s)
+    def first_output(self, waited_s: float, expected_s: float) -> None:
+        self._owner.first_output(waited_s, expected_s)
+
+    def cache_reported(self, lane: Lane, report: CacheReport) -> None:
+        self._owner.cache_reported(lane, report)
 
     async def close(self) -> None:
         self.state = State.GONE
@@ -173,20 +226,30 @@ class Replicas:
         carrier: Carrier,
         options: LaneOptions,
         required: Collection[str] = (),
-        first_output: Callable[[float], None] = lambda waited_s: None,
+        first_output: Callable[[float, float], None] = lambda waited_s, expected_s: None,
         rng: random.Random | None = None,
+        caches: CacheObserver | None = None,
+        foresee: Callable[[EngineInfo], Foresight] = lambda info: Blind(),
     ) -> None:
+        """`foresee` gives what the load model knows of an engine that a lane was opened to."""
         self.name = name
         """This router process, as replicas log it."""
         self.carrier = carrier
         self.options = options
         self.first_output = first_output
-        """Takes each stream's time from submit to first output, in seconds."""
+        """Takes each stream's time from submit to first output and what it was expected to be, in seconds; an
+        expectation of 0 is none."""
+        self.foresee = foresee
         self.random = rng or random.Random()
         self._required = tuple(required)
         self._members: dict[str, _Member] = {}
         self._pools: dict[str, tuple[Lane, ...]] = {}
         self._lanes: dict[str, Lane] = {}
+        self._caches = caches or Unobserved()
+        self._observed: dict[str, Lane] = {}
+        """The lane whose reports count; a replica that came back at a new address has two for a while."""
+        self._caching: frozenset[str] = frozenset()
+        """Models of which some ready replica's cache is worth knowing."""
         self._cards: dict[str, ModelCard] = {}
         self._missed: dict[str, float] = {}
         """Models that nobody serves, since when in loop time."""
@@ -224,12 +287,35 @@ class Replicas:
                 pools.setdefault(card.name, []).append(lane)
         self._lanes = {lane.replica: lane for lane in lanes}
         self._pools = {model: tuple(pool) for model, pool in pools.items()}
+        self._caching = _caching(self._pools)
         self._learn()
         news, self._news = self._news, asyncio.Event()
         news.set()
 
+    def opened(self, lane: Lane) -> None:
+        """A lane opened; what it says of the replica's KV cache counts from now on."""
+        assert lane.welcome is not None
+        self._observed[lane.replica] = lane
+        self._caches.opened(lane.replica, lane.welcome.info)
+        lane.account.caches(self._caches.mode(lane.replica))
+
+    def cache_reported(self, lane: Lane, report: CacheReport) -> None:
+        """A replica said how its KV cache changed."""
+        if self._observed.get(lane.replica) is not lane:
+            return
+        if not self._caches.reported(lane.replica, report):
+            lane.resync()
+        mode = self._caches.mode(lane.replica)
+        if mode is not lane.account.cache:
+            log.info("replica %s: KV cache is %s %s", lane.replica, mode, self._caches.cause(lane.replica))
+            lane.account.caches(mode)
+            self._caching = _caching(self._pools)
+
     def retired(self, lane: Lane) -> None:
         """A lane is gone; its counts stay in the totals."""
+        if self._observed.get(lane.replica) is lane:
+            del self._observed[lane.replica]
+            self._caches.lost(lane.replica)
         self._retired_steps += lane.steps
         self._retired_tokens += lane.tokens
 
@@ -258,6 +344,11 @@ class Replicas:
                 if member.lane is not None:
                     member.lane.tick(interval_s, self.options.ping_timeout_s)
 
+    async def sweep(self) -> None:
+        """Does what the caches' observer put off, in slices between which others run, until cancelled."""
+        while True:
+            await asyncio.sleep(0 if self._caches.sweep() else SWEEP_INTERVAL_S)
+
     async def close(self) -> None:
         """Closes all lanes; streams in flight fail."""
         await asyncio.gather(*(member.close() for member in self._members.values()))
@@ -271,10 +362,14 @@ class Replicas:
         pool = self._pools.get(model)
         if pool is None and model not in self._cards and model not in self._required:
             raise ModelNotFound(f"The model `{cut(model)}` does not exist.", param="model")
-        views = tuple([lane.view() for lane in pool or () if lane.replica not in excluding])
+        views = tuple([lane.account.view() for lane in pool or () if lane.replica not in excluding])
         if not views:
             raise NoReplica(f"no replica of model `{cut(model)}` is ready")
-        return Snapshot(model, views)
+        return Snapshot(model, views, now=asyncio.get_running_loop().time())
+
+    def caching(self, model: str) -> bool:
+        """Whether some ready replica of the model reuses prefixes, so that it pays to hash a prompt."""
+        return model in self._caching
 
     def lease(self, replica: str) -> Lease:
         """A charge on a replica of the last snapshot. No await may stand between the two."""
@@ -293,6 +388,11 @@ class Replicas:
     def models(self) -> tuple[ModelStatus, ...]:
         return tuple(ModelStatus(card, len(self._pools.get(name, ()))) for name, card in sorted(self._cards.items()))
 
+    def parent(self, model: str) -> str:
+        """The base model where `model` is a LoRA adapter; else empty."""
+        card = self._cards.get(model)
+        return card.parent if card is not None else ""
+
     def methods(self, path: str) -> tuple[str, ...]:
         found: set[str] = set()
         exact = self._routes.get(path)
@@ -307,7 +407,11 @@ class Replicas:
     def readiness(self) -> Readiness:
         counts = {name: len(self._pools.get(name, ())) for name in (*self._required, *self._cards)}
         wanted = [counts[name] for name in self._required] or [max(counts.values(), default=0)]
-        return Readiness(all(wanted), counts)
+        return Readiness(all(wanted), counts, self.caches())
+
+    def caches(self) -> dict[str, CacheStatus]:
+        """What is known of the ready replicas' KV caches."""
+        return {name: CacheStatus(lane.account.cache, self._caches.cause(name)) for name, lane in self._lanes.items()}
 
     # -- for metrics
 
@@ -322,6 +426,11 @@ class Replicas:
             self._retired_steps + sum(lane.steps for lane in open_lanes),
             self._retired_tokens + sum(lane.tokens for lane in open_lanes),
         )
+
+
+def _caching(pools: Mapping[str, tuple[Lane, ...]]) -> frozenset[str]:
+    off = CacheMode.OFF
+    return frozenset(model for model, pool in pools.items() if any(lane.account.cache is not off for lane in pool))
 
 
 def _same(one: ReplicaRecord, other: ReplicaRecord) -> bool:

@@ -6,8 +6,8 @@ Imports nothing of ours. Everything here is a value: nothing in this module hold
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
 
 import msgspec
 
@@ -35,6 +35,17 @@ class Load(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Share of the KV blocks in use, 0 to 1."""
     step_ms: float = 0.0
     """Duration of the last engine step in milliseconds."""
+    queued_prefill_pairs: float = 0.0
+    """Attention's part of the queued prefill: pairs of a token to be computed and a token before it (in its own prompt);
+    n uncached tokens behind c cached ones make n * c + n * n / 2. 0 where the engine cannot say."""
+    step_prefill_tokens: int = 0
+    """Prompt tokens that the last step computed."""
+    step_prefill_pairs: float = 0.0
+    """Attention pairs of those tokens; 0 where the engine cannot say."""
+    step_decodes: int = 0
+    """Requests that the last step advanced by an output token without computing any of their prompt."""
+    step_context_tokens: int = 0
+    """Tokens in the KV cache that those requests' attention read."""
 
 
 class ModelCard(msgspec.Struct, frozen=True, array_like=True):
@@ -89,6 +100,39 @@ class Request(msgspec.Struct, frozen=True):
     """Time left until the caller's own deadline; None where it set none."""
 
 
+class CacheMode(enum.StrEnum):
+    """What the router knows of a replica's KV cache."""
+
+    EXACT = "exact"
+    """The replica reports what it stores and evicts."""
+    APPROXIMATE = "approximate"
+    """No usable reports: the router remembers what it sent there, as much as fits into the replica's KV cache."""
+    OFF = "off"
+    """The engine reuses no prefixes."""
+
+
+class Outlook(msgspec.Struct, frozen=True, gc=False):
+    """What the load model expects of a replica; learned from its steps, in seconds."""
+
+    wait_s: float = 0.0
+    """From `as_of` until the engine would have begun to compute the prompt of a request that is sent now."""
+    step_s: float = 0.0
+    """A step with the present batch and no prompt in it: the time per output token when nobody disturbs."""
+    token_s: float = 0.0
+    """Per uncached prompt token."""
+    pair_s: float = 0.0
+    """Per attention pair of prompt tokens (see `Load.queued_prefill_pairs`)."""
+    batch_s: float = 0.0
+    """What a step with prompt tokens takes beside them: the least that any prompt waits for its first token."""
+    as_of: float = 0.0
+    """When the replica's load was reported, on the router's clock; the queue has been worked on since."""
+
+    def prefill_s(self, tokens: float, cached: float) -> float:
+        """Time to compute a prompt of `tokens` tokens whose first `cached` ones are in the KV cache."""
+        new = tokens - cached
+        return new * self.token_s + new * (cached + new * 0.5) * self.pair_s
+
+
 class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     """One ready replica as a policy sees it."""
 
@@ -99,6 +143,14 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     leases: int
     """This router's own requests in flight there."""
     max_num_seqs: int = 0
+    outlook: Outlook = Outlook()
+    unacked_tokens: int = 0
+    """Uncached prompt tokens of the `unacked` requests, as estimated when they were routed."""
+    unacked_pairs: float = 0.0
+    """Their attention pairs."""
+    kv_tokens: int = 0
+    """Size of its KV cache in tokens; 0 where it does not say."""
+    cache: CacheMode = CacheMode.OFF
 
     @property
     def queue_depth(self) -> int:
@@ -106,11 +158,66 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
         return self.load.running + self.load.waiting + self.unacked
 
 
+class Chain(msgspec.Struct, frozen=True, gc=False):
+    """A prompt as chained hashes of its prefix blocks; each hash stands for its block and all before it."""
+
+    block_bytes: int
+    """Size of a prefix block in canonical prompt bytes."""
+    seed: int
+    """Hash of the namespace: model, LoRA adapter, cache salt, tools. 64 bits, as all hashes here."""
+    blocks: tuple[int, ...]
+    """Of the full blocks; the prompt's last `prompt_bytes % block_bytes` bytes are in none."""
+    prompt_bytes: int
+
+
+class Held(msgspec.Struct, frozen=True, gc=False):
+    """What one replica holds of a prompt."""
+
+    blocks: int
+    """Prefix blocks from the prompt's beginning, without a gap."""
+    tokens: int
+    """KV-cached tokens that these blocks stand for."""
+    soon: int = 0
+    """How many of `blocks` are not computed yet, but will be by a request that was sent there before."""
+
+
+class PrefixView(msgspec.Struct, frozen=True):
+    """A prompt, and who holds how much of it."""
+
+    chain: Chain | None = None
+    """None for requests without a prompt that could be hashed."""
+    tokens: int = 0
+    """Estimated length of the prompt in tokens."""
+    held: Mapping[str, Held] = {}
+    """Replicas that hold at least one of its blocks."""
+
+
+NO_PREFIX: Final = PrefixView()
+
+
+class Charge(msgspec.Struct, frozen=True, gc=False):
+    """What a request is expected to cost its replica."""
+
+    tokens: int = 0
+    """Uncached prompt tokens."""
+    pairs: float = 0.0
+    """Their attention pairs."""
+    chain: Chain | None = None
+    matched: int = 0
+    """Prefix blocks that the router believes to be held there."""
+
+
+NO_CHARGE: Final = Charge()
+
+
 class Snapshot(msgspec.Struct, frozen=True):
-    """The ready replicas of one model's pool at one moment."""
+    """The ready replicas of one model's pool at one moment, and the prompt to be routed."""
 
     model: str
     replicas: tuple[ReplicaView, ...]
+    prefix: PrefixView = NO_PREFIX
+    now: float = 0.0
+    """On the clock of `Outlook.as_of`."""
 
 
 class Reason(enum.StrEnum):
@@ -121,10 +228,19 @@ class Reason(enum.StrEnum):
     SHORTEST_QUEUE = "shortest_queue"
     SHORTER_OF_TWO = "shorter_of_two"
     RANDOM = "random"
+    LEAST_COST = "least_cost"
+    LONGEST_PREFIX = "longest_prefix"
+    PREFIX_HASH = "prefix_hash"
+    SESSION = "session"
+    LORA = "lora"
+    BEST_SCORE = "best_score"
+    OVERLOADED = "overloaded"
+    """Where affinity pointed was too busy."""
     POLICY = "policy"
     """A plugin's reason that is none of these."""
     RETRY = "retry"
     POLICY_FAILED = "policy_failed"
+    POLICY_STALLED = "policy_stalled"
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -139,7 +255,34 @@ class Decision(msgspec.Struct, frozen=True):
     """The policy's own measure of the choice; lower is better."""
 
 
-class Receipt(msgspec.Struct, frozen=True):
+class Candidate(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """One replica that a request could have gone to."""
+
+    replica: str
+    queue_depth: int = 0
+    matched: int = 0
+    """Prefix blocks of the prompt that it holds."""
+    cached_tokens: int = 0
+    """Estimate of what these are in tokens."""
+    expected_s: float = 0.0
+    """When its first output would be expected, from the submit; 0 where nobody knows."""
+    score: float | None = None
+    """The policy's own measure, lower is better; None where it names none."""
+
+    def words(self) -> str:
+        """For ``x-kvlane-route``."""
+        score = "" if self.score is None else f" score={self.score:.6g}"
+        expected = f" expected_ms={self.expected_s * 1e3:.1f}" if self.expected_s else ""
+        return (
+            f"{self.replica}(matched={self.matched} cached={self.cached_tokens} queue={self.queue_depth}{expected}{score})"
+        )
+
+
+MAX_CANDIDATES_CHARS: Final = 2000
+"""In ``x-kvlane-route``: proxies take no header of more than 4 KiB or so."""
+
+
+class Receipt(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why a request went where it went, for the client."""
 
     request_id: str
@@ -147,10 +290,44 @@ class Receipt(msgspec.Struct, frozen=True):
     policy: str
     reason: Reason
     queue_depth: int
+    matched: int = 0
+    """Prefix blocks of the prompt that the replica was believed to hold."""
+    blocks: int = 0
+    """All prefix blocks of the prompt; 0 where it was not hashed."""
+    cached_tokens: int = 0
+    """Estimate of the tokens that `matched` stands for."""
+    prompt_tokens: int = 0
+    """Estimate of the prompt's length."""
+    expected_s: float = 0.0
+    """When the first output is expected, from the submit; 0 where nobody knows."""
+    score: float = 0.0
+    """The policy's own measure of the choice, lower is better: expected seconds under the policy `cost`."""
+    candidates: tuple[Candidate, ...] = ()
+    """All replicas that were there, best first; only where somebody asked for them."""
 
     def header(self) -> str:
         """The value of ``x-kvlane-route``."""
-        return f"replica={self.replica};policy={self.policy};reason={self.reason};queue={self.queue_depth}"
+        text = f"replica={self.replica};policy={self.policy};reason={self.reason};queue={self.queue_depth}"
+        if self.prompt_tokens:
+            text += (
+                f";matched={self.matched}/{self.blocks};cached={self.cached_tokens}/{self.prompt_tokens}"
+                f";score={self.score:.6g}"
+            )
+        if self.expected_s:
+            text += f";expected_ms={self.expected_s * 1e3:.1f}"
+        return f"{text};candidates={self._candidates()}" if self.candidates else text
+
+    def _candidates(self) -> str:
+        words: list[str] = []
+        room = MAX_CANDIDATES_CHARS
+        for candidate in self.candidates:
+            word = candidate.words()
+            room -= len(word) + 1
+            if room < 0:
+                words.append(f"+{len(self.candidates) - len(words)}")
+                break
+            words.append(word)
+        return ",".join(words)
 
 
 class Sink(Protocol):

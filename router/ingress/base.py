@@ -7,7 +7,7 @@ from typing import Protocol
 import msgspec
 
 from router.lane.frames import End
-from router.types import ModelCard, Request, Sink
+from router.types import CacheMode, ModelCard, Request, Sink
 
 
 class Dispatch(Protocol):
@@ -27,11 +27,21 @@ class ModelStatus(msgspec.Struct, frozen=True):
     ready_replicas: int
 
 
+class CacheStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the router knows of one replica's KV cache."""
+
+    mode: CacheMode
+    cause: str = ""
+    """Why the mode is not exact."""
+
+
 class Readiness(msgspec.Struct, frozen=True):
     """Whether the router can serve, and of each required model how many replicas are ready."""
 
     ready: bool
     models: dict[str, int]
+    caches: dict[str, CacheStatus] = {}
+    """Of the ready replicas."""
 
 
 class Fleet(Protocol):
@@ -39,6 +49,9 @@ class Fleet(Protocol):
 
     def models(self) -> tuple[ModelStatus, ...]:
         """All models that a replica has announced, ready now or not, by name."""
+
+    def parent(self, model: str) -> str:
+        """The base model where `model` is a LoRA adapter that a replica has announced; else empty."""
 
     def methods(self, path: str) -> tuple[str, ...]:
         """HTTP methods that some replica's application answers at `path` (no query); empty where none does."""

@@ -1,20 +1,34 @@
 """The router's side of a lane.
 
 Job: submit streams to one replica and hand each step's output to the streams' sinks. Rule: nothing here awaits between
-a step's arrival and its sinks, and a failing sink ends its own stream only. A `Lane` owns its streams' state; whoever
-opened it (`router.replicas`) owns the lane.
+a step's arrival and its sinks, and a failing sink ends its own stream only. A `Lane` owns its streams' state and the
+account of its replica's load; whoever opened it (`router.replicas`) owns the lane.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from router.errors import KvlaneError, ReplicaLost, from_wire
 from router.lane import frames
-from router.lane.frames import Abort, Draining, End, FrameError, Pong, Step, Submit, Welcome
-from router.types import Load, ReplicaView, Request, Sink
+from router.lane.frames import (
+    Abort,
+    CacheReport,
+    Draining,
+    End,
+    FrameError,
+    Pong,
+    Resync,
+    Step,
+    Submit,
+    Welcome,
+    pack_chain,
+)
+from router.load.account import Account, Blind, Foresight
+from router.types import NO_CHARGE, Charge, EngineInfo, Request, Sink
 
 log = logging.getLogger(__name__)
 
@@ -35,27 +49,45 @@ class LaneListener(Protocol):
     def lane_lost(self, lane: Lane, error: ReplicaLost) -> None:
         """The lane is gone; all its streams have been failed."""
 
-    def first_output(self, waited_s: float) -> None:
-        """A stream's first output came `waited_s` after its submit."""
+    def first_output(self, waited_s: float, expected_s: float) -> None:
+        """A stream's first output came `waited_s` after its submit; `expected_s` is what `run` was told."""
+
+    def cache_reported(self, lane: Lane, report: CacheReport) -> None:
+        """The replica said how its KV cache changed. The load and the outputs of that step have been taken already."""
+
+
+def _blind(info: EngineInfo) -> Foresight:
+    return Blind()
 
 
 class _Stream:
-    __slots__ = ("began", "done", "sink")
+    __slots__ = ("began", "done", "expected_s", "sink")
 
-    def __init__(self, sink: Sink, done: asyncio.Future[End], began: float) -> None:
+    def __init__(self, sink: Sink, done: asyncio.Future[End], began: float, expected_s: float) -> None:
         self.sink = sink
         self.done = done
         self.began = began
         """When it was submitted, in loop time; 0 once output came."""
+        self.expected_s = expected_s
 
 
 class Lane(asyncio.Protocol):
     """One open lane; connect it to a carrier's transport."""
 
-    def __init__(self, replica: str, secret: bytes, router: str, listener: LaneListener) -> None:
+    account: Account
+    """What the replica has to do, as this router knows it; there from the welcome on."""
+
+    def __init__(
+        self,
+        replica: str,
+        secret: bytes,
+        router: str,
+        listener: LaneListener,
+        foresee: Callable[[EngineInfo], Foresight] = _blind,
+    ) -> None:
+        """`foresee` gives what the load model knows of the engine that answers."""
         self.replica = replica
         self.welcome: Welcome | None = None
-        self.load = Load()
         self.steps = 0
         self.tokens = 0
         """Tokens received, for metrics."""
@@ -65,10 +97,10 @@ class Lane(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._splitter = frames.FrameSplitter(limit=frames.MAX_FRAME_BYTES)
         self._streams: dict[int, _Stream] = {}
-        self._leases = 0
+        self._foresee = foresee
         self._last_stream = 0
-        self._acked = 0
-        self._view: ReplicaView | None = None
+        self._last_report = 0
+        self._resyncing = False
         self._heard = True
         self._silent_s = 0.0
         self._error: ReplicaLost | None = None
@@ -80,32 +112,21 @@ class Lane(asyncio.Protocol):
         """A charge on this replica, held until the request ends."""
         return Lease(self)
 
-    def view(self) -> ReplicaView:
-        """The replica as policies see it."""
-        view = self._view
-        if view is None:
-            assert self.welcome is not None
-            view = self._view = ReplicaView(
-                self.replica,
-                self.load,
-                self._last_stream - self._acked,
-                self._leases,
-                self.welcome.info.max_num_seqs,
-            )
-        return view
-
-    async def run(self, request: Request, sink: Sink) -> End:
+    async def run(self, request: Request, sink: Sink, charge: Charge = NO_CHARGE, expected_s: float = 0.0) -> End:
         """Submits a stream and returns when it ended whole.
 
-        Raises the `KvlaneError` that it ended with: the replica's own, `ReplicaLost` with the lane, or what the sink
-        raised. When the caller is cancelled the stream is aborted in the engine.
+        `charge` counts against the replica until its load includes the stream; `expected_s` is when the first output is
+        expected, 0 where nobody knows. Raises the `KvlaneError` that the stream ended with: the replica's own,
+        `ReplicaLost` with the lane, or what the sink raised. When the caller is cancelled the stream is aborted in the
+        engine.
         """
         transport = self._transport
         if transport is None or self.welcome is None:
             raise self._error or ReplicaLost(f"no lane to replica {self.replica}")
         self._last_stream = stream_id = self._last_stream + 1
-        self._view = None
-        stream = self._streams[stream_id] = _Stream(sink, self._loop.create_future(), self._loop.time())
+        self.account.submitted(stream_id, charge)
+        loop = self._loop
+        stream = self._streams[stream_id] = _Stream(sink, loop.create_future(), loop.time(), expected_s)
         transport.write(
             frames.encode(
                 Submit(
@@ -118,6 +139,8 @@ class Lane(asyncio.Protocol):
                     request.body,
                     request.timeout_s,
                     request.priority,
+                    pack_chain(charge.chain),
+                    charge.matched,
                 )
             )
         )
@@ -149,6 +172,12 @@ class Lane(asyncio.Protocol):
             self._lose(ReplicaLost(f"replica {self.replica} was silent for {self._silent_s:.0f} s"))
         else:
             self._transport.write(frames.encode(frames.Ping(self.steps)))
+
+    def resync(self) -> None:
+        """A cache report was missed: asks for a snapshot, once until it comes."""
+        if self._transport is not None and not self._resyncing:
+            self._resyncing = True
+            self._transport.write(frames.encode(Resync(self._last_report)))
 
     def close(self) -> None:
         """Closes the lane; its streams fail."""
@@ -187,7 +216,7 @@ class Lane(asyncio.Protocol):
             self._lose(LaneRefused(f"replica {self.replica} refused the lane ({frame.code}): {frame.message}"))
 
     def _stepped(self, step: Step) -> None:
-        self.load, self._acked, self._view = step.load, step.acked, None
+        self.account.stepped(step.load, step.acked, self._loop.time())
         self.steps += 1
         streams = self._streams
         for output in step.outputs:
@@ -199,7 +228,7 @@ class Lane(asyncio.Protocol):
                     stream.sink.head(output.head.status, output.head.headers)
                 if output.payload:
                     if stream.began:
-                        self._listener.first_output(self._loop.time() - stream.began)
+                        self._listener.first_output(self._loop.time() - stream.began, stream.expected_s)
                         stream.began = 0.0
                     self.tokens += output.tokens
                     stream.sink.data(output.payload, output.tokens)
@@ -213,6 +242,14 @@ class Lane(asyncio.Protocol):
                     del streams[output.stream]
                     if not stream.done.done():
                         stream.done.set_result(output.end)
+        if step.cache is not None:  # last, so that no token waits for it
+            self._reported(step.cache)
+
+    def _reported(self, report: CacheReport) -> None:
+        if report.snapshot:
+            self._resyncing = False
+        self._listener.cache_reported(self, report)
+        self._last_report = report.seq
 
     def _fail(self, stream: _Stream, error: Exception) -> None:
         if not stream.done.done():
@@ -231,7 +268,8 @@ class Lane(asyncio.Protocol):
             self._transport.write(frames.encode(frames.Hello(frames.VERSION, proof, self._router)))
 
     def _welcomed(self, welcome: Welcome) -> None:
-        self.welcome, self.load = welcome, welcome.load
+        self.welcome = welcome
+        self.account = Account(self.replica, welcome.info, welcome.load, self._foresee(welcome.info))
         self._listener.lane_opened(self)
         if welcome.draining:
             self._listener.lane_draining(self)
@@ -272,10 +310,8 @@ class Lease:
         self._lane = lane
 
     def __enter__(self) -> Lane:
-        self._lane._leases += 1
-        self._lane._view = None
+        self._lane.account.leased(1)
         return self._lane
 
     def __exit__(self, *_: object) -> None:
-        self._lane._leases -= 1
-        self._lane._view = None
+        self._lane.account.leased(-1)

@@ -5,7 +5,7 @@ MessagePack: an array whose first item is the frame's tag. Later versions of a f
 what they do not know and give what is missing its default.
 
 The conversation: the replica sends `Challenge`; the router answers `Hello` with proof that it knows the replica's
-secret; the replica answers `Welcome` or `Refused`. Then `Submit`, `Abort` and `Ping` go up, `Step`, `Draining` and
+secret; the replica answers `Welcome` or `Refused`. Then `Submit`, `Abort`, `Resync` and `Ping` go up, `Step`, `Draining` and
 `Pong` come down. `Challenge`, `Hello` and `Refused` keep their layout in every version, so that two versions can tell
 each other that they differ.
 """
@@ -19,7 +19,7 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from router.types import EngineInfo, Load
+from router.types import CacheMode, Chain, EngineInfo, Load
 
 VERSION: Final = 1
 MAX_FRAME_BYTES: Final = 256 << 20
@@ -72,6 +72,17 @@ class Submit(msgspec.Struct, array_like=True, tag=5, frozen=True):
     body: bytes
     timeout_s: float | None = None
     priority: int = 0
+    chain: bytes = b""
+    """The prompt's `Chain` by `pack_chain`; empty where it has none."""
+    matched: int = 0
+    """Prefix blocks that the router believes this replica to hold."""
+
+
+class Resync(msgspec.Struct, array_like=True, tag=11, frozen=True, gc=False):
+    """The router missed a cache report: the next one shall be a snapshot."""
+
+    seq: int
+    """The last report that it has seen."""
 
 
 class Abort(msgspec.Struct, array_like=True, tag=6, frozen=True, gc=False):
@@ -103,6 +114,32 @@ class End(msgspec.Struct, array_like=True, frozen=True, gc=False):
     param: str | None = None
 
 
+class CacheReport(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How a replica's KV cache changed, in prefix blocks. Apply `snapshot`, then `evicted`, then `stored`."""
+
+    seq: int
+    """Rises by one per report on this lane."""
+    snapshot: bool = False
+    """All that was known of this replica is void; this report and the ones after it say everything anew."""
+    stored: bytes = b""
+    """Hashes of blocks that are held now, little-endian uint64 one after the other."""
+    depths: bytes = b""
+    """For each stored block, how many of the prompt's tokens its end takes: little-endian uint32."""
+    evicted: bytes = b""
+    """Hashes of blocks that are held no more, as `stored`."""
+    mode: str = CacheMode.EXACT
+    cause: str = ""
+    """Why the mode is not exact."""
+    prompt_bytes: int = 0
+    """Canonical bytes of the prompts whose tokens were seen since the last report."""
+    prompt_tokens: int = 0
+    """Their tokens."""
+    compared: int = 0
+    """Requests since the last report whose `Submit.matched` could be held against the engine's own count."""
+    off: int = 0
+    """Those among them where the two differ by more than one KV block."""
+
+
 class Output(msgspec.Struct, array_like=True, gc=False):
     """One stream's output in one step."""
 
@@ -124,6 +161,7 @@ class Step(msgspec.Struct, array_like=True, tag=9, gc=False):
     """The highest stream id that this load counts."""
     load: Load
     outputs: list[Output]
+    cache: CacheReport | None = None
 
 
 class Draining(msgspec.Struct, array_like=True, tag=10, frozen=True, gc=False):
@@ -132,12 +170,12 @@ class Draining(msgspec.Struct, array_like=True, tag=10, frozen=True, gc=False):
     grace_s: float
 
 
-UpFrame: TypeAlias = Hello | Submit | Abort | Ping
+UpFrame: TypeAlias = Hello | Submit | Abort | Ping | Resync
 DownFrame: TypeAlias = Challenge | Refused | Welcome | Step | Draining | Pong
 Frame: TypeAlias = UpFrame | DownFrame
 
 _encoder = msgspec.msgpack.Encoder()
-_up_decoder = msgspec.msgpack.Decoder(Hello | Submit | Abort | Ping)
+_up_decoder = msgspec.msgpack.Decoder(Hello | Submit | Abort | Ping | Resync)
 _down_decoder = msgspec.msgpack.Decoder(Challenge | Refused | Welcome | Step | Draining | Pong)
 
 
@@ -165,6 +203,23 @@ def decode_down(body: bytes | memoryview) -> DownFrame:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"not a frame: {error}") from error
     return frame
+
+
+def pack_chain(chain: Chain | None) -> bytes:
+    """Block size, prompt bytes, seed and block hashes as little-endian uint64; empty for None."""
+    if chain is None:
+        return b""
+    return struct.pack(f"<{3 + len(chain.blocks)}Q", chain.block_bytes, chain.prompt_bytes, chain.seed, *chain.blocks)
+
+
+def unpack_chain(packed: bytes) -> Chain | None:
+    """The chain that `pack_chain` packed. Raises `FrameError`."""
+    if not packed:
+        return None
+    if len(packed) % 8 or len(packed) < 24:
+        raise FrameError(f"a chain of {len(packed)} bytes")
+    block_bytes, prompt_bytes, seed, *blocks = struct.unpack(f"<{len(packed) // 8}Q", packed)
+    return Chain(block_bytes, seed, tuple(blocks), prompt_bytes)
 
 
 class FrameSplitter:

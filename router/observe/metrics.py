@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from router.admission import Admission
 from router.errors import KvlaneError
+from router.observe.policies import PolicyMetrics
 from router.replicas import Replicas
 from router.types import Request, Rpc
 
@@ -60,9 +61,8 @@ class Metrics:
         self._retries = Counter(
             "kvlane_retries", "Requests sent to another replica, by the error before.", ["error"], registry=registry
         )
-        self._policy_failures = Counter(
-            "kvlane_policy_failures", "Choices the policy could not make.", registry=registry
-        )
+        self.policies = PolicyMetrics(registry)
+        """What guards and shadows report to."""
         self._policy_logged_at = -_POLICY_LOG_INTERVAL_S
 
     def watch(self, admission: Admission, replicas: Replicas) -> None:
@@ -98,7 +98,7 @@ class Metrics:
 
     def policy_failed(self, error: Exception) -> None:
         """The policy raised or answered nonsense; logged once a minute."""
-        self._policy_failures.inc()
+        self.policies.policy_failed("unguarded", "raised")
         if self._clock() - self._policy_logged_at >= _POLICY_LOG_INTERVAL_S:
             self._policy_logged_at = self._clock()
             log.error("the policy failed; requests go to the shortest queue instead", exc_info=error)

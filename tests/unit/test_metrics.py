@@ -66,7 +66,7 @@ def test_a_failing_policy_is_counted_each_time_and_logged_once_a_minute(caplog: 
     clock.now += 61
     metrics.policy_failed(ZeroDivisionError("a defect"))
     assert len(caplog.records) == 2
-    assert samples(metrics)["kvlane_policy_failures_total"] == 11
+    assert samples(metrics)['kvlane_policy_failures_total{kind="raised",policy="unguarded"}'] == 11
 
 
 async def test_a_scrape_shows_pools_and_lanes_as_they_are(fleet: Fleet) -> None:

@@ -30,6 +30,7 @@ STAGES = {
     "router.lane",
     "router.admission",
     "router.prefix",
+    "router.load",
     "router.observe",
 }
 # What a module or package may import of ours beyond itself; the longest name that fits a module counts. A name stands
@@ -46,11 +47,12 @@ ALLOWED: dict[str, set[str]] = {
     "router.ingress": WORDS | SEAMS | {"kvlane.v1"},  # gRPC's messages.
     "router.policies": WORDS | SEAMS | {"router.fields"},  # The registry checks options.
     "router.membership": WORDS | SEAMS | {"router.ray_private"},
-    "router.lane": WORDS | SEAMS | {"router.ray_private"},  # The actor carrier calls replicas through Ray.
+    "router.lane": WORDS | SEAMS | {"router.ray_private", "router.load.account"},  # The actor carrier calls replicas through Ray.
     "router.observe": WORDS | SEAMS | {"router.admission", "router.replicas"},  # It reads their figures.
     # Where stages meet.
-    "router.replicas": WORDS | SEAMS | {"router.lane.client"},
-    "router.dispatch": WORDS | SEAMS | {"router.admission", "router.prefix", "router.replicas"},
+    "router.replicas": WORDS | SEAMS | {"router.lane.client", "router.load"},
+    "router.receipts": WORDS | SEAMS | {"router.policies.expectations"},
+    "router.dispatch": WORDS | SEAMS | {"router.admission", "router.prefix", "router.receipts", "router.replicas"},
     "router.app": {"router"},
     # Around the router.
     "router.config": WORDS | {"router.fields", "router.policies.registry"},
@@ -73,6 +75,8 @@ ALLOWED: dict[str, set[str]] = {
         "router.membership.directory",
         "router.membership.directory_client",
         "router.ray_private",
+        "router.prefix.canonical",  # Both sides hash prompts alike.
+        "router.prefix.hashing",
         "kvlane.v1",
     },
     # Clients install it alone.

@@ -1,0 +1,135 @@
+"""vLLM's KV events as they come out of its engine core, over a ZMQ socket on this machine.
+
+Rule: whoever listens gets every batch in order, or is told once why there will be no more; vLLM has no snapshot to go on
+from. This module owns the private folder of the socket and vLLM's settings of it, and knows nothing of what is in a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+_HIGH_WATER: Final = 100_000
+"""Batches that may wait between vLLM and us, one per engine step: minutes of a blocked event loop. More would be
+dropped, and seen as a gap."""
+_HANDSHAKE_S: Final = 10.0
+_LONGEST_PATH: Final = 100
+"""Bytes; a Unix socket's path takes 107."""
+_FOLLOWABLE: Final = "a publisher that binds an ipc:// or tcp://*: endpoint on this machine"
+
+_log = logging.getLogger(__name__)
+
+
+class KvEventSocket:
+    """The subscriber's end. `received` gets each batch's payload; `lost` is called at most once, with the cause."""
+
+    def __init__(self, received: Callable[[bytes], None], lost: Callable[[str], None]) -> None:
+        self._received = received
+        self._lost = lost
+        self._folder: Path | None = None
+        self._context: Any = None
+        self._socket: Any = None
+        self._next = 0
+
+    def settings(self) -> dict[str, Any]:
+        """vLLM's `kv_events_config` for a private socket in a folder that only this user can enter; call once."""
+        self._folder = Path(tempfile.mkdtemp(prefix="kvlane-kv-", dir=_short_folder()))
+        return {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": f"ipc://{self._folder}/events",
+            "hwm": _HIGH_WATER,
+            "max_queue_size": _HIGH_WATER,
+            "buffer_steps": 1,  # Nobody asks for a replay.
+        }
+
+    async def open(self, endpoint: str, topic: str) -> None:
+        """Subscribes to a running publisher. Raises `OSError` where nobody answers, within seconds.
+
+        Returns once the connection stands, so that what the engine stores from now on comes through.
+        """
+        import zmq
+
+        self._context = zmq.Context()
+        socket = self._socket = self._context.socket(zmq.SUB)
+        socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt_string(zmq.SUBSCRIBE, topic)
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        try:
+            socket.connect(endpoint)
+            if not await asyncio.to_thread(monitor.poll, _HANDSHAKE_S * 1e3):
+                raise OSError(f"no KV event publisher answers at {endpoint}")
+        finally:
+            socket.disable_monitor()
+        asyncio.get_running_loop().add_reader(socket.fileno(), self.drain)
+        self.drain()
+
+    def drain(self) -> None:
+        """Takes all batches that have come by now."""
+        import zmq
+
+        # The descriptor tells of a change only, so nothing may be left behind.
+        while (socket := self._socket) is not None:
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            cause = self._fault(frames)
+            if cause:
+                self._lose(cause)
+            else:
+                self._next += 1
+                self._received(frames[2])
+
+    def close(self) -> None:
+        """Stops listening and removes the socket's folder. May be called more than once."""
+        if self._socket is not None:
+            with suppress(RuntimeError):  # No loop runs any more: it has let go of the descriptor.
+                asyncio.get_running_loop().remove_reader(self._socket.fileno())
+            self._socket.close(0)
+            self._socket = None
+        if self._context is not None:
+            self._context.term()
+            self._context = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _fault(self, frames: list[bytes]) -> str:
+        """What is wrong with a message of topic, number and payload; empty where nothing is."""
+        if len(frames) != 3 or len(frames[1]) != 8:
+            return f"a message that is no KV event batch: frames of {[len(frame) for frame in frames]} bytes"
+        number = int.from_bytes(frames[1], "big")
+        if number != self._next:
+            return f"KV event batch {number} came where {self._next} was due"
+        return ""
+
+    def _lose(self, cause: str) -> None:
+        self.close()
+        _log.error("KV events are lost: %s", cause)
+        self._lost(cause)
+
+
+def connectable(endpoint: str) -> str:
+    """Where to connect for what vLLM's publisher binds. Raises `ValueError` for endpoints that cannot be followed."""
+    if endpoint.startswith("ipc://"):
+        return endpoint
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if endpoint.startswith("tcp://") and port.isdecimal() and port != "0":
+        if host in ("*", "0.0.0.0"):  # noqa: S104: what to connect to, nothing is bound
+            return f"tcp://127.0.0.1:{port}"
+        if host == "[::]":
+            return f"tcp://[::1]:{port}"
+    raise ValueError(f"the KV events of kv_events_config cannot be followed: {endpoint!r} is not {_FOLLOWABLE}")
+
+
+def _short_folder() -> str:
+    usual = tempfile.gettempdir()
+    return usual if len(usual) + 40 <= _LONGEST_PATH else "/tmp"  # noqa: S108: mkdtemp makes a private folder there

@@ -1,0 +1,23 @@
+"""`python -m loadtests COMMAND`: the load tests that have a command line of their own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Final
+
+COMMANDS: Final = {"simulate": "loadtests.simulate.command"}
+"""Name to the module whose `main(argv) -> int` does it; only the one that is asked for is imported."""
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv or argv[0] not in COMMANDS:
+        print(f"usage: python -m loadtests {{{','.join(COMMANDS)}}} ...", file=sys.stderr)
+        return 2
+    run: Callable[[Sequence[str]], int] = import_module(COMMANDS[argv[0]]).main
+    return run(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""The account of one replica: what it last said of its load, and what this router sent it since.
+
+Sans-IO. The rule: a submit is charged from the moment it is written until a step acknowledges it, so that the load
+between steps is exact without a counter that could drift. The lane owns it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+from router.types import NO_CHARGE, CacheMode, Charge, EngineInfo, Load, Outlook, ReplicaView
+
+
+class Foresight(Protocol):
+    """What the load model has learned of one replica (`router.load.model`)."""
+
+    def observe(self, load: Load, now: float) -> None:
+        """Learns from a step whose report came at `now`."""
+
+    def outlook(self, load: Load, unacked_tokens: int, unacked_pairs: float, unacked: int) -> Outlook:
+        """What to expect of the replica with this load and these requests on their way to it."""
+
+
+class Blind:
+    """Learns and expects nothing."""
+
+    def observe(self, load: Load, now: float) -> None: ...
+
+    def outlook(self, load: Load, unacked_tokens: int, unacked_pairs: float, unacked: int) -> Outlook:
+        return _NOTHING
+
+
+_NOTHING = Outlook()
+
+
+class Account:
+    """One replica's load as this router knows it."""
+
+    def __init__(self, replica: str, info: EngineInfo, load: Load, foresight: Foresight | None = None) -> None:
+        self.replica = replica
+        self.load = load
+        self.leases = 0
+        """Requests of this router that hold a lease there."""
+        self.cache = CacheMode.APPROXIMATE if info.prefix_caching else CacheMode.OFF
+        self._foresight = foresight or Blind()
+        self._max_num_seqs = info.max_num_seqs
+        self._kv_tokens = info.kv_blocks * info.kv_block_tokens
+        self._charges: deque[tuple[int, Charge]] = deque()
+        """Streams that no step has acknowledged, with what they cost."""
+        self._tokens = 0
+        self._pairs = 0.0
+        self._view: ReplicaView | None = None
+
+    @property
+    def unacked(self) -> int:
+        """Requests submitted that `load` does not count."""
+        return len(self._charges)
+
+    def submitted(self, stream: int, charge: Charge = NO_CHARGE) -> None:
+        """A stream was written to the lane; stream ids rise by one."""
+        self._charges.append((stream, charge))
+        self._tokens += charge.tokens
+        self._pairs += charge.pairs
+        self._view = None
+
+    def stepped(self, load: Load, acked: int, now: float) -> None:
+        """A step came at `now` in loop time: `load` counts all streams up to `acked`."""
+        self.load = load
+        charges = self._charges
+        while charges and charges[0][0] <= acked:
+            charge = charges.popleft()[1]
+            self._tokens -= charge.tokens
+            self._pairs -= charge.pairs
+        if not charges:
+            self._pairs = 0.0  # what rounding left
+        self._foresight.observe(load, now)
+        self._view = None
+
+    def leased(self, change: int) -> None:
+        """One lease more or less."""
+        self.leases += change
+        self._view = None
+
+    def caches(self, mode: CacheMode) -> None:
+        """What is known of its KV cache changed."""
+        self.cache = mode
+        self._view = None
+
+    def view(self) -> ReplicaView:
+        """The replica as policies see it; the same object until something changes."""
+        view = self._view
+        if view is None:
+            unacked = len(self._charges)
+            view = self._view = ReplicaView(
+                self.replica,
+                self.load,
+                unacked,
+                self.leases,
+                self._max_num_seqs,
+                self._foresight.outlook(self.load, self._tokens, self._pairs, unacked),
+                self._tokens,
+                self._pairs,
+                self._kv_tokens,
+                self.cache,
+            )
+        return view

@@ -1,0 +1,170 @@
+"""The load model: how long a replica's steps take, learned from its steps, and what that says of the next request.
+
+Sans-IO. Two linear models of a step's duration are fitted online by least squares over decayed sums, one for steps that
+compute prompts and one for those that only decode::
+
+    step = batch + token * (prompt tokens + decodes) + pair * attention pairs + context * context tokens
+
+Replicas of one model learn together, since they run on the same hardware; what one replica is slower or faster than the
+others is one factor of its own, from its latest steps. No constant of any GPU is set by hand: before the first step a
+weak guess stands in. `FleetModel` owns what was learned.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from router.types import Load, Outlook
+
+_UNITS: Final = (1.0, 1e3, 1e6, 1e5)
+"""Of tokens, pairs and context, so that all sums are of one magnitude."""
+_MEMORY: Final = 0.999
+"""What a step counts after the next one came: about the last thousand steps of the fleet decide."""
+_RIDGE: Final = 1e-3
+"""Holds a coefficient that no step has told about at its last value."""
+_REFIT_STEPS: Final = 32
+_OUTLIER: Final = 5.0
+"""Steps that take this much longer than expected (a pause of the machine) count as if they took only so much longer."""
+_FACTOR_MEMORY: Final = 0.9
+"""A replica's own factor follows its last ten steps or so."""
+_FACTOR_RANGE: Final = (0.1, 10.0)
+_MEAN_GAIN: Final = 0.01
+_GUESS_TOKEN_MS: Final = 0.05
+"""Before anything is known; the first steps override it."""
+_GUESS_BUDGET: Final = 2048.0
+
+
+class StepFit:
+    """step ms as a linear function of (1, tokens, pairs, context)."""
+
+    def __init__(self, guess: tuple[float, float, float, float]) -> None:
+        self.coefficients = guess
+        """Milliseconds per step, token, pair and context token."""
+        self.steps = 0
+        self._products = [[0.0] * 4 for _ in range(4)]
+        self._targets = [0.0] * 4
+        self._due = 1
+
+    def expect_ms(self, tokens: float, pairs: float, context: float) -> float:
+        batch, token, pair, read = self.coefficients
+        return batch + token * tokens + pair * pairs + read * context
+
+    def learn(self, tokens: float, pairs: float, context: float, ms: float) -> None:
+        """Takes one step in; fits anew now and then, often at the beginning."""
+        row = (1.0, tokens / _UNITS[1], pairs / _UNITS[2], context / _UNITS[3])
+        products, targets = self._products, self._targets
+        # Relative errors count, so that short steps weigh as much as long ones.
+        weight = 1.0 / max(ms, 1.0) ** 2
+        for i in range(4):
+            scaled = row[i] * weight
+            line = products[i]
+            for j in range(i, 4):
+                line[j] = line[j] * _MEMORY + scaled * row[j]
+            targets[i] = targets[i] * _MEMORY + scaled * ms
+        self.steps += 1
+        if self.steps >= self._due:
+            self._fit()
+            self._due = self.steps + min(self.steps, _REFIT_STEPS)
+
+    def _fit(self) -> None:
+        """Least squares with a ridge toward the last solution; negative coefficients are left out one by one."""
+        last = [value * unit for value, unit in zip(self.coefficients, _UNITS, strict=True)]
+        free = [0, 1, 2, 3]
+        while free:
+            solution = self._solve(free, last)
+            if min(solution) >= 0.0:
+                break
+            free.pop(solution.index(min(solution)))
+        values = [0.0] * 4
+        for i, value in zip(free, solution, strict=True):
+            values[i] = value / _UNITS[i]
+        self.coefficients = (values[0], values[1], values[2], values[3])
+
+    def _solve(self, free: list[int], last: list[float]) -> list[float]:
+        products = self._products
+        ridge = _RIDGE * max(products[i][i] for i in free) * 1e-3 + 1e-12
+        size = len(free)
+        rows = []
+        for i in free:
+            row = [products[min(i, j)][max(i, j)] for j in free]
+            row[free.index(i)] += ridge
+            rows.append([*row, self._targets[i] + ridge * last[i]])
+        for k in range(size):
+            pivot = rows[k][k]
+            for i in range(k + 1, size):
+                ratio = rows[i][k] / pivot
+                if ratio:
+                    for j in range(k, size + 1):
+                        rows[i][j] -= ratio * rows[k][j]
+        solution = [0.0] * size
+        for k in range(size - 1, -1, -1):
+            known = sum(rows[k][j] * solution[j] for j in range(k + 1, size))
+            solution[k] = (rows[k][size] - known) / rows[k][k]
+        return solution
+
+
+class FleetModel:
+    """What all replicas of one model have in common."""
+
+    def __init__(self) -> None:
+        self.prefill = StepFit((0.0, _GUESS_TOKEN_MS, 0.0, 0.0))
+        self.decode = StepFit((0.0, _GUESS_TOKEN_MS, 0.0, 0.0))
+        self.budget = _GUESS_BUDGET
+        """Most prompt tokens in one step that were seen: how many steps a long prompt takes."""
+        self.mean_factor = 1.0
+        """Of the replicas' factors: they say who is slower than the others, not how slow all are."""
+
+    def foresight(self) -> ReplicaModel:
+        """For one replica's account."""
+        return ReplicaModel(self)
+
+
+class ReplicaModel:
+    """One replica: the fleet's model times its own factor (`router.load.account.Foresight`)."""
+
+    def __init__(self, fleet: FleetModel) -> None:
+        self._fleet = fleet
+        self._seen = self._expected = 0.0
+        self._as_of = 0.0
+        self.factor = 1.0
+        """How much longer its steps take than the fleet's."""
+
+    def observe(self, load: Load, now: float) -> None:
+        self._as_of = now
+        ms = load.step_ms
+        if ms <= 0.0:
+            return
+        fleet = self._fleet
+        prompt = load.step_prefill_tokens
+        if not prompt and not load.step_decodes:
+            return  # an engine that does not say what its step did
+        fit = fleet.prefill if prompt else fleet.decode
+        tokens = prompt + load.step_decodes
+        expected = fit.expect_ms(tokens, load.step_prefill_pairs, load.step_context_tokens)
+        if prompt > fleet.budget or fleet.prefill.steps == 0:
+            fleet.budget = float(max(prompt, 1))
+        if fit.steps >= _REFIT_STEPS and expected > 0.0:
+            ms = min(ms, _OUTLIER * expected * self.factor)
+            self._seen = self._seen * _FACTOR_MEMORY + ms
+            self._expected = self._expected * _FACTOR_MEMORY + expected
+            self.factor = min(max(self._seen / self._expected, _FACTOR_RANGE[0]), _FACTOR_RANGE[1])
+            fleet.mean_factor += (self.factor - fleet.mean_factor) * _MEAN_GAIN
+        fit.learn(tokens, load.step_prefill_pairs, load.step_context_tokens, ms * fleet.mean_factor / self.factor)
+
+    def outlook(self, load: Load, unacked_tokens: int, unacked_pairs: float, unacked: int) -> Outlook:
+        fleet = self._fleet
+        scale = self.factor * 1e-3
+        batch, token, pair, read = fleet.prefill.coefficients
+        decodes, context = load.step_decodes, load.step_context_tokens
+        beside = batch + token * decodes + read * context
+        per_token = token + beside / fleet.budget
+        queued = load.queued_prefill_tokens + unacked_tokens
+        work = per_token * queued + pair * (load.queued_prefill_pairs + unacked_pairs)
+        return Outlook(
+            wait_s=work * scale,
+            step_s=fleet.decode.expect_ms(decodes, 0.0, context) * scale,
+            token_s=per_token * scale,
+            pair_s=pair * scale,
+            batch_s=beside * scale,
+            as_of=self._as_of,
+        )

@@ -1,0 +1,77 @@
+"""Route receipts: why a request went where it went.
+
+From what dispatch knew when it chose to what clients and operators are told. Rule: nothing of the prompt itself is in a
+receipt, only how much of it was held where.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+from router.policies.expectations import first_token_s
+from router.types import Candidate, Charge, Decision, PrefixView, Reason, Receipt, ReplicaView, Request, Snapshot
+
+log = logging.getLogger(__name__)
+
+Explain = Callable[[Request, Snapshot], Mapping[str, float]]
+"""A policy's optional method of that name: its measure of each replica, lower is better, without any side effect."""
+
+
+def make_receipt(
+    request: Request, snapshot: Snapshot, decision: Decision, charge: Charge, policy: str, *, retry: bool
+) -> Receipt:
+    """Of a decision for one of the snapshot's replicas, without candidates."""
+    prefix = snapshot.prefix
+    view = next(view for view in snapshot.replicas if view.replica == decision.replica)
+    return Receipt(
+        request.request_id,
+        decision.replica,
+        policy,
+        Reason.RETRY if retry else decision.reason,
+        view.queue_depth,
+        charge.matched,
+        len(prefix.chain.blocks) if prefix.chain is not None else 0,
+        prefix.tokens - charge.tokens,
+        prefix.tokens,
+        _expected_s(view, prefix, snapshot.now),
+        decision.score,
+    )
+
+
+class Explainer:
+    """Makes the candidates of a receipt; a policy whose `explain` fails is not asked again."""
+
+    def __init__(self, explain: Explain | None) -> None:
+        self._explain = explain
+
+    def candidates(self, request: Request, snapshot: Snapshot, chosen: str) -> tuple[Candidate, ...]:
+        """What was known of each replica: the chosen one first, then by score, then by what they hold."""
+        scores = self._scores(request, snapshot)
+        found = [_candidate(view, snapshot, scores.get(view.replica)) for view in snapshot.replicas]
+        found.sort(key=lambda one: (one.replica != chosen, one.score is None, one.score or 0.0, -one.cached_tokens))
+        return tuple(found)
+
+    def _scores(self, request: Request, snapshot: Snapshot) -> dict[str, float]:
+        if self._explain is None:
+            return {}
+        try:
+            return {replica: float(score) for replica, score in self._explain(request, snapshot).items()}
+        except Exception:  # a plugin's defect must not cost a request
+            log.exception("the policy's explain failed; it is not asked again")
+            self._explain = None
+            return {}
+
+
+def _candidate(view: ReplicaView, snapshot: Snapshot, score: float | None) -> Candidate:
+    prefix = snapshot.prefix
+    held = prefix.held.get(view.replica)
+    expected_s = _expected_s(view, prefix, snapshot.now)
+    if held is None:
+        return Candidate(view.replica, view.queue_depth, 0, 0, expected_s, score)
+    return Candidate(view.replica, view.queue_depth, held.blocks, min(held.tokens, prefix.tokens), expected_s, score)
+
+
+def _expected_s(view: ReplicaView, prefix: PrefixView, now: float) -> float:
+    """Until the first output, from the submit; 0 where the prompt's length is not known."""
+    return first_token_s(view, prefix, now) if prefix.tokens else 0.0

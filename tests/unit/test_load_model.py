@@ -1,0 +1,154 @@
+"""The load model learns how long steps take, and the account charges what no step has counted yet."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from router.load.account import Account
+from router.load.model import FleetModel
+from router.types import CacheMode, Charge, EngineInfo, Load
+
+INFO = EngineInfo("sim", (), max_num_seqs=8, kv_blocks=100, kv_block_tokens=16)
+
+
+def h200_ms(prompt: int, pairs: float, decodes: int, context: int) -> float:
+    return 2.5 + math.hypot(4.6, 0.0211 * (prompt + decodes)) + 1.31e-6 * pairs + 3.6e-5 * context
+
+
+def steps(count: int, *, seed: int = 1, noise: float = 0.05) -> Iterator[Load]:
+    """Steps of an engine with a budget of 8,192 tokens, some with prompts and some without."""
+    chance = random.Random(seed)
+    for _ in range(count):
+        decodes = chance.randrange(1, 100)
+        context = decodes * chance.randrange(5_000, 15_000)
+        prompt, pairs = 0, 0.0
+        if chance.random() < 0.3:
+            prompt = min(8192, int(chance.expovariate(1 / 5000)) + 1)
+            pairs = prompt * chance.randrange(0, 20_000) + prompt * prompt / 2
+        ms = h200_ms(prompt, pairs, decodes, context) * chance.uniform(1 - noise, 1 + noise)
+        yield Load(
+            step_ms=ms,
+            step_prefill_tokens=prompt,
+            step_prefill_pairs=pairs,
+            step_decodes=decodes,
+            step_context_tokens=context,
+        )
+
+
+def test_a_long_prompts_time_is_learned_within_a_tenth() -> None:
+    replica = FleetModel().foresight()
+    for load in steps(1000):
+        replica.observe(load, 0.0)
+    outlook = replica.outlook(Load(), 0, 0.0, 0)
+    for tokens, cached in ((8_000, 0), (30_000, 0), (30_000, 20_000)):
+        new = tokens - cached
+        chunks = [min(8192, new - done) for done in range(0, new, 8192)]
+        done, truth = cached, 0.0
+        for chunk in chunks:
+            truth += h200_ms(chunk, chunk * done + chunk * chunk / 2, 0, 0) / 1e3
+            done += chunk
+        assert outlook.prefill_s(tokens, cached) == pytest.approx(truth, rel=0.1)
+
+
+def test_the_time_of_an_undisturbed_output_token_is_learned() -> None:
+    replica = FleetModel().foresight()
+    for load in steps(1000):
+        replica.observe(load, 0.0)
+    outlook = replica.outlook(Load(step_decodes=40, step_context_tokens=400_000), 0, 0.0, 0)
+    assert outlook.step_s == pytest.approx(h200_ms(0, 0, 40, 400_000) / 1e3, rel=0.1)
+
+
+def test_a_slow_replica_is_told_apart_and_does_not_spoil_the_others() -> None:
+    fleet = FleetModel()
+    replicas = [fleet.foresight() for _ in range(4)]
+    for index, load in enumerate(steps(4000)):
+        slow = 2.0 if index % 4 == 3 else 1.0
+        replicas[index % 4].observe(_slower(load, slow), 0.0)
+    outlooks = [replica.outlook(Load(), 0, 0.0, 0).prefill_s(8_000, 0) for replica in replicas]
+    assert outlooks[3] / outlooks[0] == pytest.approx(2.0, rel=0.15)
+    assert outlooks[0] == pytest.approx(h200_ms(8_000, 3.2e7, 0, 0) / 1e3, rel=0.15)
+
+
+def test_a_pause_of_the_machine_does_not_ruin_what_was_learned() -> None:
+    replica = FleetModel().foresight()
+    for index, load in enumerate(steps(1000)):
+        replica.observe(_slower(load, 1000.0) if index == 900 else load, 0.0)
+    truth = h200_ms(8_000, 3.2e7, 0, 0) / 1e3
+    assert replica.outlook(Load(), 0, 0.0, 0).prefill_s(8_000, 0) == pytest.approx(truth, rel=0.15)
+
+
+def test_coefficients_are_never_negative_whatever_the_steps_say() -> None:
+    chance = random.Random(3)
+    fleet = FleetModel()
+    replica = fleet.foresight()
+    for _ in range(2000):
+        prompt = chance.choice([0, chance.randrange(1, 9000)])
+        load = Load(
+            step_ms=chance.choice([0.0, chance.uniform(0.01, 500)]),
+            step_prefill_tokens=prompt,
+            step_prefill_pairs=prompt * chance.randrange(1, 5000),
+            step_decodes=chance.randrange(0, 300),
+            step_context_tokens=chance.randrange(0, 900_000),
+        )
+        replica.observe(load, 0.0)
+        assert min(fleet.prefill.coefficients) >= 0.0
+        assert min(fleet.decode.coefficients) >= 0.0
+        outlook = replica.outlook(load, 5, 12.0, 1)
+        assert all(math.isfinite(value) and value >= 0.0 for value in (outlook.wait_s, outlook.token_s, outlook.step_s))
+
+
+def test_an_engine_that_says_nothing_of_its_steps_teaches_nothing() -> None:
+    fleet = FleetModel()
+    before = fleet.prefill.coefficients, fleet.decode.coefficients
+    fleet.foresight().observe(Load(running=3, step_ms=20.0), 0.0)
+    assert (fleet.prefill.coefficients, fleet.decode.coefficients) == before
+
+
+def test_queued_work_makes_for_the_wait() -> None:
+    replica = FleetModel().foresight()
+    for load in steps(500):
+        replica.observe(load, 0.0)
+    idle = replica.outlook(Load(), 0, 0.0, 0)
+    busy = replica.outlook(Load(queued_prefill_tokens=10_000, queued_prefill_pairs=5e7), 0, 0.0, 0)
+    ours = replica.outlook(Load(), 10_000, 5e7, 1)
+    assert idle.wait_s == 0.0
+    assert busy.wait_s == ours.wait_s == pytest.approx(busy.prefill_s(10_000, 0), rel=1e-6)
+
+
+def test_a_submit_is_charged_until_a_step_counts_it() -> None:
+    account = Account("a", INFO, Load())
+    account.submitted(1, Charge(100, 5_000.0))
+    account.submitted(2, Charge(10, 50.0))
+    view = account.view()
+    assert (view.unacked, view.unacked_tokens, view.unacked_pairs) == (2, 110, 5_050.0)
+    account.stepped(Load(running=1, queued_prefill_tokens=100), 1, 0.0)
+    view = account.view()
+    assert (view.unacked, view.unacked_tokens, view.queue_depth) == (1, 10, 2)
+    account.stepped(Load(running=2), 2, 0.0)
+    view = account.view()
+    assert (view.unacked, view.unacked_tokens, view.unacked_pairs) == (0, 0, 0.0)
+
+
+def test_a_view_is_made_once_and_anew_after_a_change() -> None:
+    account = Account("a", INFO, Load())
+    view = account.view()
+    assert account.view() is view
+    account.leased(1)
+    assert account.view().leases == 1
+    account.caches(CacheMode.EXACT)
+    assert account.view().cache is CacheMode.EXACT
+    assert account.view().kv_tokens == 1600
+
+
+def _slower(load: Load, factor: float) -> Load:
+    return Load(
+        step_ms=load.step_ms * factor,
+        step_prefill_tokens=load.step_prefill_tokens,
+        step_prefill_pairs=load.step_prefill_pairs,
+        step_decodes=load.step_decodes,
+        step_context_tokens=load.step_context_tokens,
+    )
