@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from engine.cache_report import CacheFeed
 from router.errors import KvlaneError
 from router.lane.frames import Submit
 from router.types import EngineInfo, Headers, Load
@@ -48,6 +49,9 @@ class Engine(Protocol):
 
     def load(self) -> Load:
         """The load after the last step."""
+
+    def cache(self) -> CacheFeed | None:
+        """What is known of the KV cache, for cache reports; None where nothing is told. Valid after `start`."""
 
     def on_step(self, listener: Callable[[], None]) -> None:
         """Calls `listener` after each engine step, outputs or not, when an abort lowers the load, and when it dies."""

@@ -1,8 +1,9 @@
 """A replica: one engine behind a lane server.
 
 Job: take streams that routers submit over their lanes, hand them to the engine, and send each router one step frame per
-turn of the event loop with all its streams' new output. Rule: a stream that was accepted ends on its lane exactly once,
-unless the router aborted it or the lane is gone. `LaneSession` owns the state of one lane, `Replica` the set of them.
+turn of the event loop with all its streams' new output and what changed in the KV cache. Rule: a stream that was
+accepted ends on its lane exactly once, unless the router aborted it or the lane is gone. `LaneSession` owns the state of
+one lane, `Replica` the set of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 
 from engine.base import Abort, Engine
+from engine.cache_report import Cursor
 from router.errors import ClientTooSlow, KvlaneError, ReplicaDraining, ReplicaFailed
 from router.lane import frames
 from router.lane.carriers import tune
@@ -143,6 +145,7 @@ class LaneSession(asyncio.Protocol):
         self._seq = 0
         self._acked = 0
         self._told: tuple[int, Load] | None = None
+        self._cursor: Cursor | None = None
 
     # -- the transport's side
 
@@ -165,6 +168,8 @@ class LaneSession(asyncio.Protocol):
         self._handshake.cancel()
         self._replica.closed(self)
         self._ready = False
+        if self._cursor is not None:
+            self._cursor.close()
         if self._streams:
             log.info(
                 "replica %s: lane to %s lost with %d streams", self._replica.name, self._router, len(self._streams)
@@ -195,6 +200,10 @@ class LaneSession(asyncio.Protocol):
                 self._abort(stream)
         elif isinstance(frame, frames.Ping):
             self._write(frames.Pong(frame.nonce))
+        elif isinstance(frame, frames.Resync):
+            if self._cursor is not None:
+                self._cursor.resync()
+                self.schedule_flush()
         else:
             raise FrameError("a second hello")
 
@@ -213,6 +222,10 @@ class LaneSession(asyncio.Protocol):
             self._write(
                 frames.Welcome(frames.VERSION, replica.name, replica.engine.info(), replica.load(), replica.draining)
             )
+            feed = replica.engine.cache()
+            if feed is not None:
+                self._cursor = feed.cursor(self.schedule_flush)
+                self.schedule_flush()
 
     def _refuse(self, code: str, message: str) -> None:
         log.warning("replica %s: lane from %s refused: %s", self._replica.name, self._router or "a router", message)
@@ -261,15 +274,19 @@ class LaneSession(asyncio.Protocol):
         self._flush_due = False
         if not self._ready or (self._paused and not even_paused):
             return
-        load = self._replica.load()
-        if not self._pending and self._told == (self._acked, load):
+        load, cursor = self._replica.load(), self._cursor
+        report = cursor.take() if cursor is not None else None
+        if not self._pending and report is None and self._told == (self._acked, load):
             return
         self._told = (self._acked, load)
         while True:
             outputs, self._pending = _cut(self._pending)
             self._seq += 1
-            self._write(Step(self._seq, self._acked, load, outputs))
-            if not self._pending or (self._paused and not even_paused):
+            self._write(Step(self._seq, self._acked, load, outputs, report))
+            if self._paused and not even_paused:
+                break
+            report = cursor.take() if cursor is not None and cursor.pending else None
+            if not self._pending and report is None:
                 break
         if self._held_back:
             self._count_backlogs()

@@ -36,10 +36,16 @@ CacheEvent: TypeAlias = Stored | Evicted
 
 
 class BlockPool:
-    """All KV blocks of one engine."""
+    """All KV blocks of one engine.
 
-    def __init__(self, blocks: int) -> None:
+    Pools that are given one `shared` dict are one cache: a block that any of them knows is known to all and kept once.
+    Who uses another pool's block has a copy of it in an anonymous one.
+    """
+
+    def __init__(self, blocks: int, shared: dict[int, BlockPool] | None = None) -> None:
         self.blocks = blocks
+        self._shared = shared
+        """Which pool holds a block."""
         self._blank = blocks
         self._evictable: OrderedDict[int, None] = OrderedDict()  # Least recently used first.
         self._references: dict[int, int] = {}
@@ -52,6 +58,8 @@ class BlockPool:
 
     def holds(self, block: int) -> bool:
         """Whether a block of this hash is known."""
+        if self._shared is not None:
+            return block in self._shared
         return block in self._references or block in self._evictable
 
     def evictable(self) -> tuple[int, ...]:
@@ -61,12 +69,30 @@ class BlockPool:
     def match(self, hashes: Sequence[int], limit: int) -> int:
         """How many of the first `limit` hashes are known without a gap."""
         references, evictable = self._references, self._evictable
+        if self._shared is not None:
+            references, evictable = self._shared, OrderedDict()  # type: ignore[assignment]
         hits = 0
         for block in hashes[:limit]:
             if block not in references and block not in evictable:
                 break
             hits += 1
         return hits
+
+    def own(self, hashes: Sequence[int]) -> list[int]:
+        """Those among known blocks that are this pool's own."""
+        if self._shared is None:
+            return list(hashes)
+        return [block for block in hashes if self._shared[block] is self]
+
+    def copy(self, hashes: Sequence[int]) -> None:
+        """Takes anonymous blocks for those of the known blocks that are other pools', to whom it is a use of them."""
+        assert self._shared is not None
+        others = [(block, self._shared[block]) for block in hashes if self._shared[block] is not self]
+        for block, owner in others:
+            if block in owner._evictable:
+                owner._evictable.move_to_end(block)
+        if not self.take(len(others)):
+            raise RuntimeError("no room for copies: ask `fits` first")
 
     def fits(self, count: int, hits: Sequence[int]) -> bool:
         """Whether `count` blocks can be taken beside the known blocks `hits`."""
@@ -92,7 +118,11 @@ class BlockPool:
         if len(self._evictable) < missing:
             return False
         self._blank = 0
-        self._events.append(Evicted(tuple(self._evictable.popitem(last=False)[0] for _ in range(missing))))
+        evicted = tuple([self._evictable.popitem(last=False)[0] for _ in range(missing)])
+        if self._shared is not None:
+            for block in evicted:
+                del self._shared[block]
+        self._events.append(Evicted(evicted))
         return True
 
     def name(self, hashes: Sequence[int], start: int, stop: int, request: int | str) -> list[int]:
@@ -110,6 +140,8 @@ class BlockPool:
             else:
                 self._references[block] = 1
                 named.append(block)
+                if self._shared is not None:
+                    self._shared[block] = self
         self._report(hashes, run, stop, request)
         return named
 

@@ -190,10 +190,16 @@ class _Plan:
 class SimulatedCore:
     """The engine's scheduler and its step-time model. Deterministic: same options and calls, same results."""
 
-    def __init__(self, options: SimulatedOptions, step_model: StepModel | None = None) -> None:
+    def __init__(
+        self,
+        options: SimulatedOptions,
+        step_model: StepModel | None = None,
+        shared: dict[int, BlockPool] | None = None,
+    ) -> None:
+        """`shared` is one dict for all cores that find in their cache what any of them holds."""
         self.options = options
         self._step_model = step_model
-        self.pool = BlockPool(options.kv_blocks)
+        self.pool = BlockPool(options.kv_blocks, shared)
         self.steps = 0
         self._random = random.Random(options.seed)
         self._jobs: dict[int | str, Job] = {}
@@ -310,37 +316,44 @@ class SimulatedCore:
             prefilled=prefilled,
         )
 
-    def stretch(self, start_s: float) -> list[float]:
+    def stretch(self, start_s: float, longest: int | None = None) -> list[float]:
         """When the coming steps end, from `start_s` on, as far as each of them is sure to do nothing but advance every
-        running request by a token: nobody computes a prompt, can be admitted or needs a KV block. The last of them may
-        complete requests. Empty where that cannot be said of the next step, or where steps have jitter.
+        running request by a token: nobody computes a prompt or can be admitted, and only the first takes or names KV
+        blocks. The last of them may complete requests. At most `longest` of them; empty where that cannot be said of
+        the next step, or where steps have jitter; then `plan` it.
 
-        Holds until a request is added or aborted: first `leap` over the steps that are over by then.
+        Holds until a request is added or aborted: first `leap` over the steps that are over by then, and `plan` the one
+        that is under way.
         """
         options = self.options
         if self._plan is not None:
             raise RuntimeError("a step is under way")
         running = self._running
-        if not running or options.jitter or self._startable():
+        if not running or options.jitter:
             return []
-        steps, context = LONGEST_STRETCH, 0
+        steps, context, size = longest or LONGEST_STRETCH, 0, options.block_tokens
         for job in running:
             computed = job.computed
-            left = min(job.capacity, job.names_at - 1) - computed
-            if left < steps:
-                steps = left
-            left = job.answer_tokens - job.produced
-            if left < steps:
-                steps = left
-            if job.owed or steps <= 0:
-                return []
             context += computed
-        ends, decodes = [], len(running)
-        for _ in range(steps):
-            context += decodes
-            start_s += self._duration_ms(StepWork(0, 0.0, decodes, context), 0) / 1000
-            ends.append(start_s)
-        return ends
+            if job.owed:
+                return []
+            # What `plan` would do for the next step, in its order, so that it may still be called instead.
+            if computed >= job.capacity:
+                if not self.pool.take(1):
+                    return []
+                job.anonymous += 1
+                job.capacity += size
+            if computed + 1 >= job.names_at:
+                self._name(job, computed + 1)
+            if (left := job.capacity - computed) < steps:
+                steps = left
+            if (left := job.names_at - 1 - computed) < steps:
+                steps = left
+            if (left := job.answer_tokens - job.produced) < steps:
+                steps = left
+        if self._startable():
+            return []
+        return self._decode_ends(start_s, steps, len(running), context)
 
     def leap(self, steps: int) -> StepResult:
         """Does so many steps of the last `stretch` at once."""
@@ -422,8 +435,11 @@ class SimulatedCore:
 
     def _admit(self, job: Job, hits: int, plan: _Plan) -> None:
         start = hits * self.options.block_tokens
-        job.held = job.hashes[:hits]
+        job.held = self.pool.own(job.hashes[:hits])
         self.pool.refer(job.held)
+        job.anonymous = hits - len(job.held)
+        if job.anonymous:
+            self.pool.copy(job.hashes[:hits])
         job.computed = job.capacity = start
         job.named = hits
         job.names_at = start + self.options.block_tokens
@@ -452,7 +468,8 @@ class SimulatedCore:
 
     def _fits(self, job: Job, hits: int) -> bool:
         # Room for the whole prompt, though blocks are taken chunk by chunk: else long prompts preempt each other.
-        return self.pool.fits(-(-job.tokens // self.options.block_tokens) - hits, job.hashes[:hits])
+        own = self.pool.own(job.hashes[:hits])
+        return self.pool.fits(-(-job.tokens // self.options.block_tokens) - len(own), own)
 
     def _next_waiting(self) -> Job | None:
         waiting = self._waiting
@@ -551,6 +568,25 @@ class SimulatedCore:
         if options.jitter:
             duration *= 1 + options.jitter * self._random.uniform(-1, 1)
         return duration * options.time_scale
+
+    def _decode_ends(self, start_s: float, steps: int, decodes: int, context: int) -> list[float]:
+        """When steps that only decode end; `_duration_ms` with all that is constant taken out of the loop."""
+        ends: list[float] = []
+        options = self.options
+        model, scale = self._step_model, options.time_scale
+        fixed = options.step_base_ms + options.decode_ms_per_seq * decodes
+        computing = options.roofline_ms_per_token * decodes
+        products = sqrt(options.roofline_floor_ms**2 + computing * computing)
+        linear, read = options.context_ms_per_1k_tokens, options.decode_ms_per_context_token
+        for _ in range(steps):
+            context += decodes
+            if model is not None:
+                duration = model(StepWork(0, 0.0, decodes, context))
+            else:
+                duration = fixed + linear * context / 1000 + products + read * context
+            start_s += duration * scale / 1000
+            ends.append(start_s)
+        return ends
 
 
 def _pairs(tokens: int, end: int) -> int:

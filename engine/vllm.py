@@ -18,7 +18,9 @@ from functools import partial
 from typing import Any, Final
 
 from engine.base import Abort, StreamOut
+from engine.cache_report import CacheFeed
 from engine.vllm_args import prepare_cpu, serve_namespace
+from engine.vllm_cache import VllmCache
 from engine.vllm_errors import FAILED
 from engine.vllm_grpc import GrpcStreams
 from engine.vllm_http import HttpStream
@@ -46,7 +48,8 @@ class VllmEngine:
         self._app: Any = None
         self._grpc: GrpcStreams | None = None
         self._info: EngineInfo | None = None
-        self._steps = _Steps()
+        self._cache = VllmCache()
+        self._steps = _Steps(self._cache)
         self._active: set[_Stream] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
@@ -76,21 +79,31 @@ class VllmEngine:
 
         `running` is the batch of the last step, less what ended or was aborted since; `waiting` is all the rest of
         the streams taken and not ended, so it holds those still in the tokenizer too, and a stream of `n` choices
-        counts `n` times once the engine has it. `queued_prefill_tokens` is vLLM's own figure: whole prompts until
-        their first token, KV cache hits not taken off. `step_ms` is from one step's end to the next's. All zero when
-        the engine is dead.
+        counts `n` times once the engine has it. `step_ms` is from one step's end to the next's. How exact the rest is
+        says `engine.vllm_work`. All zero when the engine is dead.
         """
-        if self._lost():
+        work = self._cache.work
+        if self._lost() or work is None:
             return Load()
         unfinished = self._engine.get_num_unfinished_requests()
         running = min(self._steps.running, unfinished)
+        tokens, pairs = work.queued()
         return Load(
             running=running,
             waiting=max(len(self._active), unfinished) - running,
-            queued_prefill_tokens=self._engine.get_num_queued_tokens(),
+            queued_prefill_tokens=tokens,
             kv_usage=self._steps.kv_usage,
             step_ms=self._steps.step_ms,
+            queued_prefill_pairs=pairs,
+            step_prefill_tokens=work.step_prefill_tokens,
+            step_prefill_pairs=work.step_prefill_pairs,
+            step_decodes=work.step_decodes,
+            step_context_tokens=work.step_context_tokens,
         )
+
+    def cache(self) -> CacheFeed | None:
+        """What is known of the KV cache; None before `start` is done."""
+        return self._cache.feed
 
     def on_step(self, listener: Callable[[], None]) -> None:
         """Calls `listener` after each engine step, before the tasks that render the step's output have run, when an
@@ -155,6 +168,7 @@ class VllmEngine:
             await self._await_tasks()
         await self._closing.aclose()
         self._app = None
+        self._cache.close()
         if self._engine is not None:
             engine, self._engine = self._engine, None
             # On the loop's own thread: the engine's sockets and tasks belong to this loop.
@@ -192,6 +206,7 @@ class VllmEngine:
             config = arguments.create_engine_config(usage_context=context)
         except (ValueError, TypeError, OSError) as error:
             raise ConfigError(f"vLLM refuses its arguments: {' '.join(str(error).split())}") from error
+        self._cache.configure(config)
         before = multiprocessing.active_children()
         engine = AsyncLLM.from_vllm_config(
             vllm_config=config,
@@ -217,6 +232,7 @@ class VllmEngine:
         await init_app_state(self._engine, state, namespace, tasks)
         # Logs the engine's statistics now and then, and takes the start-up's objects out of garbage collection.
         await self._closing.enter_async_context(self._app.router.lifespan_context(self._app))
+        await self._cache.follow(self._engine, state)
         self._info = _info(self._engine, self._app)
         self._grpc = GrpcStreams(self._engine, state, self._lost)
 
@@ -255,7 +271,8 @@ class VllmEngine:
 class _Steps:
     """What the engine's last step said of itself. With several engine cores, each one's last step."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: VllmCache) -> None:
+        self._cache = cache
         self.running = 0
         self.kv_usage = 0.0
         self.step_ms = 0.0
@@ -276,14 +293,14 @@ class _Steps:
             def record(
                 self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
             ) -> None:
-                record(scheduler_stats, engine_idx)
+                record(scheduler_stats, iteration_stats, engine_idx)
 
             def log_engine_initialized(self) -> None:
                 pass
 
         return StepLogger
 
-    def _record(self, stats: Any, core: int) -> None:
+    def _record(self, stats: Any, iteration: Any, core: int) -> None:
         now = time.perf_counter()
         if self.running:
             self.step_ms = (now - self._last) * 1e3  # After a pause there is nothing to measure from.
@@ -292,6 +309,7 @@ class _Steps:
             self._cores[core] = stats
             self.running = sum(each.num_running_reqs for each in self._cores.values())
             self.kv_usage = sum(each.kv_cache_usage for each in self._cores.values()) / len(self._cores)
+        self._cache.stepped(stats, iteration)
         self.tell()
 
     def tell(self, _: object = None) -> None:

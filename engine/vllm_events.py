@@ -1,13 +1,12 @@
-"""vLLM's KV events as they come out of its engine core, over a ZMQ socket on this machine.
+"""The socket on which vLLM's engine core publishes its KV events, on this machine.
 
-Rule: whoever listens gets every batch in order, or is told once why there will be no more; vLLM has no snapshot to go on
-from. This module owns the private folder of the socket and vLLM's settings of it, and knows nothing of what is in a batch.
+Rule: every message goes to the listener as it came, with its number, or the listener is told once why there will be no
+more. This module owns the socket, its private folder and vLLM's settings of it; what is in a batch it does not know.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,19 +22,16 @@ _LONGEST_PATH: Final = 100
 """Bytes; a Unix socket's path takes 107."""
 _FOLLOWABLE: Final = "a publisher that binds an ipc:// or tcp://*: endpoint on this machine"
 
-_log = logging.getLogger(__name__)
-
 
 class KvEventSocket:
-    """The subscriber's end. `received` gets each batch's payload; `lost` is called at most once, with the cause."""
+    """The subscriber's end. `received` gets each batch's number and payload; `lost` is called at most once."""
 
-    def __init__(self, received: Callable[[bytes], None], lost: Callable[[str], None]) -> None:
+    def __init__(self, received: Callable[[int, bytes], None], lost: Callable[[str], None]) -> None:
         self._received = received
         self._lost = lost
         self._folder: Path | None = None
         self._context: Any = None
         self._socket: Any = None
-        self._next = 0
 
     def settings(self) -> dict[str, Any]:
         """vLLM's `kv_events_config` for a private socket in a folder that only this user can enter; call once."""
@@ -68,6 +64,7 @@ class KvEventSocket:
                 raise OSError(f"no KV event publisher answers at {endpoint}")
         finally:
             socket.disable_monitor()
+            monitor.close(0)
         asyncio.get_running_loop().add_reader(socket.fileno(), self.drain)
         self.drain()
 
@@ -81,12 +78,11 @@ class KvEventSocket:
                 frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            cause = self._fault(frames)
-            if cause:
-                self._lose(cause)
+            if len(frames) == 3 and len(frames[1]) == 8:
+                self._received(int.from_bytes(frames[1], "big"), frames[2])
             else:
-                self._next += 1
-                self._received(frames[2])
+                self.close()
+                self._lost(f"a message that is no KV event batch: frames of {[len(frame) for frame in frames]} bytes")
 
     def close(self) -> None:
         """Stops listening and removes the socket's folder. May be called more than once."""
@@ -102,20 +98,6 @@ class KvEventSocket:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
-    def _fault(self, frames: list[bytes]) -> str:
-        """What is wrong with a message of topic, number and payload; empty where nothing is."""
-        if len(frames) != 3 or len(frames[1]) != 8:
-            return f"a message that is no KV event batch: frames of {[len(frame) for frame in frames]} bytes"
-        number = int.from_bytes(frames[1], "big")
-        if number != self._next:
-            return f"KV event batch {number} came where {self._next} was due"
-        return ""
-
-    def _lose(self, cause: str) -> None:
-        self.close()
-        _log.error("KV events are lost: %s", cause)
-        self._lost(cause)
-
 
 def connectable(endpoint: str) -> str:
     """Where to connect for what vLLM's publisher binds. Raises `ValueError` for endpoints that cannot be followed."""
@@ -123,7 +105,7 @@ def connectable(endpoint: str) -> str:
         return endpoint
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     if endpoint.startswith("tcp://") and port.isdecimal() and port != "0":
-        if host in ("*", "0.0.0.0"):  # noqa: S104: what to connect to, nothing is bound
+        if host in ("*", "0.0.0.0"):
             return f"tcp://127.0.0.1:{port}"
         if host == "[::]":
             return f"tcp://[::1]:{port}"
@@ -131,5 +113,6 @@ def connectable(endpoint: str) -> str:
 
 
 def _short_folder() -> str:
+    """A folder whose path leaves room for the socket's; `mkdtemp` makes a private one in it."""
     usual = tempfile.gettempdir()
-    return usual if len(usual) + 40 <= _LONGEST_PATH else "/tmp"  # noqa: S108: mkdtemp makes a private folder there
+    return usual if len(usual) + 40 <= _LONGEST_PATH else "/tmp"

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from kvlane.v1 import inference_pb2 as pb
 
 from engine.base import StreamOut
+from engine.vllm_cache import serving
 from engine.vllm_errors import FAILED, mapped, of_response
 from engine.vllm_requests import chat_request, completion_request, embedding_request
 from router.errors import InvalidRequest, NotSupported, PathNotFound, ReplicaFailed, ReplicaLost
@@ -54,7 +55,8 @@ class GrpcStreams:
             method = self._methods.get(call.path)
             if method is None:
                 raise PathNotFound(f"the engine has no method {call.path}")
-            finish = await method(call, out)
+            with serving(call):
+                finish = await method(call, out)
         except Exception as error:
             # A dead engine makes for errors of all sorts.
             out.fail(ReplicaLost("the engine died") if self._lost() else mapped(error, call.request_id))

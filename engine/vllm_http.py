@@ -14,6 +14,7 @@ from typing import Any, Final
 from urllib.parse import unquote
 
 from engine.base import StreamOut
+from engine.vllm_cache import serving
 from router.errors import ReplicaFailed, ReplicaLost
 from router.lane.frames import Submit
 
@@ -52,7 +53,8 @@ class HttpStream:
     async def run(self) -> None:
         """Returns when the application is done with the call; `out` is ended or failed by then unless disconnected."""
         try:
-            await self._app(_scope(self._call), self._receive, self._send)
+            with serving(self._call):
+                await self._app(_scope(self._call), self._receive, self._send)
         except Exception as error:
             # The application answers 500 by itself and raises what happened for its server's log.
             _log.error("request %s: vLLM's application raised", self._call.request_id, exc_info=error)

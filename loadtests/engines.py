@@ -45,6 +45,9 @@ class Direct:
     def models(self) -> tuple[ModelStatus, ...]:
         return tuple(ModelStatus(card, 1) for card in self._engine.info().models)
 
+    def parent(self, model: str) -> str:
+        return ""
+
     def methods(self, path: str) -> tuple[str, ...]:
         return next((route.methods for route in self._engine.info().routes if route.path == path), ())
 

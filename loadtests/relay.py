@@ -1,7 +1,7 @@
 """What kvlane's own code takes per relayed chunk, without a socket: `python -m loadtests.relay`.
 
 One lane gets step frames with some streams' chunks, and hands them to sinks that frame them as the HTTP edge does and
-write nowhere.
+write nowhere; the load model learns from each frame.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from router.errors import ReplicaLost
 from router.lane import frames
 from router.lane.client import Lane
+from router.load.model import FleetModel
 from router.types import EngineInfo, Headers, Load, Receipt, Request, Rpc
 
 CHUNK = b"data: " + b"x" * 242 + b"\n\n"
@@ -47,14 +48,15 @@ class _Sinkhole(asyncio.Transport):
 
 
 async def _measure(streams: int) -> float:
-    lane = Lane("replica", b"secret", "bench", _Nobody())
+    lane = Lane("replica", b"secret", "bench", _Nobody(), lambda info: FleetModel().foresight())
     lane.connection_made(_Sinkhole())
     lane.data_received(frames.encode(frames.Welcome(frames.VERSION, "replica", EngineInfo("bench", ()), Load())))
     request = Request("r", "m", Rpc.HTTP, "/", b"")
     tasks = [asyncio.create_task(lane.run(request, _Framing())) for _ in range(streams)]
     await asyncio.sleep(0)
     outputs = [frames.Output(number + 1, CHUNK, 1) for number in range(streams)]
-    step = frames.encode(frames.Step(1, streams, Load(1, 2, 3, 0.5, 6.0), outputs))
+    load = Load(streams, 2, 3, 0.5, 6.0, step_decodes=streams, step_context_tokens=1000 * streams)
+    step = frames.encode(frames.Step(1, streams, load, outputs))
     rounds = CHUNKS // streams
     began = time.process_time()
     for _ in range(rounds):

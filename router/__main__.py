@@ -125,15 +125,26 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _policies(_: argparse.Namespace) -> int:
-    for spec in registry.installed():
-        about = (inspect.getdoc(spec.policy) or "").partition("\n")[0]
-        print(f"{spec.name}  ({spec.dist})\n    {about}")
-        for option in msgspec.structs.fields(spec.options):
-            default = "required" if option.required else f"default {option.default!r}"
-            print(f"    {option.encode_name}: {expected(option.type)}, {default}")
-    for policy in registry.broken():
-        print(f"{policy.name}  ({policy.dist})\n    cannot be used: {policy.cause}")
+    for title, installed in (
+        ("Policies (policy.name, policy.shadow)", registry.policies),
+        ("\nScorers (policy.options.scorers of the policy 'weighted')", registry.scorers),
+    ):
+        print(title)
+        for spec in installed.installed():
+            about = (inspect.getdoc(spec.plugin) or "").partition("\n")[0]
+            print(f"\n{spec.name}  ({spec.dist})\n    {about}")
+            for option in msgspec.structs.fields(spec.options):
+                print(f"    {option.encode_name}: {expected(option.type) or 'a value'}, {_default(option)}")
+        for plugin in installed.broken():
+            print(f"\n{plugin.name}  ({plugin.dist})\n    cannot be used: {plugin.cause}")
     return 0
+
+
+def _default(option: msgspec.structs.FieldInfo) -> str:
+    if option.required:
+        return "required"
+    factory: Any = option.default_factory
+    return f"default {(option.default if factory is msgspec.NODEFAULT else factory())!r}"
 
 
 def _version(_: argparse.Namespace) -> int:

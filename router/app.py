@@ -16,14 +16,23 @@ from collections.abc import Callable
 from router.admission import Admission
 from router.dispatch import Dispatcher
 from router.errors import ConfigError
+from router.ingress.admin import AdminPort
 from router.ingress.grpc import GrpcIngress
 from router.ingress.http import HttpIngress
 from router.lane.carriers import Carrier, SocketCarrier
+from router.load.model import FleetModel, ReplicaModel
 from router.membership.base import Membership
 from router.observe.metrics import Metrics
-from router.options import Config, EngineOptions
+from router.observe.routes import RouteLog
+from router.options import Config, EngineOptions, PolicyOptions
 from router.policies import registry
+from router.policies.base import Policy
+from router.policies.guard import Guard
+from router.policies.shadow import Shadow
+from router.prefix.prefixes import Prefixes
+from router.receipts import Explainer
 from router.replicas import Replicas
+from router.types import EngineInfo
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +46,12 @@ class App:
     def __init__(self, config: Config, *, reuse_port: bool = False, joined: Callable[[], None] = lambda: None) -> None:
         """`joined` is called once the process has joined Ray. Raises `ConfigError` for what cannot be built."""
         self.config = config
-        self.http_port = self.grpc_port = 0
+        self.http_port = self.grpc_port = self.admin_port = 0
         self._reuse_port = reuse_port
         rng = random.Random()
         self._metrics = Metrics()
+        self._routes = RouteLog(config.admin.routes) if config.admin.enabled else None
+        self.prefixes = Prefixes(config.prefix, time.monotonic)
         self._admission = Admission(config.limits.max_streams)
         self.replicas = Replicas(
             f"{socket.gethostname()}:{os.getpid()}",
@@ -48,19 +59,25 @@ class App:
             config.lane,
             required=[model_name(engine) for engine in config.engines if engine.required],
             first_output=self._metrics.first_output,
+            caches=self.prefixes,
+            foresee=_Foresights().of,
         )
+        policy = registry.create(config.policy.name, config.policy.options, rng)
         self.dispatcher = Dispatcher(
             self._admission,
-            registry.create(config.policy.name, config.policy.options, rng),
+            _guarded(policy, config.policy, self._metrics),
             config.policy.name,
-            registry.create("least-queue", {}, rng),
+            self.prefixes,
             self.replicas,
             config.limits,
             self._metrics,
-            time.monotonic,
+            time.perf_counter,
+            Explainer(getattr(policy, "explain", None)),
+            self._routes.record if self._routes is not None else None,
         )
         self._membership = _membership(config, joined)
-        self._metrics.watch(self._admission, self.replicas)
+        self._metrics.watch(self._admission, self.replicas, self.prefixes)
+        self._admin: AdminPort | None = None
         self._http: HttpIngress | None = None
         self._grpc: GrpcIngress | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -71,11 +88,17 @@ class App:
         self._tasks = [
             asyncio.create_task(self._membership.run(self.replicas.listed), name="membership"),
             asyncio.create_task(self.replicas.keep_alive(), name="keep alive"),
+            asyncio.create_task(self.replicas.sweep(), name="sweep"),
             asyncio.create_task(self._publish_readiness(), name="readiness"),
         ]
         for task in self._tasks:
             task.add_done_callback(_report)
         try:
+            if self._routes is not None:
+                self._admin = AdminPort(
+                    config.admin, self.replicas, metrics=self._metrics.exposition, routes=self._routes.page
+                )
+                self.admin_port = await self._admin.start()
             if config.http.enabled:
                 self._http = HttpIngress(config.http, self.dispatcher, self.replicas, metrics=self._metrics.exposition)
                 self.http_port = await self._http.start(reuse_port=self._reuse_port)
@@ -104,6 +127,8 @@ class App:
         self._admission.close()
         ingresses = [ingress.stop(grace_s) for ingress in (self._http, self._grpc) if ingress is not None]
         await asyncio.gather(*ingresses)
+        if self._admin is not None:
+            await self._admin.stop(0)  # After them, so that the end can be watched.
         for task in self._tasks:
             task.remove_done_callback(_report)
             task.cancel()
@@ -120,6 +145,32 @@ class App:
 def model_name(engine: EngineOptions) -> str:
     """The name that clients ask for."""
     return engine.served_model_name or engine.name
+
+
+class _Foresights:
+    """The load model of each engine that comes up: replicas of one model learn together."""
+
+    def __init__(self) -> None:
+        self._fleets: dict[str, FleetModel] = {}
+
+    def of(self, info: EngineInfo) -> ReplicaModel:
+        """For a lane that opened."""
+        base = next((card.name for card in info.models if not card.parent), "")
+        return self._fleets.setdefault(base, FleetModel()).foresight()
+
+
+def _guarded(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Policy:
+    """The policy and its shadow, each behind a guard and with its own chance. Raises `ConfigError`."""
+    fallback = registry.create("least-queue", {}, random.Random())
+
+    def guard(policy: Policy, name: str) -> Guard:
+        return Guard(policy, name, fallback, metrics.policies, time.perf_counter, options.stall_ms * 1e-3)
+
+    live = guard(policy, options.name)
+    if not options.shadow:
+        return live
+    shadow = registry.create(options.shadow, options.shadow_options, random.Random())
+    return Shadow(live, guard(shadow, f"{options.shadow} (shadow)"), metrics.policies)
 
 
 def _carrier(config: Config) -> Carrier:

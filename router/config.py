@@ -254,10 +254,21 @@ def _conflicts(config: Config) -> Iterator[str]:
         low, high = config.lane.reconnect_min_s, config.lane.reconnect_max_s
         yield f"lane.reconnect_min_s: {low:g} is above lane.reconnect_max_s, which is {high:g}"
     yield from _repeated("engines", [engine.name for engine in config.engines])
-    try:
-        registry.check(config.policy.name, config.policy.options)
-    except ConfigError as error:
-        yield error.message
+    yield from _policy_conflicts(config)
+
+
+def _policy_conflicts(config: Config) -> Iterator[str]:
+    policy = config.policy
+    named = [(policy.name, policy.options, registry.ROUTING)]
+    if policy.shadow:
+        named.append((policy.shadow, policy.shadow_options, registry.SHADOW))
+    elif policy.shadow_options:
+        yield "policy.shadow: missing; policy.shadow_options is set and needs it"
+    for name, options, place in named:
+        try:
+            registry.check(name, options, place)
+        except ConfigError as error:
+            yield error.message
 
 
 def _ingress_conflicts(config: Config) -> Iterator[str]:

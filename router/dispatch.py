@@ -65,8 +65,8 @@ class Dispatcher:
         explainer: Explainer,
         record: Callable[[Request, Receipt], None] | None = None,
     ) -> None:
-        """`policy` must answer with a replica of the snapshot and not raise (see `router.policies.guard`). `record`, where
-        it is given, gets every receipt with all candidates in it."""
+        """`policy` must answer with a replica of the snapshot and not raise (see `router.policies.guard`). `record`,
+        where it is given, gets every receipt with all candidates in it."""
         self._admission = admission
         self._policy = policy
         self._policy_name = policy_name

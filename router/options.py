@@ -109,6 +109,15 @@ class PrefixOptions(Options, frozen=True):
     hold_timeout_s: Seconds = 600.0  # Until a request that is still in flight counts no longer as soon cached.
 
 
+class AdminOptions(Options, frozen=True):
+    """A port for operators: health, metrics, and why requests went where they went (``/debug/routes``)."""
+
+    enabled: bool = False  # It tells of every request, and each request then takes a little longer to route.
+    host: str = "127.0.0.1"  # There is no authentication: keep it where only operators get.
+    port: Port = 9100  # Worker K of several listens on this plus K, so that each can be asked.
+    routes: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 512  # Requests remembered; about 0.3 KB per replica each.
+
+
 class LimitOptions(Options, frozen=True):
     """Admission."""
 
@@ -159,6 +168,7 @@ class Config(Options, frozen=True):
     policy: PolicyOptions = PolicyOptions()
     prefix: PrefixOptions = PrefixOptions()
     limits: LimitOptions = LimitOptions()
+    admin: AdminOptions = AdminOptions()
     engines: tuple[EngineOptions, ...] = ()
     ray: RayOptions = RayOptions()
     log: LogOptions = LogOptions()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from router.policies.expectations import first_token_s
 from router.types import Candidate, Charge, Decision, PrefixView, Reason, Receipt, ReplicaView, Request, Snapshot
 
 log = logging.getLogger(__name__)
@@ -73,5 +72,13 @@ def _candidate(view: ReplicaView, snapshot: Snapshot, score: float | None) -> Ca
 
 
 def _expected_s(view: ReplicaView, prefix: PrefixView, now: float) -> float:
-    """Until the first output, from the submit; 0 where the prompt's length is not known."""
-    return first_token_s(view, prefix, now) if prefix.tokens else 0.0
+    """From the submit until the first output: what is left of the queue, the step that computes the prompt, and the
+    part of the prompt that is not held there. 0 where the prompt's length or the replica's speed is not known."""
+    tokens, outlook = prefix.tokens, view.outlook
+    if not tokens or not outlook.token_s:
+        return 0.0
+    held = prefix.held.get(view.replica)
+    # Both are estimates, from different sources: what is held may seem to be more than there is.
+    cached = min(held.tokens, tokens) if held is not None else 0
+    waits_s = outlook.wait_s - (now - outlook.as_of)  # The queue has been worked on since the last report.
+    return (waits_s if waits_s > 0.0 else 0.0) + outlook.batch_s + outlook.prefill_s(tokens, cached)

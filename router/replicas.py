@@ -36,6 +36,23 @@ SWEEP_INTERVAL_S: Final = 0.1
 """How often what the caches' observer put off is done."""
 
 
+class CacheNote(Protocol):
+    """What is known of one replica's KV cache."""
+
+    @property
+    def mode(self) -> CacheMode: ...
+    @property
+    def cause(self) -> str:
+        """Why the mode is not exact; else empty."""
+
+
+class CacheNotes(Protocol):
+    """The same of all replicas."""
+
+    @property
+    def replicas(self) -> Mapping[str, CacheNote]: ...
+
+
 class CacheObserver(Protocol):
     """Who keeps what replicas hold in their KV caches (`router.prefix.prefixes`)."""
 
@@ -43,7 +60,7 @@ class CacheObserver(Protocol):
         """A lane to the replica opened: all that was known of it is void."""
 
     def reported(self, replica: str, report: CacheReport) -> bool:
-        """The replica's next report; False where one before it was missed."""
+        """The replica's next report; False where one before it was missed. Raises `ValueError` for nonsense."""
 
     def lost(self, replica: str) -> None:
         """Its lane is gone, and with it all that was known."""
@@ -51,8 +68,8 @@ class CacheObserver(Protocol):
     def mode(self, replica: str) -> CacheMode:
         """What is known of its cache now."""
 
-    def cause(self, replica: str) -> str:
-        """Why it is not exact; else empty."""
+    def status(self) -> CacheNotes:
+        """All that is known, for people."""
 
     def sweep(self) -> bool:
         """Does a slice of what was put off; whether there is more."""
@@ -60,6 +77,8 @@ class CacheObserver(Protocol):
 
 class Unobserved:
     """Nobody keeps what replicas hold."""
+
+    replicas: Mapping[str, CacheNote] = {}
 
     def opened(self, replica: str, info: EngineInfo) -> None: ...
     def lost(self, replica: str) -> None: ...
@@ -70,8 +89,8 @@ class Unobserved:
     def mode(self, replica: str) -> CacheMode:
         return CacheMode.OFF
 
-    def cause(self, replica: str) -> str:
-        return "prefix.enabled is false"
+    def status(self) -> CacheNotes:
+        return self
 
     def sweep(self) -> bool:
         return False
@@ -245,6 +264,8 @@ class Replicas:
         self._members: dict[str, _Member] = {}
         self._pools: dict[str, tuple[Lane, ...]] = {}
         self._lanes: dict[str, Lane] = {}
+        self.reports = 0
+        """Cache reports that counted."""
         self._caches = caches or Unobserved()
         self._observed: dict[str, Lane] = {}
         """The lane whose reports count; a replica that came back at a new address has two for a while."""
@@ -303,13 +324,16 @@ class Replicas:
         """A replica said how its KV cache changed."""
         if self._observed.get(lane.replica) is not lane:
             return
+        self.reports += 1
         if not self._caches.reported(lane.replica, report):
             lane.resync()
         mode = self._caches.mode(lane.replica)
         if mode is not lane.account.cache:
-            log.info("replica %s: KV cache is %s %s", lane.replica, mode, self._caches.cause(lane.replica))
             lane.account.caches(mode)
             self._caching = _caching(self._pools)
+            note = self._caches.status().replicas.get(lane.replica)
+            level = logging.INFO if mode is CacheMode.EXACT else logging.WARNING
+            log.log(level, "replica %s: KV cache %s: %s", lane.replica, mode, note.cause if note is not None else "")
 
     def retired(self, lane: Lane) -> None:
         """A lane is gone; its counts stay in the totals."""
@@ -362,9 +386,11 @@ class Replicas:
         pool = self._pools.get(model)
         if pool is None and model not in self._cards and model not in self._required:
             raise ModelNotFound(f"The model `{cut(model)}` does not exist.", param="model")
-        views = tuple([lane.account.view() for lane in pool or () if lane.replica not in excluding])
-        if not views:
+        if excluding and pool is not None:
+            pool = tuple(lane for lane in pool if lane.replica not in excluding)
+        if not pool:
             raise NoReplica(f"no replica of model `{cut(model)}` is ready")
+        views = tuple([lane.account.view() for lane in pool])
         return Snapshot(model, views, now=asyncio.get_running_loop().time())
 
     def caching(self, model: str) -> bool:
@@ -411,7 +437,8 @@ class Replicas:
 
     def caches(self) -> dict[str, CacheStatus]:
         """What is known of the ready replicas' KV caches."""
-        return {name: CacheStatus(lane.account.cache, self._caches.cause(name)) for name, lane in self._lanes.items()}
+        notes = self._caches.status().replicas
+        return {name: CacheStatus(notes[name].mode, notes[name].cause) for name in self._lanes if name in notes}
 
     # -- for metrics
 

@@ -255,7 +255,7 @@ class Decision(msgspec.Struct, frozen=True):
     """The policy's own measure of the choice; lower is better."""
 
 
-class Candidate(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+class Candidate(msgspec.Struct, frozen=True, gc=False):
     """One replica that a request could have gone to."""
 
     replica: str
@@ -271,18 +271,19 @@ class Candidate(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     def words(self) -> str:
         """For ``x-kvlane-route``."""
-        score = "" if self.score is None else f" score={self.score:.6g}"
-        expected = f" expected_ms={self.expected_s * 1e3:.1f}" if self.expected_s else ""
-        return (
-            f"{self.replica}(matched={self.matched} cached={self.cached_tokens} queue={self.queue_depth}{expected}{score})"
-        )
+        text = f"matched={self.matched} cached={self.cached_tokens} queue={self.queue_depth}"
+        if self.expected_s:
+            text += f" expected_ms={self.expected_s * 1e3:.1f}"
+        if self.score is not None:
+            text += f" score={self.score:.6g}"
+        return f"{self.replica}({text})"
 
 
 MAX_CANDIDATES_CHARS: Final = 2000
 """In ``x-kvlane-route``: proxies take no header of more than 4 KiB or so."""
 
 
-class Receipt(msgspec.Struct, frozen=True, omit_defaults=True):
+class Receipt(msgspec.Struct, frozen=True):
     """Why a request went where it went, for the client."""
 
     request_id: str

@@ -27,6 +27,7 @@ READY = b"ready "
 """What a child's line on standard output begins with once it serves."""
 RESTART_DELAY_S = 1.0
 STOP_MARGIN_S = 10.0
+MAX_PORT = 65535
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -88,15 +89,17 @@ async def _foreground(order: Order, ready: Callable[[str], None], parent_pipe: b
 
 async def _announce(app: App, ready: Callable[[str], None]) -> None:
     await app.wait_ready()
-    ready(_address_line(app.config, app.http_port, app.grpc_port))
+    ready(_address_line(app.config, app.http_port, app.grpc_port, app.admin_port))
 
 
-def _address_line(config: Config, http_port: int, grpc_port: int) -> str:
+def _address_line(config: Config, http_port: int, grpc_port: int, admin_port: int) -> str:
     words = ["ready"]
     if config.http.enabled:
         words.append(f"http=http://{config.http.host}:{http_port}")
     if config.grpc.enabled:
         words.append(f"grpc={config.grpc.host}:{grpc_port}")
+    if config.admin.enabled:
+        words.append(f"admin=http://{config.admin.host}:{admin_port}")
     return " ".join(words)
 
 
@@ -135,16 +138,26 @@ async def _supervise(order: Order, ready: Callable[[str], None], parent_pipe: bo
             if waiting:
                 waiting.discard(number)
                 if not waiting:
-                    ready(_address_line(fixed, http.port, grpc.port))
+                    ready(_address_line(fixed, http.port, grpc.port, config.admin.port))
 
         stopped = asyncio.create_task(stop.wait())
-        keepers = [asyncio.create_task(_keep_worker(n, fixed, told_ready)) for n in range(config.workers)]
+        keepers = [asyncio.create_task(_keep_worker(n, config_of(n, fixed), told_ready)) for n in range(config.workers)]
         done, _ = await asyncio.wait([stopped, *keepers], return_when=asyncio.FIRST_COMPLETED)
         status = next((keeper.result() for keeper in keepers if keeper in done), 0)
         for task in (stopped, *keepers):
             task.cancel()
         await asyncio.gather(stopped, *keepers, return_exceptions=True)
     return status
+
+
+def config_of(worker: int, config: Config) -> Config:
+    """A worker's own configuration: admin ports are not shared, so that each worker can be asked what it did."""
+    admin = config.admin
+    if not admin.enabled or not admin.port:
+        return config
+    if admin.port + worker > MAX_PORT:
+        raise ConfigError(f"admin.port: {admin.port} leaves no port for worker {worker}")
+    return msgspec.structs.replace(config, admin=msgspec.structs.replace(admin, port=admin.port + worker))
 
 
 async def _keep_worker(number: int, config: Config, ready: Callable[[int], None]) -> int:

@@ -12,7 +12,7 @@ from router.lane.carriers import SocketCarrier
 from router.lane.frames import Submit
 from router.membership.base import ReplicaRecord
 from router.options import LaneOptions
-from router.replicas import Replicas
+from router.replicas import CacheObserver, Replicas
 from router.types import EngineInfo, Headers, Load, ModelCard, Receipt, Request, RouteInfo, Rpc
 
 SECRET = b"0123456789abcdef0123456789abcdef"
@@ -22,8 +22,10 @@ DEADLINE_S = 10.0
 class ScriptedEngine:
     """Does nothing by itself: the test writes each stream's output."""
 
-    def __init__(self, model: str = "m") -> None:
+    def __init__(self, model: str = "m", *, prefix_caching: bool = True, adapters: tuple[str, ...] = ()) -> None:
         self.model = model
+        self.adapters = adapters
+        self.prefix_caching = prefix_caching
         self.calls: list[Submit] = []
         self.outs: list[StreamOut] = []
         self.aborted: list[str] = []
@@ -39,13 +41,17 @@ class ScriptedEngine:
 
     def info(self) -> EngineInfo:
         routes = (RouteInfo("/v1/chat/completions", ("POST",)), RouteInfo("/v1/responses/{id}", ("GET",)))
-        return EngineInfo("scripted", (ModelCard(self.model, "", 4096),), routes, 8)
+        models = (ModelCard(self.model, "", 4096), *(ModelCard(name, self.model, 4096) for name in self.adapters))
+        return EngineInfo("scripted", models, routes, 8, prefix_caching=self.prefix_caching)
 
     def load(self) -> Load:
         return self.current_load
 
     def on_step(self, listener: Callable[[], None]) -> None:
         self.step = listener
+
+    def cache(self) -> None:
+        return None
 
     def submit(self, call: Submit, out: StreamOut) -> Abort:
         self.calls.append(call)
@@ -102,16 +108,25 @@ def make_request(request_id: str = "r1", model: str = "m", timeout_s: float | No
 class Fleet:
     """Replicas with scripted engines on loopback, and the router's `Replicas` with lanes to them."""
 
-    def __init__(self, **lane_options: float) -> None:
+    def __init__(self, caches: CacheObserver | None = None, **lane_options: float) -> None:
         self.engines: dict[str, ScriptedEngine] = {}
         self.replicas: dict[str, Replica] = {}
         self.records: dict[str, ReplicaRecord] = {}
         fast = {"reconnect_min_s": 0.01, "reconnect_max_s": 0.05}
-        self.router = Replicas("test", SocketCarrier(), LaneOptions(**(fast | lane_options)))  # type: ignore[arg-type]
+        options = LaneOptions(**(fast | lane_options))  # type: ignore[arg-type]
+        self.router = Replicas("test", SocketCarrier(), options, caches=caches)
 
-    async def add(self, name: str, model: str = "m", secret: bytes = SECRET) -> ScriptedEngine:
+    async def add(
+        self,
+        name: str,
+        model: str = "m",
+        secret: bytes = SECRET,
+        *,
+        prefix_caching: bool = True,
+        adapters: tuple[str, ...] = (),
+    ) -> ScriptedEngine:
         """Starts a replica and lists it."""
-        engine = ScriptedEngine(model)
+        engine = ScriptedEngine(model, prefix_caching=prefix_caching, adapters=adapters)
         replica = Replica(name, engine, SECRET)
         await replica.start()
         port = await replica.listen("127.0.0.1")

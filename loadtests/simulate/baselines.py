@@ -6,11 +6,11 @@ parameters it uses (the source's defaults) and where it deviates. Two rules hold
 
 - ties fall at random, where some of the sources take the first replica of a list;
 - routers that learn the engine's cache from its events see what kvlane's index sees, prompts that are being computed
-  included, as fresh as kvlane sees it.
+  included, as fresh as kvlane sees it; and as they tokenize prompts, they know the exact lengths that kvlane estimates.
 
 Routers that only remember what they sent where (`CacheAware`, `RayPrefix`, `Aibrix`) keep that memory here
 (`Remembered`), in prefix blocks instead of characters: a block's hash stands for the block and all before it, so a
-flat table of hashes is their radix tree at the granularity of a block. `Greedy` and `Ideal` are no routers but bounds.
+flat table of hashes is their radix tree at the granularity of a block. The bounds `Greedy` and `Ideal` are in `bounds`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from __future__ import annotations
 import math
 import random
 import statistics
+import struct
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Annotated, ClassVar, Final, Protocol
+from itertools import repeat
+from random import Random
+from typing import Annotated, ClassVar, Final, TypeAlias
 
 import msgspec
 import xxhash
 
+from loadtests.simulate.bounds import Greedy, Ideal, cheapest
+from loadtests.simulate.context import Context
 from router.policies.base import NoOptions, Policy
 from router.types import Decision, Held, Reason, ReplicaView, Request, Snapshot
 
@@ -38,19 +43,13 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all options here."""
 
 
-class Oracle(Protocol):
-    """Knows each replica's queue, cache and cost model as they are now, without any delay."""
-
-    def true_ttft(self, replica: str, hashes: Sequence[int], tokens: int) -> float:
-        """Seconds until the first token, if a prompt of these prefix blocks and about `tokens` tokens went there now."""
+Tokens: TypeAlias = Callable[[Request, Snapshot], int]
+"""Length of a request's prompt."""
 
 
-class Context(Oracle, Protocol):
-    """What the simulator gives each router's policy."""
-
-    @property
-    def random(self) -> random.Random:
-        """This router's own source of chance."""
+def estimated(request: Request, snapshot: Snapshot) -> int:
+    """The length that kvlane's router estimates."""
+    return snapshot.prefix.tokens
 
 
 class Remembered:
@@ -93,9 +92,9 @@ class Remembered:
 class CacheAware:
     """Re-implementation of `cache_aware` of vllm-router and the SGLang router (`src/policies/cache_aware.rs`).
 
-    Load is the router's own requests in flight. Where the largest exceeds the smallest by more than `balance_abs` and by
-    more than `balance_rel` times: least load. Else the replica that was sent the longest part of the prompt before, if
-    that is more than `cache_threshold` of it; else least load (older versions: the smallest tree). Parameters: the
+    Load is the router's own requests in flight. Where the largest exceeds the smallest by more than `balance_abs`, and
+    by more than `balance_rel` times: least load. Else the replica that was sent the longest part of the prompt before,
+    if that is more than `cache_threshold` of it; else least load (older versions: the smallest tree). Parameters: the
     defaults 0.3, 64, 1.5 and 2^26 characters per tree. Deviations: of several replicas at the deepest node the source
     takes whichever its map yields first, here one is drawn; its trees are trimmed every two minutes, here at once.
     """
@@ -126,13 +125,13 @@ class CacheAware:
         loads = [view.leases for view in replicas]
         most, least = max(loads), min(loads)
         if most - least > options.balance_abs and most > least * options.balance_rel:
-            return _least(replicas, _leases, self._random, Reason.OVERLOADED)
+            return cheapest(replicas, _leases, self._random, Reason.OVERLOADED)
         depths = self._memory.depths(blocks, [view.replica for view in replicas])
         deepest = max(depths.values(), default=0)
         if deepest > options.cache_threshold * len(blocks):
             holders = [name for name, depth in depths.items() if depth == deepest]
             return Decision(self._random.choice(holders), Reason.LONGEST_PREFIX, (), -deepest)
-        return _least(replicas, _leases, self._random, Reason.SHORTEST_QUEUE)
+        return cheapest(replicas, _leases, self._random, Reason.SHORTEST_QUEUE)
 
 
 class RayPrefix:
@@ -141,8 +140,8 @@ class RayPrefix:
     Where the longest and the shortest queue differ by more than `imbalanced_threshold`: the shorter of two drawn ones.
     Else those replicas that were sent the longest part of the prompt before; where that is less than
     `match_rate_threshold` of it, those with the smallest prefix trees; the shortest queue among them. Parameters: Ray's
-    defaults, which are no limit to the imbalance, 0.1, and no eviction from the trees. Deviations: Ray counts characters
-    where this counts blocks, and its routers share one tree in an actor where here each has its own.
+    defaults, which are no limit to the imbalance, 0.1, and no eviction from the trees. Deviations: Ray counts
+    characters where this counts blocks, and its routers share one tree in an actor where here each has its own.
     """
 
     class Options(Options, frozen=True):
@@ -168,27 +167,27 @@ class RayPrefix:
         queues = [view.queue_depth for view in replicas]
         if max(queues) - min(queues) > self._options.imbalanced_threshold:
             pair = self._random.sample(replicas, min(2, len(replicas)))
-            return _least(pair, _queue_depth, self._random, Reason.SHORTER_OF_TWO)
+            return cheapest(pair, _queue_depth, self._random, Reason.SHORTER_OF_TWO)
         memory = self._memory
         depths = memory.depths(blocks, [view.replica for view in replicas])
         deepest = max(depths.values(), default=0)
         if deepest and deepest >= self._options.match_rate_threshold * len(blocks):
             matching = [view for view in replicas if depths.get(view.replica) == deepest]
-            return _least(matching, _queue_depth, self._random, Reason.LONGEST_PREFIX)
+            return cheapest(matching, _queue_depth, self._random, Reason.LONGEST_PREFIX)
         smallest = min(memory.size(view.replica) for view in replicas)
         emptiest = [view for view in replicas if memory.size(view.replica) == smallest]
-        return _least(emptiest, _queue_depth, self._random, Reason.POLICY)
+        return cheapest(emptiest, _queue_depth, self._random, Reason.POLICY)
 
 
 class Chwbl:
     """Consistent hashing with bounded load on the prompt's beginning (Mirrokni, Thorup, Zadimoghaddam, SODA 2018).
 
     As in KubeAI's `PrefixHash` strategy and the SGLang gateway's `prefix_hash`: a ring of `virtual_nodes` points per
-    replica; the first replica clockwise of the prompt's hash whose load with this request is at most `load_factor` times
-    the mean, rounded up. Load is the router's own requests in flight. Parameters: 100 points, 1.25. Deviation: KubeAI
-    hashes the first 100 characters of the first *user* message, which a trace of block hashes cannot show; the first
-    `prefix_bytes` (about 1,024 tokens) are the least that tell the Mooncake conversations apart, all of which share
-    their first 512 tokens.
+    replica; the first replica clockwise of the prompt's hash whose load with this request is at most `load_factor`
+    times the mean, rounded up. Load is the router's own requests in flight. Parameters: 100 points, 1.25. Deviation:
+    KubeAI hashes the first 100 characters of the first *user* message, which a trace of block hashes cannot show; the
+    first `prefix_bytes` (about 1,024 tokens) are the least that tell the Mooncake conversations apart, all of which
+    share their first 512 tokens.
     """
 
     class Options(Options, frozen=True):
@@ -209,12 +208,11 @@ class Chwbl:
         replicas = snapshot.replicas
         blocks, block_bytes = _blocks(snapshot)
         if not blocks:
-            return _least(replicas, _leases, self._random, Reason.SHORTEST_QUEUE)
+            return cheapest(replicas, _leases, self._random, Reason.SHORTEST_QUEUE)
         self._place(frozenset(view.replica for view in replicas))
         loads = {view.replica: view.leases for view in replicas}
         bound = math.ceil(self._options.load_factor * (sum(loads.values()) + 1) / len(loads))
         key = blocks[min(max(self._options.prefix_bytes // block_bytes, 1), len(blocks)) - 1]
-        # Hashed once more: the points of the ring and the keys must not be related.
         start = bisect_left(self._points, xxhash.xxh3_64_intdigest(key.to_bytes(8, "little")))
         first = self._owners[start % len(self._owners)]
         for step in range(len(self._owners)):  # Ends at the least loaded replica at the latest: it is below the mean.
@@ -227,8 +225,12 @@ class Chwbl:
         if names == self._names:
             return
         self._names = names
-        numbers = range(self._options.virtual_nodes)
-        ring = sorted((xxhash.xxh3_64_intdigest(f"{name}#{number}"), name) for name in names for number in numbers)
+        count = self._options.virtual_nodes
+        ring: list[tuple[int, str]] = []
+        for name in names:  # Each replica's points are drawn from a source that only its name decides.
+            drawn = struct.unpack(f"<{count}Q", Random(name).randbytes(8 * count))
+            ring += zip(drawn, repeat(name), strict=False)
+        ring.sort()
         self._points = [point for point, _ in ring]
         self._owners = [name for _, name in ring]
 
@@ -239,10 +241,10 @@ class Aibrix:
     Load is the gateway's own requests in flight. Where the largest is above `imbalance_factor` times (mean + 1) and
     exceeds the smallest by `imbalance_gap`, only the least loaded replicas take part. Of those that were sent a part of
     the prompt before, longest part first and least load among equals, the first whose load is at most the mean plus
-    `deviations` standard deviations; where there is none, the least load of all. Parameters: the defaults 2, 8 and 1, and
-    200,000 blocks of memory, taken as blocks of 128 characters, shared evenly by the replicas. Deviations: the source's
-    default block is 4 characters, which would make it forget most of a long-prompt trace; its 20-minute limit on age is
-    left out; and it forgets beginnings before ends, this ends first.
+    `deviations` standard deviations; where there is none, the least load of all. Parameters: the defaults 2, 8 and 1,
+    and 200,000 blocks of memory, taken as blocks of 128 characters and shared evenly by the replicas. Deviations: the
+    source's default block is 4 characters, which would make it forget most of a long-prompt trace; its 20-minute limit
+    on age is left out; and it forgets beginnings before ends, this ends first.
     """
 
     class Options(Options, frozen=True):
@@ -273,7 +275,7 @@ class Aibrix:
         depths = self._memory.depths(blocks, self._partakers(loads, mean))
         within = [name for name in depths if loads[name] <= limit]
         if not within:
-            return _least(replicas, _leases, self._random, Reason.OVERLOADED if depths else Reason.SHORTEST_QUEUE)
+            return cheapest(replicas, _leases, self._random, Reason.OVERLOADED if depths else Reason.SHORTEST_QUEUE)
         ranks = {name: (-depths[name], loads[name]) for name in within}
         best = min(ranks.values())
         name = self._random.choice([name for name, rank in ranks.items() if rank == best])
@@ -320,7 +322,7 @@ class LlmD:
             prefix = held.get(view.replica, _NONE).blocks / total
             return -(options.prefix * prefix + options.queue * queue + options.kv * (1 - view.load.kv_usage))
 
-        return _least(replicas, loss, self._random, Reason.BEST_SCORE)
+        return cheapest(replicas, loss, self._random, Reason.BEST_SCORE)
 
 
 class Dynamo:
@@ -338,21 +340,23 @@ class Dynamo:
 
     affinity: ClassVar[bool] = True
 
-    def __init__(self, options: Options, random: random.Random) -> None:
+    def __init__(self, options: Options, random: random.Random, tokens: Tokens = estimated) -> None:
         self._options = options
         self._random = random
+        self._tokens = tokens
 
     def choose(self, request: Request, snapshot: Snapshot) -> Decision:
         options = self._options
-        prefix = snapshot.prefix
+        held = snapshot.prefix.held
+        tokens = self._tokens(request, snapshot)
 
         def cost(view: ReplicaView) -> float:
             queued = view.load.queued_prefill_tokens + view.unacked_tokens
-            uncached = prefix.tokens - prefix.held.get(view.replica, _NONE).tokens
-            in_use = view.load.kv_usage * view.kv_tokens + queued + prefix.tokens
-            return (options.overlap_weight * (queued + uncached) + in_use) / options.block_tokens
+            in_use = view.load.kv_usage * view.kv_tokens + queued + tokens
+            prefill = queued + _uncached(tokens, held.get(view.replica))
+            return (options.overlap_weight * prefill + in_use) / options.block_tokens
 
-        return _least(snapshot.replicas, cost, self._random, Reason.LEAST_COST)
+        return cheapest(snapshot.replicas, cost, self._random, Reason.LEAST_COST)
 
 
 class LMetric:
@@ -366,59 +370,47 @@ class LMetric:
     Options: ClassVar[type[msgspec.Struct]] = NoOptions
     affinity: ClassVar[bool] = True
 
-    def __init__(self, options: NoOptions, random: random.Random) -> None:
+    def __init__(self, options: NoOptions, random: random.Random, tokens: Tokens = estimated) -> None:
         self._random = random
+        self._tokens = tokens
 
     def choose(self, request: Request, snapshot: Snapshot) -> Decision:
-        prefix = snapshot.prefix
+        held = snapshot.prefix.held
+        tokens = self._tokens(request, snapshot)
 
         def product(view: ReplicaView) -> float:
-            uncached = prefix.tokens - prefix.held.get(view.replica, _NONE).tokens
-            return (view.load.queued_prefill_tokens + view.unacked_tokens + uncached) * (view.queue_depth + 1)
+            queued = view.load.queued_prefill_tokens + view.unacked_tokens
+            return (queued + _uncached(tokens, held.get(view.replica))) * (view.queue_depth + 1)
 
-        return _least(snapshot.replicas, product, self._random, Reason.LEAST_COST)
-
-
-class Greedy:
-    """Bound: the replica with the shortest true time to first token, from perfect knowledge.
-
-    It knows queues, caches and the cost model without delay or error, which no router does; and it looks no further than
-    this one request.
-    """
-
-    pooled: ClassVar[bool] = False
-    """Whether every replica is to serve from one cache that all share."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    def choose(self, request: Request, snapshot: Snapshot) -> Decision:
-        blocks, _ = _blocks(snapshot)
-        tokens = snapshot.prefix.tokens
-
-        def ttft(view: ReplicaView) -> float:
-            return self._context.true_ttft(view.replica, blocks, tokens)
-
-        return _least(snapshot.replicas, ttft, self._context.random, Reason.LEAST_COST)
+        return cheapest(snapshot.replicas, product, self._random, Reason.LEAST_COST)
 
 
-class Ideal(Greedy):
-    """Bound: `Greedy` where a prompt cached anywhere counts as cached everywhere, at no cost.
+def _made(policy: Callable[..., Policy], options: type[msgspec.Struct]) -> Callable[[Context], Policy]:
+    """Makes the policy for one simulated router. Raises `msgspec.ValidationError` for options that it does not have."""
+    return lambda context: policy(msgspec.convert(dict(context.options), options), context.random)
 
-    The simulator must give all replicas one pooled cache where `pooled` says so; then what remains is to balance.
-    """
 
-    pooled: ClassVar[bool] = True
+def _tokenizing(policy: Callable[..., Policy], options: type[msgspec.Struct]) -> Callable[[Context], Policy]:
+    """The same for policies that know prompts' exact lengths."""
+
+    def make(context: Context) -> Policy:
+        def tokens(request: Request, snapshot: Snapshot) -> int:
+            exact: int = context.request(request).prompt.tokens
+            return exact
+
+        return policy(msgspec.convert(dict(context.options), options), context.random, tokens)
+
+    return make
 
 
 BASELINES: Final[dict[str, Callable[[Context], Policy]]] = {
-    "cache-aware": lambda context: CacheAware(CacheAware.Options(), context.random),
-    "ray-prefix": lambda context: RayPrefix(RayPrefix.Options(), context.random),
-    "chwbl": lambda context: Chwbl(Chwbl.Options(), context.random),
-    "aibrix": lambda context: Aibrix(Aibrix.Options(), context.random),
-    "llm-d": lambda context: LlmD(LlmD.Options(), context.random),
-    "dynamo": lambda context: Dynamo(Dynamo.Options(), context.random),
-    "lmetric": lambda context: LMetric(NoOptions(), context.random),
+    "cache-aware": _made(CacheAware, CacheAware.Options),
+    "ray-prefix": _made(RayPrefix, RayPrefix.Options),
+    "chwbl": _made(Chwbl, Chwbl.Options),
+    "aibrix": _made(Aibrix, Aibrix.Options),
+    "llm-d": _made(LlmD, LlmD.Options),
+    "dynamo": _tokenizing(Dynamo, Dynamo.Options),
+    "lmetric": _tokenizing(LMetric, NoOptions),
     "greedy": Greedy,
     "ideal": Ideal,
 }
@@ -427,20 +419,15 @@ BASELINES: Final[dict[str, Callable[[Context], Policy]]] = {
 _NONE: Final = Held(0, 0)
 
 
+def _uncached(tokens: int, held: Held | None) -> int:
+    """Prompt tokens to be computed; at least one always is."""
+    return max(tokens - held.tokens, 1) if held else tokens
+
+
 def _blocks(snapshot: Snapshot) -> tuple[Sequence[int], int]:
     """The prompt's prefix blocks and their size in bytes."""
     chain = snapshot.prefix.chain
     return ((), 1) if chain is None else (chain.blocks, chain.block_bytes)
-
-
-def _least(
-    replicas: Sequence[ReplicaView], cost: Callable[[ReplicaView], float], random: random.Random, reason: Reason
-) -> Decision:
-    """The replica with the least cost, ties at random."""
-    costs = [cost(view) for view in replicas]
-    least = min(costs)
-    ties = [view.replica for view, each in zip(replicas, costs, strict=True) if each == least]
-    return Decision(ties[0] if len(ties) == 1 else random.choice(ties), reason, (), least)
 
 
 def _leases(view: ReplicaView) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Final
 
 import msgspec
@@ -38,8 +39,8 @@ def _options(kv_tokens: int, **times: float) -> SimulatedOptions:
 
 
 # An 8B model with grouped-query attention (Llama-3.1-8B) in bfloat16 on one H200: 16 GB of weights at an effective
-# 3.5 TB/s are the floor; 16 GFLOP per token at 760 TFLOP/s; 32 layers x 4 x 4096 FLOP per attention pair at 400 TFLOP/s;
-# 128 KiB of KV cache per token at 3.6 TB/s. 2.5 ms per step are scheduling and launches.
+# 3.5 TB/s are the floor; 16 GFLOP per token at 760 TFLOP/s; 32 layers x 4 x 4096 FLOP per attention pair at
+# 400 TFLOP/s; 128 KiB of KV cache per token at 3.6 TB/s. 2.5 ms per step are scheduling and launches.
 H200_8B: Final = Profile(
     "h200-8b",
     _options(
@@ -72,7 +73,7 @@ def mocker_step_ms(kv_tokens: int) -> StepModel:
     """The polynomial of the mocker of NVIDIA's Dynamo (`PerfModel::Polynomial` in its crate `dynamo-mocker`), in ms.
 
     Prompts: 4.209989e-07 n² + 1.518344e-02 n + 16.50142 for a step's n uncached prompt tokens. Decoding, in steps with
-    any: -25.74 u² + 54.01 u + 5.74, at least 1, where u is the share of the KV cache that is being read. The two add up.
+    any: -25.74 u² + 54.01 u + 5.74, at least 1, where u is the share of the KV cache that is being read. They add up.
     """
 
     def step_ms(work: StepWork) -> float:
@@ -113,7 +114,7 @@ def step_ms(profile: Profile, work: StepWork) -> float:
         options.step_base_ms
         + options.prefill_ms_per_token * work.prefill_tokens
         + options.decode_ms_per_seq * work.decodes
-        + (options.roofline_floor_ms**2 + computing * computing) ** 0.5
+        + sqrt(options.roofline_floor_ms**2 + computing * computing)
         + options.prefill_ms_per_pair * work.prefill_pairs
         + options.decode_ms_per_context_token * work.decode_context
     )

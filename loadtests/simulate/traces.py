@@ -1,7 +1,7 @@
 """Request traces: the Mooncake format, Azure's, and generated ones, as requests with chained block hashes.
 
-A Mooncake row has `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`, one id per 512 tokens of the
-prompt. Ids may go on past the prompt: those are the blocks that the answer fills, so that a next turn finds them.
+A Mooncake row has `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`, one id per 512 tokens of
+the prompt. Ids may go on past the prompt: those are the blocks that the answer fills, so that a next turn finds them.
 """
 
 from __future__ import annotations

@@ -89,6 +89,30 @@ class Route:
     reason: str
     queue_depth: int
     request_id: str
+    matched_blocks: int = 0
+    """Prefix blocks of the prompt that the replica was believed to hold, of `prompt_blocks`."""
+    prompt_blocks: int = 0
+    cached_tokens: int = 0
+    """The same in tokens, estimated, of `prompt_tokens`."""
+    prompt_tokens: int = 0
+    expected_s: float = 0.0
+    """When the first output was expected, from the submit; 0 where nobody knows."""
+    score: float = 0.0
+    """The policy's own measure of the choice; lower is better."""
+    candidates: tuple[RouteCandidate, ...] = ()
+    """Every replica that was there, the chosen one first; only for a call with the metadata ``x-kvlane-explain: 1``."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteCandidate:
+    """One replica that a request could have gone to."""
+
+    replica: str
+    queue_depth: int
+    matched_blocks: int
+    cached_tokens: int
+    expected_s: float
+    score: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,7 +444,25 @@ def _route(response: pb.GenerateResponse | pb.ChatResponse | pb.EmbedResponse) -
     if not response.HasField("route"):
         return None
     route = response.route
-    return Route(route.replica, route.policy, route.reason, route.queue_depth, route.request_id)
+    return Route(
+        route.replica,
+        route.policy,
+        route.reason,
+        route.queue_depth,
+        route.request_id,
+        route.matched_blocks,
+        route.prompt_blocks,
+        route.cached_tokens,
+        route.prompt_tokens,
+        route.expected_s,
+        route.score,
+        tuple(map(_candidate, route.candidates)),
+    )
+
+
+def _candidate(one: pb.RouteCandidate) -> RouteCandidate:
+    score = one.score if one.HasField("score") else None
+    return RouteCandidate(one.replica, one.queue_depth, one.matched_blocks, one.cached_tokens, one.expected_s, score)
 
 
 def _text(value: str | bytes | None) -> str | None:

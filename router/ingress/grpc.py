@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias, cast
 
 import grpc
 import grpc.aio
+import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from kvlane.v1 import inference_pb2 as pb
@@ -272,6 +273,8 @@ class GrpcIngress:
         # Stubs say that there always is a deadline; a call without one has None.
         timeout_s = cast("float | None", call.context.time_remaining())
         request = parse(body, caller_of(metadata, timeout_s), lambda: call.request_id)
+        if not request.lora and self._fleet.parent(request.model):  # An adapter asked for by its own name.
+            request = msgspec.structs.replace(request, lora=request.model)
         call.request_id = request.request_id
         if timeout_s is not None and timeout_s <= 0:
             raise DeadlineExceeded("the deadline passed before the request was read")

@@ -17,7 +17,7 @@ from router.ingress import request_ids
 from router.types import Request, Rpc
 
 SERVICE: Final = "kvlane.v1.Inference"
-FORWARDED: Final = ("x-request-id", "traceparent", "tracestate", "x-session-id")
+FORWARDED: Final = ("x-request-id", "traceparent", "tracestate", "x-session-id", "x-kvlane-explain")
 """Request metadata that travels on to the engine."""
 _REQUEST_ID: Final = FORWARDED[0]
 

@@ -31,6 +31,23 @@ def route_message(receipt: Receipt) -> bytes:
         reason=receipt.reason,
         queue_depth=max(receipt.queue_depth, 0),
         request_id=receipt.request_id,
+        matched_blocks=receipt.matched,
+        prompt_blocks=receipt.blocks,
+        cached_tokens=max(receipt.cached_tokens, 0),
+        prompt_tokens=receipt.prompt_tokens,
+        expected_s=receipt.expected_s,
+        score=receipt.score,
+        candidates=[
+            pb.RouteCandidate(
+                replica=one.replica,
+                queue_depth=one.queue_depth,
+                matched_blocks=one.matched,
+                cached_tokens=one.cached_tokens,
+                expected_s=one.expected_s,
+                score=one.score,
+            )
+            for one in receipt.candidates
+        ],
     )
     return pb.GenerateResponse(route=route).SerializeToString()
 

@@ -1,6 +1,7 @@
-"""The OpenAI-compatible HTTP ingress: a listener, its connections, and the one timer that watches their deadlines.
+"""HTTP servers: a listener, its connections, and the one timer that watches their deadlines.
 
-Owns the connections and, through them, every request's task. Stopping it ends them all.
+A server owns its connections and, through them, every request's task. Stopping it ends them all. `HttpIngress` is the
+server of the OpenAI-compatible API; `router.ingress.admin` is another.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Final
 
 from router.ingress.base import Dispatch, Fleet
 from router.ingress.cors import Cors
-from router.ingress.http_connection import Connection
+from router.ingress.http_connection import Connection, Pages
 from router.ingress.http_routes import Routes
 from router.options import HttpOptions
 
@@ -30,26 +31,24 @@ _FLUSH_S: Final = 1.0  # For the last words to connections that were ended.
 _KEEPALIVE_IDLE_S: Final = 60  # A client whose host vanished is noticed by the kernel's probes after that.
 
 
-class HttpIngress:
-    """Serves HTTP/1.1 on one socket. `metrics` returns the body of ``/metrics`` and its content type."""
+class HttpServer:
+    """Serves HTTP/1.1 on one socket."""
 
     def __init__(
         self,
         options: HttpOptions,
         dispatch: Dispatch,
-        fleet: Fleet,
+        routes: Pages,
         *,
-        metrics: Callable[[], tuple[bytes, str]],
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
-        chance: random.Random | None = None,
-        refused: Callable[[str, str], None] = lambda rpc, error: None,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        refused: Callable[[str, str], None],
     ) -> None:
         """`refused` is called with ``"http"`` and the error's name for each error answered without dispatch."""
         self.options = options
         self.dispatch = dispatch
         self.cors = Cors(options.cors_origins)
-        self.routes = Routes(options, fleet, metrics, wall, chance or random.Random())
+        self.routes = routes
         self.clock = clock
         self.refused = refused
         self._wall = wall
@@ -158,6 +157,25 @@ class HttpIngress:
         now = self.clock()
         for connection in [each for each in self._connections if each.deadline <= now]:
             connection.expired()
+
+
+class HttpIngress(HttpServer):
+    """The OpenAI-compatible API. `metrics` returns the body of ``/metrics`` and its content type."""
+
+    def __init__(
+        self,
+        options: HttpOptions,
+        dispatch: Dispatch,
+        fleet: Fleet,
+        *,
+        metrics: Callable[[], tuple[bytes, str]],
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        chance: random.Random | None = None,
+        refused: Callable[[str, str], None] = lambda rpc, error: None,
+    ) -> None:
+        routes = Routes(options, fleet, metrics, wall, chance or random.Random())
+        super().__init__(options, dispatch, routes, clock=clock, wall=wall, refused=refused)
 
 
 def _keep_alive(listener: socket.socket) -> None:

@@ -22,7 +22,7 @@ from router.ingress.cors import Cors
 from router.ingress.http_log import log_answer, log_defect, log_failure, log_relayed_refusal, logger
 from router.ingress.http_parser import BODY, HEAD, IDLE, HttpRequest, RequestParser
 from router.ingress.http_response import Envelope, Exchange, Reply, error_reply
-from router.ingress.http_routes import Routes, Target, read_target
+from router.ingress.http_routes import Target, read_target
 from router.lane.carriers import tune
 from router.options import HttpOptions
 from router.types import Request
@@ -51,12 +51,25 @@ _CLOSING: Final = "the end"
 _NOTHING: Final = ("", 0)
 
 
+class Pages(Protocol):
+    """What is to be had at a server."""
+
+    def request_id(self, request: HttpRequest | None) -> str:
+        """By which the request goes in logs; None for input that could not be read."""
+
+    def own(self, request: HttpRequest, target: Target) -> Reply | None:
+        """The router's own answer; None where a replica must give it. Raises `KvlaneError`."""
+
+    def relay(self, request: HttpRequest, target: Target, request_id: str) -> Request:
+        """The request for a replica. Raises `KvlaneError`."""
+
+
 class Site(Protocol):
     """What the connections of one server share."""
 
     options: HttpOptions
     dispatch: Dispatch
-    routes: Routes
+    routes: Pages
     cors: Cors
     clock: Callable[[], float]
     refused: Callable[[str, str], None]
@@ -217,7 +230,7 @@ class Connection(asyncio.Protocol):
 
     def _route(self, request: HttpRequest, target: Target, envelope: Envelope) -> None:
         routes = self._site.routes
-        reply = routes.own(request, target.path)
+        reply = routes.own(request, target)
         if reply is not None:
             self._reply(reply, envelope)
             return

@@ -97,8 +97,9 @@ class Routes:
                 return given
         return f"{self._random_bits(128):032x}"
 
-    def own(self, request: HttpRequest, path: str) -> Reply | None:
+    def own(self, request: HttpRequest, target: Target) -> Reply | None:
         """The router's own answer; None where a replica must give it. Raises `KvlaneError`."""
+        path = target.path
         if path not in _OWN and not path.startswith(_MODEL_PREFIX):
             return None
         if request.method not in ("GET", "HEAD"):
@@ -140,6 +141,7 @@ class Routes:
             method=method,
             headers=tuple(headers),
             session_id=request.noted.get("x-session-id") or facts.user,
+            lora=facts.model if self._fleet.parent(facts.model) else "",
             cache_salt=facts.cache_salt,
             priority=facts.priority,
         )

@@ -53,7 +53,10 @@ class LaneListener(Protocol):
         """A stream's first output came `waited_s` after its submit; `expected_s` is what `run` was told."""
 
     def cache_reported(self, lane: Lane, report: CacheReport) -> None:
-        """The replica said how its KV cache changed. The load and the outputs of that step have been taken already."""
+        """The replica said how its KV cache changed. The load and the outputs of that step have been taken already.
+
+        Raises `ValueError` for a report that makes no sense, which costs the replica its lane.
+        """
 
 
 def _blind(info: EngineInfo) -> Foresight:
@@ -248,7 +251,10 @@ class Lane(asyncio.Protocol):
     def _reported(self, report: CacheReport) -> None:
         if report.snapshot:
             self._resyncing = False
-        self._listener.cache_reported(self, report)
+        try:
+            self._listener.cache_reported(self, report)
+        except ValueError as error:
+            raise FrameError(f"a cache report that makes no sense: {error}") from error
         self._last_report = report.seq
 
     def _fail(self, stream: _Stream, error: Exception) -> None:

@@ -6,7 +6,6 @@ step counts are read from the lanes when somebody scrapes. `Metrics` owns its re
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 
@@ -18,15 +17,15 @@ from prometheus_client.registry import Collector
 from router.admission import Admission
 from router.errors import KvlaneError
 from router.observe.policies import PolicyMetrics
+from router.observe.prefixes import PrefixMetrics
+from router.prefix.prefixes import Prefixes
 from router.replicas import Replicas
-from router.types import Request, Rpc
-
-log = logging.getLogger(__name__)
+from router.types import Receipt, Request, Rpc
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2, 4, 10)
 _RPC_NAMES = {Rpc.HTTP: "http", Rpc.GRPC: "grpc"}
-_POLICY_LOG_INTERVAL_S = 60.0
 
 
 class Metrics:
@@ -58,16 +57,24 @@ class Metrics:
             buckets=_TTFT_BUCKETS_S,
             registry=registry,
         )
+        self._foresight = Histogram(
+            "kvlane_first_output_ratio",
+            "That time over what the load model expected of it; 1 where it is right.",
+            buckets=_RATIO_BUCKETS,
+            registry=registry,
+        )
         self._retries = Counter(
             "kvlane_retries", "Requests sent to another replica, by the error before.", ["error"], registry=registry
         )
         self.policies = PolicyMetrics(registry)
         """What guards and shadows report to."""
-        self._policy_logged_at = -_POLICY_LOG_INTERVAL_S
+        self._prefixes = PrefixMetrics()
+        registry.register(self._prefixes)
 
-    def watch(self, admission: Admission, replicas: Replicas) -> None:
+    def watch(self, admission: Admission, replicas: Replicas, prefixes: Prefixes) -> None:
         """Shows these at each scrape."""
         self._registry.register(_State(admission, replicas))
+        self._prefixes.watch(prefixes, replicas)
 
     def began(self) -> float:
         """A request begins; hand the result to `ended`."""
@@ -88,20 +95,28 @@ class Metrics:
             counter = self._counters[rpc, outcome] = self._requests.labels(rpc, outcome)
         counter.inc()
 
-    def first_output(self, waited_s: float) -> None:
-        """A stream's first output came."""
+    def first_output(self, waited_s: float, expected_s: float) -> None:
+        """A stream's first output came; 0 expected where nobody knew."""
         self._ttft.observe(waited_s)
+        if expected_s > 0.0:
+            self._foresight.observe(waited_s / expected_s)
+
+    def hashed(self, seconds: float) -> None:
+        """A prompt was read and hashed."""
+        self._prefixes.hashing.add(seconds)
+
+    def looked_up(self, seconds: float) -> None:
+        """It was looked up who holds how much of a prompt."""
+        self._prefixes.lookup.add(seconds)
+
+    def routed(self, request: Request, receipt: Receipt) -> None:
+        """A replica was chosen; once per try."""
+        if receipt.prompt_tokens:
+            self._prefixes.routed(request.model, receipt)
 
     def retried(self, error: KvlaneError) -> None:
         """A request goes to another replica."""
         self._retries.labels(error.name).inc()
-
-    def policy_failed(self, error: Exception) -> None:
-        """The policy raised or answered nonsense; logged once a minute."""
-        self.policies.policy_failed("unguarded", "raised")
-        if self._clock() - self._policy_logged_at >= _POLICY_LOG_INTERVAL_S:
-            self._policy_logged_at = self._clock()
-            log.error("the policy failed; requests go to the shortest queue instead", exc_info=error)
 
     def exposition(self) -> tuple[bytes, str]:
         """What a scrape gets: the text, and its content type."""
@@ -134,8 +149,9 @@ class _State(Collector):
             )
         }
         for lane in self._replicas.lanes():
-            gauges["running"].add_metric([lane.replica], lane.load.running)
-            gauges["waiting"].add_metric([lane.replica], lane.load.waiting)
-            gauges["kv_usage"].add_metric([lane.replica], lane.load.kv_usage)
-            gauges["leases"].add_metric([lane.replica], lane.view().leases)
+            account = lane.account
+            gauges["running"].add_metric([lane.replica], account.load.running)
+            gauges["waiting"].add_metric([lane.replica], account.load.waiting)
+            gauges["kv_usage"].add_metric([lane.replica], account.load.kv_usage)
+            gauges["leases"].add_metric([lane.replica], account.leases)
         yield from gauges.values()

@@ -8,14 +8,12 @@ from typing import ClassVar
 import msgspec
 
 from router.policies.base import NoOptions
+from router.policies.queues import queue_depths, shortest_queue
 from router.types import Decision, Reason, Request, Snapshot
 
 
 class LeastQueue:
-    """Sends each request to the replica with the fewest requests running, waiting or on their way; ties at random.
-
-    The decision names no fallbacks: when one is needed the queues have changed, and asking again is better.
-    """
+    """Sends each request to the replica with the fewest requests running, waiting or on their way; ties at random."""
 
     Options: ClassVar[type[msgspec.Struct]] = NoOptions
 
@@ -24,13 +22,7 @@ class LeastQueue:
 
     def choose(self, request: Request, snapshot: Snapshot) -> Decision:
         replicas = snapshot.replicas
+        depths = queue_depths(replicas)
         if len(replicas) == 1:
-            return Decision(replicas[0].replica, Reason.ONLY_REPLICA, (), replicas[0].queue_depth)
-        # `queue_depth` written out: its calls would be half of the cost.
-        depths = [view.load.running + view.load.waiting + view.unacked for view in replicas]
-        shortest = min(depths)
-        ties = depths.count(shortest)
-        place = depths.index(shortest)
-        for _ in range(int(self._random.random() * ties) if ties > 1 else 0):
-            place = depths.index(shortest, place + 1)
-        return Decision(replicas[place].replica, Reason.SHORTEST_QUEUE, (), shortest)
+            return Decision(replicas[0].replica, Reason.ONLY_REPLICA, (), depths[0])
+        return shortest_queue(replicas, depths, self._random)

@@ -1,14 +1,16 @@
-"""Queues as policies compare them: their lengths, the shortest, and how long one may be before affinity yields. Pure."""
+"""Queues as policies compare them: their lengths, the shortest, and when one is too long for affinity. Pure."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 
 from router.types import Decision, Reason, ReplicaView
+
+T = TypeVar("T")
 
 
 class Patience(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,7 +36,7 @@ def queue_depths(replicas: Sequence[ReplicaView]) -> list[int]:
     return [view.load.running + view.load.waiting + view.unacked for view in replicas]
 
 
-def place_of[T](values: list[T], value: T, random: random.Random) -> int:
+def place_of(values: list[T], value: T, random: random.Random) -> int:
     """The position of one of the items that equal `value`, drawn at random. Raises `ValueError` where there is none."""
     ties = values.count(value)
     place = values.index(value)

@@ -1,39 +1,52 @@
-"""Which policies are installed, and making one of them from its name and options.
+"""Which policies and scorers are installed, and making one of them from its name and options.
 
-The rule: built-ins and plugins come the same way, as entry points of the group ``kvlane.policies``, and a plugin that
-cannot be used harms nobody who does not name it. Holds no state; the environment's package metadata is the registry.
+The rule: built-ins and plugins come the same way, as entry points of the groups ``kvlane.policies`` and
+``kvlane.scorers``, and a plugin that cannot be used harms nobody who does not name it. Holds no state; the
+environment's package metadata is the registry.
 """
 
 from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
 
 from router.errors import ConfigError
-from router.fields import nearest, problems, reworded
-from router.policies.base import Policy, PolicyClass
+from router.fields import Path, dotted, nearest, problems, reworded
+from router.policies.base import Policy
+from router.policies.scorers import Scorer
 
-GROUP = "kvlane.policies"
-
-_OPTIONS = ("policy", "options")
+Plugin = TypeVar("Plugin")
 
 
-class PolicySpec(msgspec.Struct, frozen=True):
-    """A policy that can be created."""
+class Place(NamedTuple):
+    """Where users write a name and its options; refusals begin with it."""
 
     name: str
-    policy: PolicyClass
+    """Dotted."""
+    options: Path
+
+
+ROUTING: Final = Place("policy.name", ("policy", "options"))
+SHADOW: Final = Place("policy.shadow", ("policy", "shadow_options"))
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """A plugin that can be created."""
+
+    name: str
+    plugin: Callable[..., Any]
+    """Its class; takes the options, converted, and the random source."""
     options: type[msgspec.Struct]
     dist: str
     """The distribution it comes from, with its version: ``kvlane 0.1.0``."""
 
 
-class BrokenPolicy(msgspec.Struct, frozen=True):
+class Broken(msgspec.Struct, frozen=True):
     """A name that is registered but cannot be used."""
 
     name: str
@@ -41,94 +54,126 @@ class BrokenPolicy(msgspec.Struct, frozen=True):
     cause: str
 
 
-def installed() -> list[PolicySpec]:
-    """The policies that can be created, by name."""
-    return [spec for spec in _scan() if isinstance(spec, PolicySpec)]
+class Registry(Generic[Plugin]):
+    """The plugins of one kind: classes with `Options` and one method, behind one entry-point group."""
 
+    def __init__(self, kind: str, group: str, method: str) -> None:
+        self._kind = kind
+        self._group = group
+        self._method = method
 
-def broken() -> list[BrokenPolicy]:
-    """The registered policies that cannot be used, each with the cause, by name."""
-    return [spec for spec in _scan() if isinstance(spec, BrokenPolicy)]
+    def installed(self) -> list[Spec]:
+        """The plugins that can be created, by name."""
+        return [spec for spec in self._scan() if isinstance(spec, Spec)]
 
+    def broken(self) -> list[Broken]:
+        """The registered plugins that cannot be used, each with the cause, by name."""
+        return [spec for spec in self._scan() if isinstance(spec, Broken)]
 
-def check(name: str, options: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` where `create` would refuse the name or the options."""
-    _converted(_find(name), options)
+    def check(self, name: str, options: Mapping[str, Any], place: Place = ROUTING) -> None:
+        """Raises `ConfigError` where `create` would refuse the name or the options."""
+        self.check_all({name: options}, lambda _: place)
 
+    def check_all(self, wanted: Mapping[str, Mapping[str, Any]], place: Callable[[str], Place]) -> None:
+        """`check` for several names with their options, each written at its `place`."""
+        registered = self._registered()  # Once: it reads the metadata of all that is installed.
+        for name, options in wanted.items():
+            self._converted(self._find(registered, name, place(name)), options, place(name))
 
-def create(name: str, options: Mapping[str, Any], random: random.Random) -> Policy:
-    """A policy of that name with its options from plain values. Raises `ConfigError`."""
-    spec = _find(name)
-    try:
-        return spec.policy(_converted(spec, options), random)
-    except ValueError as error:
-        raise ConfigError(f"policy.options: policy '{name}' refuses its options: {error}") from error
+    def create(self, name: str, options: Mapping[str, Any], random: random.Random, place: Place = ROUTING) -> Plugin:
+        """A plugin of that name with its options from plain values. Raises `ConfigError`."""
+        (made,) = self.create_all({name: options}, random, lambda _: place)
+        return made
 
+    def create_all(
+        self, wanted: Mapping[str, Mapping[str, Any]], random: random.Random, place: Callable[[str], Place]
+    ) -> list[Plugin]:
+        """`create` for several names with their options, each written at its `place`."""
+        registered = self._registered()
+        return [
+            self._made(self._find(registered, name, place(name)), options, random, place(name))
+            for name, options in wanted.items()
+        ]
 
-def _find(name: str) -> PolicySpec:
-    registered = _registered()
-    if name not in registered:
-        names = ", ".join(registered) or "none"
-        hint = nearest(name, registered)
-        meant = hint if "did you mean" in hint else ";"
-        raise ConfigError(f"policy.name: unknown policy {name!r}{meant} installed: {names}")
-    spec = _load(name, registered[name])
-    if isinstance(spec, BrokenPolicy):
-        raise ConfigError(f"policy.name: policy {name!r} of {spec.dist} cannot be used: {spec.cause}")
-    return spec
+    def _made(self, spec: Spec, options: Mapping[str, Any], random: random.Random, place: Place) -> Plugin:
+        converted = self._converted(spec, options, place)
+        try:
+            made: Plugin = spec.plugin(converted, random)
+        except ValueError as error:
+            told = f"{dotted(place.options)}: {self._kind} '{spec.name}' refuses its options: {error}"
+            raise ConfigError(told) from error
+        return made
 
+    def _find(self, registered: Mapping[str, list[EntryPoint]], name: str, place: Place) -> Spec:
+        if name not in registered:
+            names = ", ".join(registered) or "none"
+            hint = nearest(name, registered.keys())
+            meant = hint if "did you mean" in hint else ";"
+            raise ConfigError(f"{place.name}: unknown {self._kind} {name!r}{meant} installed: {names}")
+        spec = self._load(name, registered[name])
+        if isinstance(spec, Broken):
+            raise ConfigError(f"{place.name}: {self._kind} {name!r} of {spec.dist} cannot be used: {spec.cause}")
+        return spec
 
-def _converted(spec: PolicySpec, options: Mapping[str, Any]) -> msgspec.Struct:
-    plain = dict(options)
-    if lines := list(problems(plain, spec.options, _OPTIONS)):
-        raise ConfigError("\n".join(f"{line} (policy '{spec.name}')" for line in lines))
-    try:
-        return msgspec.convert(plain, spec.options)
-    except msgspec.ValidationError as error:  # What an Options class checks in its own `__post_init__`.
-        raise ConfigError(f"policy.options: {reworded(error)} (policy '{spec.name}')") from error
+    def _converted(self, spec: Spec, options: Mapping[str, Any], place: Place) -> msgspec.Struct:
+        plain = dict(options)
+        if lines := list(problems(plain, spec.options, place.options)):
+            raise ConfigError("\n".join(f"{line} ({self._kind} '{spec.name}')" for line in lines))
+        try:
+            return msgspec.convert(plain, spec.options)
+        except msgspec.ValidationError as error:  # What an Options class checks in its own `__post_init__`.
+            told = f"{dotted(place.options)}: {reworded(error)} ({self._kind} '{spec.name}')"
+            raise ConfigError(told) from error
 
+    def _registered(self) -> dict[str, list[EntryPoint]]:
+        """Entry points by name, sorted; more than one where several distributions use a name for different classes."""
+        found: dict[str, list[EntryPoint]] = {}
+        for point in entry_points(group=self._group):
+            same = found.setdefault(point.name, [])
+            if all(point.value != other.value for other in same):
+                same.append(point)
+        return dict(sorted(found.items()))
 
-def _registered() -> dict[str, list[EntryPoint]]:
-    """Entry points by name, sorted; more than one where several distributions use a name for different classes."""
-    found: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=GROUP):
-        same = found.setdefault(point.name, [])
-        if all(point.value != other.value for other in same):
-            same.append(point)
-    return dict(sorted(found.items()))
+    def _scan(self) -> list[Spec | Broken]:
+        return [self._load(name, points) for name, points in self._registered().items()]
 
+    def _load(self, name: str, points: list[EntryPoint]) -> Spec | Broken:
+        dists = " and ".join(_dist(point) for point in points)
+        if len(points) > 1:
+            return Broken(name, dists, "several installed packages use this name; uninstall all but one")
+        try:
+            plugin = points[0].load()
+        except Exception as error:  # Whatever a plugin's import may raise: reported here, and again where it is named.
+            return Broken(name, dists, f"{points[0].value} fails to import: {type(error).__name__}: {error}")
+        fault = self._fault(plugin)
+        if fault:
+            return Broken(name, dists, f"{points[0].value} {fault}")
+        return Spec(name, plugin, plugin.Options, dists)
 
-def _scan() -> Iterable[PolicySpec | BrokenPolicy]:
-    return [_load(name, points) for name, points in _registered().items()]
-
-
-def _load(name: str, points: list[EntryPoint]) -> PolicySpec | BrokenPolicy:
-    dists = " and ".join(_dist(point) for point in points)
-    if len(points) > 1:
-        return BrokenPolicy(name, dists, "several installed packages use this name; uninstall all but one")
-    try:
-        policy = points[0].load()
-    except Exception as error:  # Whatever a plugin's import may raise: reported here, and again where it is named.
-        return BrokenPolicy(name, dists, f"{points[0].value} fails to import: {type(error).__name__}: {error}")
-    fault = _fault(policy)
-    if fault:
-        return BrokenPolicy(name, dists, f"{points[0].value} {fault}")
-    return PolicySpec(name, policy, policy.Options, dists)
-
-
-def _fault(policy: Any) -> str:
-    """What keeps an object from being a policy class; empty where nothing does."""
-    options = getattr(policy, "Options", None)
-    if not callable(policy):
-        return "is not a class"
-    if not (isinstance(options, type) and issubclass(options, msgspec.Struct)):
-        return "has no class attribute Options that is a msgspec.Struct"
-    if not callable(getattr(policy, "choose", None)):
-        return "has no method choose"
-    if inspect.iscoroutinefunction(policy.choose):
-        return "has an async choose; it must be a plain function"
-    return ""
+    def _fault(self, plugin: Any) -> str:
+        """What keeps an object from being a class of this kind; empty where nothing does."""
+        options = getattr(plugin, "Options", None)
+        if not callable(plugin):
+            return "is not a class"
+        if not (isinstance(options, type) and issubclass(options, msgspec.Struct)):
+            return "has no class attribute Options that is a msgspec.Struct"
+        method = getattr(plugin, self._method, None)
+        if not callable(method):
+            return f"has no method {self._method}"
+        if inspect.iscoroutinefunction(method):
+            return f"has an async {self._method}; it must be a plain function"
+        return ""
 
 
 def _dist(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
+
+
+policies: Final[Registry[Policy]] = Registry("policy", "kvlane.policies", "choose")
+scorers: Final[Registry[Scorer]] = Registry("scorer", "kvlane.scorers", "score")
+
+# Policies are what most callers mean.
+installed = policies.installed
+broken = policies.broken
+check = policies.check
+create = policies.create

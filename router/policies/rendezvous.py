@@ -20,7 +20,7 @@ def key_of(text: str) -> int:
     return xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def home(key: int, replicas: Sequence[ReplicaView], depths: Sequence[int], limit: float) -> tuple[int, bool]:
+def home(key: int, replicas: Sequence[ReplicaView], depths: Sequence[float], limit: float) -> tuple[int, bool]:
     """The position of the key's home, or of its next home where queues are above `limit`; and whether it is the first.
 
     At least one of the `depths` must be within the limit.

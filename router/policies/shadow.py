@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from router.policies.base import Policy
-from router.policies.expectations import first_token_s
+from router.policies.expectations import first_tokens_s
 from router.types import Decision, Reason, Request, Snapshot
 
 _NO_OPINION = frozenset({Reason.POLICY_FAILED, Reason.POLICY_STALLED})
@@ -61,9 +61,7 @@ class Shadow:
         if shadow.replica == live.replica:
             self._observer.shadow_decided(True, 0.0)
             return
-        expected = {
-            view.replica: first_token_s(view, snapshot.prefix, snapshot.now)
-            for view in snapshot.replicas
-            if view.replica == shadow.replica or view.replica == live.replica
-        }
-        self._observer.shadow_decided(False, expected[shadow.replica] - expected[live.replica])
+        names = [view.replica for view in snapshot.replicas]
+        expected = first_tokens_s(snapshot)
+        difference = expected[names.index(shadow.replica)] - expected[names.index(live.replica)]
+        self._observer.shadow_decided(False, difference)

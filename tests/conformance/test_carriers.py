@@ -110,8 +110,8 @@ async def test_an_abort_reaches_the_engine_and_no_other_stream(joined: Joined) -
     await asyncio.wait([aborted])
     await within_deadline(going_on)
     assert kept.tokens == 300
-    await until(lambda: lane.load.running + lane.load.waiting == 0, "the engine is idle")
-    assert (lane.streams, lane.view().leases) == (0, 0)
+    await until(lambda: lane.account.load.running + lane.account.load.waiting == 0, "the engine is idle")
+    assert (lane.streams, lane.account.view().leases) == (0, 0)
 
 
 async def test_a_sink_that_fails_ends_its_own_stream_only(joined: Joined) -> None:
@@ -123,7 +123,7 @@ async def test_a_sink_that_fails_ends_its_own_stream_only(joined: Joined) -> Non
     with pytest.raises(ClientTooSlow):
         await within_deadline(failing)
     assert good.tokens == 100
-    await until(lambda: lane.load.running + lane.load.waiting == 0, "the engine is idle")
+    await until(lambda: lane.account.load.running + lane.account.load.waiting == 0, "the engine is idle")
 
 
 async def test_large_bodies_go_up_whole(joined: Joined) -> None:
@@ -154,12 +154,12 @@ async def test_closing_a_lane_fails_its_streams_and_frees_the_engine(joined: Joi
     sink = RecordingSink()
     task = asyncio.create_task(run(second.lanes()[0], sink, 30_000))
     await within_deadline(sink.got_data.wait())
-    await until(lambda: lane.load.running == 1, "the first router sees the second's load")
+    await until(lambda: lane.account.load.running == 1, "the first router sees the second's load")
     await second.close()
     with pytest.raises(ReplicaLost):
         await within_deadline(task)
-    await until(lambda: lane.load.running + lane.load.waiting == 0, "the engine is idle")
-    assert other.load.running == 0
+    await until(lambda: lane.account.load.running + lane.account.load.waiting == 0, "the engine is idle")
+    assert other.account.load.running == 0
 
 
 async def test_a_silent_lane_is_kept_alive_by_pings(joined: Joined) -> None:
@@ -178,4 +178,4 @@ async def test_a_thousand_streams_run_to_their_end(joined: Joined) -> None:
     runs = [run(lanes[i % 2], sink, 20, prompt=f"stream {i}") for i, sink in enumerate(sinks)]
     await within_deadline(asyncio.gather(*runs))
     assert all(sink.tokens == 20 and sink.payloads[-1].endswith(b"data: [DONE]\n\n") for sink in sinks)
-    assert all((lane.streams, lane.view().leases) == (0, 0) for lane in lanes)
+    assert all((lane.streams, lane.account.view().leases) == (0, 0) for lane in lanes)

@@ -86,7 +86,7 @@ async def test_requests_outlive_a_killed_replica_and_its_replacement_takes_traff
             assert new in {replica for replica, _ in results}
             assert new in {replica for replica, _ in over_grpc}
             await until(lambda: sum(in_flight(app)) == 0, "no stream is left")
-            assert all(lane.view().leases == 0 for lane in app.replicas.lanes())
+            assert all(lane.account.view().leases == 0 for lane in app.replicas.lanes())
 
 
 class Traffic:

@@ -55,6 +55,9 @@ class FakeFleet:
             ModelStatus(ModelCard("tiny", max_model_len=64), ready_replicas=2),
         )
 
+    def parent(self, model: str) -> str:
+        return "tiny" if model == "lora-a" else ""
+
     def methods(self, path: str) -> tuple[str, ...]:
         return ()
 

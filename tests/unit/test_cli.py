@@ -16,12 +16,16 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("kvlane 0.")
 
 
-def test_policies_are_listed_with_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_policies_and_scorers_are_listed_with_their_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["policies"]) == 0
-    listed = capsys.readouterr().out
-    for name in ("round-robin", "least-queue", "power-of-two", "random"):
-        assert f"{name}  (kvlane " in listed
-    assert "choices: an integer at least 2, default 2" in listed
+    policies, scorers = capsys.readouterr().out.split("\nScorers ")
+    for name in ("round-robin", "least-queue", "power-of-two", "random", "cost", "weighted", "session"):
+        assert f"\n{name}  (kvlane " in policies
+    assert "choices: an integer at least 2, default 2" in policies
+    assert "scorers: a table, default {'prefix': 3.0, " in policies
+    for name in ("prefix", "queue", "session"):
+        assert f"\n{name}  (kvlane " in scorers
+    assert "lead: a number above 0, default 8.0" in scorers
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)

@@ -9,12 +9,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
-from kvlane.client import Client, Delta, Embeddings, KvlaneCallError, Model, Route, Routing, Usage
+from kvlane.client import Client, Delta, Embeddings, KvlaneCallError, Model, Route, RouteCandidate, Routing, Usage
 from kvlane.v1 import inference_pb2 as pb
 
+from router.dispatch import EXPLAIN_HEADER
 from router.errors import ModelNotFound, ReplicaLost
-from router.types import Request, Sink
+from router.types import Candidate, Request, Sink
 from tests.unit.grpc_serving import Script, Served, fails, hangs, receipt, says, serving, until, within
 
 pytestmark = pytest.mark.timeout(60)
@@ -41,6 +43,27 @@ async def test_generate_yields_typed_deltas() -> None:
     assert (first.text, first.token_ids, first.finish_reason) == ("a", (7,), None)
     assert (first.logprobs[0].chosen.text, first.logprobs[0].top[0].rank) == ("a", 1)
     assert last == Delta(finish_reason="stop", stop_reason="7", usage=Usage(3, 1, 2))
+
+
+async def test_a_call_that_asks_for_it_gets_all_candidates_of_its_route() -> None:
+    candidates = (Candidate("replica-1", 3, 5, 400, 0.25, 1.5), Candidate("replica-2", 0))
+
+    async def script(request: Request, sink: Sink) -> None:
+        made = receipt(request)
+        if EXPLAIN_HEADER in request.headers:
+            made = msgspec.structs.replace(made, matched=5, blocks=8, score=1.5, candidates=candidates)
+        sink.routed(made)
+        sink.data(pb.GenerateResponse(text="a").SerializeToString(), 1)
+
+    async with serving(script) as served, Client(served.target, metadata=(EXPLAIN_HEADER,)) as client:
+        first, *_ = [delta async for delta in client.generate("tiny", "hi")]
+    route = first.route
+    assert route is not None
+    assert (route.matched_blocks, route.prompt_blocks, route.score) == (5, 8, 1.5)
+    assert route.candidates == (
+        RouteCandidate("replica-1", 3, 5, 400, 0.25, 1.5),
+        RouteCandidate("replica-2", 0, 0, 0, 0.0, None),
+    )
 
 
 async def test_generate_sends_what_it_is_given() -> None:

@@ -297,7 +297,30 @@ def test_ports_may_be_equal_where_they_are_zero_or_one_ingress_is_off(write: Wri
 def test_an_unknown_policy_lists_the_installed_ones(write: Write) -> None:
     message = refusal(write("policy.name = 'round-robbin'"))
     assert "did you mean 'round-robin'?" in message
-    assert "least-queue, power-of-two, random, round-robin" in message
+    assert "installed: cost, least-queue, " in message
+
+
+def test_a_shadow_policy_and_its_options_are_checked_as_the_policy_is(write: Write) -> None:
+    assert load(write("policy.shadow = 'power-of-two'\npolicy.shadow_options.choices = 3"), env={}).policy.shadow
+    message = refusal(write("policy.shadow = 'power-of-two'\npolicy.shadow_options.choices = 1"))
+    assert message == ("policy.shadow_options.choices: expected an integer at least 2, got 1 (policy 'power-of-two')")
+    assert refusal(write("policy.shadow = 'randon'")).startswith("policy.shadow: unknown policy 'randon'; did you mean")
+    assert refusal(write("policy.shadow_options.choices = 3")).startswith("policy.shadow: missing")
+
+
+def test_a_bad_policy_and_a_bad_shadow_are_told_together(write: Write) -> None:
+    lines = refusal(write("policy.name = 'a'\npolicy.shadow = 'b'")).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["policy.name", "policy.shadow"]
+
+
+def test_scorers_of_the_weighted_policy_are_checked_at_the_start(write: Write) -> None:
+    weighted = "policy.name = 'weighted'\npolicy.options"
+    message = refusal(write(f"{weighted}.scorers.prefx = 1"))
+    assert message.startswith("policy.options: scorers: unknown scorer 'prefx'; did you mean 'prefix'?")
+    message = refusal(write(f"{weighted}.scorers.queue = -1"))
+    assert message.startswith("policy.options.scorers.queue: expected a number at least 0, got -1")
+    message = refusal(write(f"{weighted} = {{scorers = {{queue = 1}}, scorer_options = {{queue = {{leed = 1}}}}}}"))
+    assert "scorer_options.queue.leed: unknown field; did you mean 'lead'? (scorer 'queue')" in message
 
 
 # The tree as a whole

@@ -1,9 +1,9 @@
 """Dispatch over real lanes with engines under the test's control: choice, retry, leases, deadlines."""
 
 import asyncio
-import random
 import time
-from collections.abc import AsyncIterator
+from array import array
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
@@ -20,10 +20,11 @@ from router.errors import (
     ReplicaLost,
     ShuttingDown,
 )
-from router.lane.frames import End, Submit
-from router.options import LimitOptions
-from router.policies import registry
-from router.types import Decision, Reason, Request, Snapshot
+from router.lane.frames import CacheReport, End, Submit, unpack_chain
+from router.options import LimitOptions, PrefixOptions
+from router.prefix.prefixes import Prefixes
+from router.receipts import Explainer
+from router.types import CacheMode, Chain, Decision, Reason, Receipt, Request, Rpc, Snapshot
 from tests.fakes import DEADLINE_S, Fleet, RecordingSink, eventually, make_request
 
 
@@ -33,7 +34,8 @@ class Notes:
     def __init__(self) -> None:
         self.outcomes: list[str] = []
         self.retries: list[str] = []
-        self.policy_errors: list[Exception] = []
+        self.receipts: list[Receipt] = []
+        self.hashes = self.lookups = 0
 
     def began(self) -> float:
         return 0.0
@@ -44,8 +46,14 @@ class Notes:
     def retried(self, error: KvlaneError) -> None:
         self.retries.append(error.name)
 
-    def policy_failed(self, error: Exception) -> None:
-        self.policy_errors.append(error)
+    def hashed(self, seconds: float) -> None:
+        self.hashes += 1
+
+    def looked_up(self, seconds: float) -> None:
+        self.lookups += 1
+
+    def routed(self, request: Request, receipt: Receipt) -> None:
+        self.receipts.append(receipt)
 
 
 class First:
@@ -58,9 +66,12 @@ class First:
 class Router:
     """A dispatcher with what it joins."""
 
-    def __init__(self, **limits: float) -> None:
-        self.fleet = Fleet()
+    def __init__(self, *, record: bool = False, **limits: float) -> None:
+        self.prefixes = Prefixes(PrefixOptions(block_bytes=16), time.monotonic)
+        self.fleet = Fleet(self.prefixes)
         self.notes = Notes()
+        self.scores: dict[str, float] = {}
+        self.recorded: list[tuple[Request, Receipt]] = []
         self.policy = First()
         options = LimitOptions(**({"no_replica_wait_s": 0.05} | limits))  # type: ignore[arg-type]
         self.admission = Admission(options.max_streams)
@@ -68,11 +79,13 @@ class Router:
             self.admission,
             self.policy,
             "first",
-            registry.create("least-queue", {}, random.Random(0)),
+            self.prefixes,
             self.fleet.router,
             options,
             self.notes,
             time.monotonic,
+            Explainer(lambda request, snapshot: self.scores),
+            (lambda request, receipt: self.recorded.append((request, receipt))) if record else None,
         )
 
     async def replicas(self, *names: str) -> None:
@@ -81,7 +94,7 @@ class Router:
         await self.fleet.until(lambda: self.fleet.ready() == len(self.fleet.records))
 
     def leases(self) -> int:
-        return sum(lane.view().leases + lane.streams for lane in self.fleet.router.lanes())
+        return sum(lane.account.view().leases + lane.streams for lane in self.fleet.router.lanes())
 
 
 @pytest.fixture
@@ -224,19 +237,167 @@ async def test_requests_over_the_limit_are_refused_before_any_work() -> None:
     await router.fleet.close()
 
 
-@pytest.mark.parametrize("fault", ["raises", "nonsense"])
-async def test_a_broken_policy_costs_no_request(router: Router, fault: str) -> None:
+# What the router knows of KV caches.
+
+PROMPT = b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % (b"all work and no play " * 20)
+
+
+def report(seq: int, hashes: Sequence[int], *, snapshot: bool = False, mode: str = "exact") -> CacheReport:
+    """A replica holds these blocks, one token per byte."""
+    depths = [16 * (i + 1) for i in range(len(hashes))]
+    return CacheReport(seq, snapshot, array("Q", hashes).tobytes(), array("I", depths).tobytes(), mode=mode)
+
+
+def prompt_request(request_id: str = "r1", *headers: tuple[str, str]) -> Request:
+    return Request(request_id, "m", Rpc.HTTP, "/v1/chat/completions", PROMPT, headers=headers)
+
+
+def holds(router: Router, replica: str, blocks: int) -> Chain:
+    """The replica reported that it holds so many blocks of the prompt."""
+    chain = router.prefixes.chain(prompt_request())
+    assert chain is not None
+    assert router.prefixes.reported(replica, report(1, chain.blocks[:blocks], snapshot=True))
+    return chain
+
+
+async def test_the_chain_and_what_is_held_there_travel_with_the_submit(router: Router) -> None:
     await router.replicas("a", "b")
-    for engine in router.fleet.engines.values():
-        engine.respond = answer
+    router.fleet.engines["a"].respond = answer
+    chain = holds(router, "a", 5)
+    await router.dispatcher.run(prompt_request(), RecordingSink())
+    (call,) = router.fleet.engines["a"].calls
+    assert (unpack_chain(call.chain), call.matched) == (chain, 5)
+    (receipt,) = router.notes.receipts
+    assert (receipt.matched, receipt.blocks, receipt.cached_tokens) == (5, len(chain.blocks), 80)
+    assert receipt.prompt_tokens == 80 + round((chain.prompt_bytes - 80) * 0.25)
+    assert (router.notes.hashes, router.notes.lookups) == (1, 1)
+
+
+async def test_a_policy_sees_who_holds_how_much_of_the_prompt(router: Router) -> None:
+    await router.replicas("a", "b")
+    chain, seen = holds(router, "b", 3), []
 
     def choose(request: Request, snapshot: Snapshot) -> Decision:
-        if fault == "raises":
-            raise ZeroDivisionError
-        return Decision("nobody", Reason.POLICY)
+        seen.append(snapshot)
+        return Decision("b", Reason.LONGEST_PREFIX)
 
     router.policy.choose = choose  # type: ignore[method-assign]
+    router.fleet.engines["b"].respond = answer
+    await router.dispatcher.run(prompt_request(), RecordingSink())
+    (snapshot,) = seen
+    assert snapshot.prefix.chain == chain
+    assert {replica: held.blocks for replica, held in snapshot.prefix.held.items()} == {"b": 3}
+    assert {view.replica: view.cache for view in snapshot.replicas} == {
+        "a": CacheMode.APPROXIMATE,
+        "b": CacheMode.APPROXIMATE,  # The report did not come by the lane, so the account has not been told.
+    }
+
+
+async def test_a_prompt_on_its_way_is_soon_held_there_and_charged_until_the_load_counts_it(router: Router) -> None:
+    await router.replicas("a")
+    chain = holds(router, "a", 0)
+    task = asyncio.create_task(router.dispatcher.run(prompt_request(), RecordingSink()))
+    await asyncio.sleep(0)
+    (view,) = router.fleet.router.snapshot("m").replicas
+    assert (view.unacked, view.unacked_tokens) == (1, round(chain.prompt_bytes * 0.25))
+    held = router.prefixes.view("m", chain).held["a"]
+    assert (held.blocks, held.soon) == (len(chain.blocks), len(chain.blocks))
+    await eventually(lambda: bool(router.fleet.engines["a"].calls))
+    router.fleet.engines["a"].outs[0].end()
+    await task
+    assert router.prefixes.view("m", chain).held == {}
+    (view,) = router.fleet.router.snapshot("m").replicas
+    assert (view.unacked, view.unacked_tokens) == (0, 0)
+
+
+async def test_however_a_request_ends_nothing_is_held_for_it_any_more(router: Router) -> None:
+    await router.replicas("a")
+    chain = holds(router, "a", 0)
+    task = asyncio.create_task(router.dispatcher.run(prompt_request(), RecordingSink()))
+    await eventually(lambda: bool(router.fleet.engines["a"].calls))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert router.prefixes.view("m", chain).held == {}
+    router.fleet.engines["a"].respond = lambda call, out: out.fail(InvalidRequest("bad"))
+    with pytest.raises(InvalidRequest):
+        await router.dispatcher.run(prompt_request(), RecordingSink())
+    assert (router.prefixes.view("m", chain).held, router.prefixes.status().holds) == ({}, 0)
+
+
+async def test_another_try_looks_the_prompt_up_anew_without_hashing_it_again(router: Router) -> None:
+    await router.replicas("a", "b")
+    holds(router, "b", 4)
+    router.fleet.engines["a"].respond = lambda call, out: out.fail(ReplicaLost("gone"))
+    router.fleet.engines["b"].respond = answer
+    sink = RecordingSink()
+    await router.dispatcher.run(prompt_request(), sink)
+    assert [(one.replica, one.matched) for one in sink.receipts] == [("a", 0), ("b", 4)]
+    assert (router.notes.hashes, router.notes.lookups) == (1, 2)
+    assert router.fleet.engines["b"].calls[0].matched == 4
+
+
+async def test_where_no_replica_reuses_prefixes_the_prompt_is_not_even_read(router: Router) -> None:
+    engine = await router.fleet.add("a", prefix_caching=False)
+    await router.fleet.until(lambda: router.fleet.ready() == 1)
+    engine.respond = answer
+    await router.dispatcher.run(prompt_request(), RecordingSink())
+    assert (router.notes.hashes, router.notes.lookups) == (0, 0)
+    (call,) = engine.calls
+    assert (call.chain, call.matched) == (b"", 0)
+    (receipt,) = router.notes.receipts
+    assert receipt.header() == "replica=a;policy=first;reason=policy;queue=0"
+
+
+async def test_candidates_are_told_to_who_asks_and_to_nobody_else(router: Router) -> None:
+    await router.replicas("a", "b")
+    router.fleet.engines["a"].respond = answer
+    router.scores = {"a": 2.5, "b": 1.5}
+    holds(router, "a", 0)
+    chain = holds(router, "b", 2)
+    sink = RecordingSink()
+    await router.dispatcher.run(prompt_request("r1"), sink)
+    await router.dispatcher.run(prompt_request("r2", ("x-kvlane-explain", "1")), sink)
+    silent, told = sink.receipts
+    assert silent.candidates == ()
+    assert [(one.replica, one.matched, one.score) for one in told.candidates] == [("a", 0, 2.5), ("b", 2, 1.5)]
+    assert f";matched=0/{len(chain.blocks)};" in told.header()
+    assert (
+        ";candidates=a(matched=0 cached=0 queue=0 score=2.5),b(matched=2 cached=32 queue=0 score=1.5)" in told.header()
+    )
+
+
+async def test_an_explanation_that_fails_costs_no_request(router: Router, caplog: pytest.LogCaptureFixture) -> None:
+    await router.replicas("a")
+    router.fleet.engines["a"].respond = answer
+    router.scores = None  # type: ignore[assignment]
+    for i in range(3):
+        await router.dispatcher.run(prompt_request(f"r{i}", ("x-kvlane-explain", "1")), RecordingSink())
+    assert [[one.score for one in receipt.candidates] for receipt in router.notes.receipts] == [[None]] * 3
+    assert [record.message for record in caplog.records if record.name == "router.receipts"] == [
+        "the policy's explain failed; it is not asked again"
+    ]
+
+
+async def test_a_record_gets_every_receipt_with_its_candidates() -> None:
+    router = Router(record=True)
+    await router.replicas("a", "b")
+    router.fleet.engines["a"].respond = answer
+    await router.dispatcher.run(prompt_request(), RecordingSink())
+    ((request, receipt),) = router.recorded
+    assert request.request_id == "r1"
+    assert {one.replica for one in receipt.candidates} == {"a", "b"}
+    await router.fleet.close()
+
+
+async def test_a_fallback_decision_keeps_its_order_over_tries(router: Router) -> None:
+    await router.replicas("a", "b", "c")
+
+    def choose(request: Request, snapshot: Snapshot) -> Decision:
+        return Decision("a", Reason.POLICY, ("gone", "c", "b"))
+
+    router.policy.choose = choose  # type: ignore[method-assign]
+    router.fleet.engines["a"].respond = lambda call, out: out.fail(ReplicaLost("gone"))
+    router.fleet.engines["c"].respond = answer
     sink = RecordingSink()
     await router.dispatcher.run(make_request(), sink)
-    assert sink.receipts[0].reason is Reason.POLICY_FAILED
-    assert len(router.notes.policy_errors) == 1
+    assert [receipt.replica for receipt in sink.receipts] == ["a", "c"]

@@ -335,3 +335,13 @@ async def test_a_call_without_a_message_is_refused() -> None:
 async def test_an_unknown_method_is_unimplemented() -> None:
     async with serving(says("a")) as served:
         assert (await served.error("Nope", b"")).code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(("model", "named", "lora"), [("lora-a", "", "lora-a"), ("tiny", "", ""), ("tiny", "x", "x")])
+async def test_an_adapter_that_is_asked_for_by_its_name_is_the_requests_lora(model: str, named: str, lora: str) -> None:
+    async with serving(says("a")) as served:
+        request = pb.GenerateRequest(model=model, text="hi", routing=pb.RoutingParams(lora=named))
+        async for _ in served.generate(request):
+            pass
+    (routed,) = served.dispatch.requests
+    assert (routed.model, routed.lora) == (model, lora)

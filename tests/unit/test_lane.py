@@ -10,8 +10,8 @@ from engine.replica import Replica
 from router.errors import ClientTooSlow, InvalidRequest, ReplicaDraining, ReplicaLost
 from router.lane import frames
 from router.lane.client import Lane
-from router.lane.frames import End
-from router.types import Load
+from router.lane.frames import CacheReport, End
+from router.types import Chain, Charge, EngineInfo, Load
 from tests.fakes import DEADLINE_S, SECRET, Fleet, RecordingSink, eventually, make_request
 
 
@@ -64,7 +64,7 @@ async def test_all_streams_output_of_one_engine_step_travels_in_one_frame(fleet:
     sinks = [RecordingSink() for _ in range(20)]
     tasks = [await submitted(fleet, sink, f"r{i}") for i, sink in enumerate(sinks)]
     lane = lane_of(fleet)
-    await eventually(lambda: lane.view().unacked == 0 or lane.steps >= 0)
+    await eventually(lambda: lane.account.view().unacked == 0 or lane.steps >= 0)
     before = lane.steps
     for _ in range(3):
         for out in engine.outs:
@@ -100,17 +100,17 @@ async def test_the_load_is_that_of_the_last_step_and_unacked_submits_count(fleet
     lane = lane_of(fleet)
     tasks = [asyncio.create_task(run(fleet, RecordingSink(), f"r{i}")) for i in range(3)]
     await asyncio.sleep(0)
-    assert (lane.view().unacked, lane.view().leases, lane.view().queue_depth) == (3, 3, 3)
+    assert (lane.account.view().unacked, lane.account.view().leases, lane.account.view().queue_depth) == (3, 3, 3)
     await eventually(lambda: len(engine.calls) == 3)
     engine.current_load = Load(running=2, waiting=1)
     engine.step()
-    await eventually(lambda: lane.view().unacked == 0)
-    assert lane.view().queue_depth == 3
+    await eventually(lambda: lane.account.view().unacked == 0)
+    assert lane.account.view().queue_depth == 3
     engine.current_load = Load()
     for out in engine.outs:
         out.end()
     await asyncio.gather(*tasks)
-    assert (lane.view().queue_depth, lane.view().leases) == (0, 0)
+    assert (lane.account.view().queue_depth, lane.account.view().leases) == (0, 0)
 
 
 async def test_cancelling_the_request_aborts_it_in_the_engine_and_leaves_nothing(fleet: Fleet) -> None:
@@ -124,7 +124,7 @@ async def test_cancelling_the_request_aborts_it_in_the_engine_and_leaves_nothing
     engine.outs[0].data(b"late", 1)
     engine.outs[0].end()
     lane = lane_of(fleet)
-    assert (fleet.replicas["a"].active, lane.streams, lane.view().leases) == (0, 0, 0)
+    assert (fleet.replicas["a"].active, lane.streams, lane.account.view().leases) == (0, 0, 0)
     assert sink.payloads == []
 
 
@@ -208,7 +208,7 @@ async def test_losing_the_lane_fails_all_its_streams_and_aborts_them_in_the_engi
     lane.close()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(result) for result in results] == [ReplicaLost] * 3
-    assert lane.view().leases == 0
+    assert lane.account.view().leases == 0
     await eventually(lambda: sorted(engine.aborted) == ["r0", "r1", "r2"])
     await fleet.until(lambda: fleet.ready() == 1)
     assert lane_of(fleet) is not lane
@@ -334,7 +334,7 @@ async def test_a_router_that_does_not_read_loses_the_overflowing_stream_only() -
     small.data(b"fine", 1)
     small.end()
     writer.transport.resume_reading()  # type: ignore[attr-defined]
-    ends = {}
+    ends: dict[int, End] = {}
     payload = b""
     while len(ends) < 2:
         frame = await read_frame(reader)
@@ -443,10 +443,10 @@ async def test_the_end_of_one_routers_stream_lowers_the_load_that_another_sees(f
     await eventually(lambda: bool(engine.calls))
     engine.current_load = Load(running=1)
     engine.step()
-    await eventually(lambda: lane.load.running == 1)
+    await eventually(lambda: lane.account.load.running == 1)
     engine.current_load = Load()  # after the last step, as with an engine that renders later
     engine.outs[0].end()
-    await eventually(lambda: lane.load.running == 0)
+    await eventually(lambda: lane.account.load.running == 0)
     writer.close()
 
 
@@ -456,15 +456,15 @@ async def test_a_backlog_stays_bounded_over_many_pauses(fleet: Fleet) -> None:
     task = await submitted(fleet, RecordingSink())
     (session,) = fleet.replicas["a"]._sessions
     for _ in range(40):
-        session.pause_writing()  # type: ignore[attr-defined]
+        session.pause_writing()
         for _ in range(6):
             engine.outs[0].data(bytes(1 << 20), 1)
-        session.resume_writing()  # type: ignore[attr-defined]
-        session.pause_writing()  # type: ignore[attr-defined]
+        session.resume_writing()
+        session.pause_writing()
         if engine.aborted:
             break
     assert engine.aborted == ["r1"]
-    session.resume_writing()  # type: ignore[attr-defined]
+    session.resume_writing()
     with pytest.raises(ClientTooSlow):
         await task
 
@@ -475,7 +475,7 @@ async def test_closing_sends_what_a_slow_router_has_not_read_yet(fleet: Fleet) -
     sink = RecordingSink()
     task = await submitted(fleet, sink)
     (session,) = fleet.replicas["a"]._sessions
-    session.pause_writing()  # type: ignore[attr-defined]
+    session.pause_writing()
     for _ in range(5):
         engine.outs[0].data(bytes(2 << 20), 1)
     engine.outs[0].end("stop")
@@ -493,3 +493,114 @@ async def test_a_hello_nested_thousands_deep_is_refused(fleet: Fleet) -> None:
     await read_frame(reader)
     assert isinstance(await read_frame(reader), frames.Refused)
     writer.close()
+
+
+async def test_a_submit_carries_its_chain_and_is_charged_until_a_step_counts_it(fleet: Fleet) -> None:
+    engine = await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    lane = lane_of(fleet)
+    charge = Charge(tokens=90, pairs=4050.0, chain=Chain(16, 7, (1, 2, 3), 50), matched=2)
+    task = asyncio.create_task(lane.run(make_request(), RecordingSink(), charge))
+    await asyncio.sleep(0)
+    view = lane.account.view()
+    assert (view.unacked, view.unacked_tokens, view.unacked_pairs) == (1, 90, 4050.0)
+    await eventually(lambda: bool(engine.calls))
+    assert (frames.unpack_chain(engine.calls[0].chain), engine.calls[0].matched) == (charge.chain, 2)
+    engine.step()
+    await eventually(lambda: lane.account.view().unacked == 0)
+    view = lane.account.view()
+    assert (view.unacked_tokens, view.unacked_pairs) == (0, 0.0)
+    engine.outs[0].end()
+    await task
+
+
+class Listener:
+    """Whoever opened a lane; remembers."""
+
+    def __init__(self) -> None:
+        self.waits: list[tuple[float, float]] = []
+        self.reports: list[CacheReport] = []
+        self.lost: list[ReplicaLost] = []
+        self.refuses = False
+
+    def lane_opened(self, lane: Lane) -> None: ...
+    def lane_draining(self, lane: Lane) -> None: ...
+
+    def lane_lost(self, lane: Lane, error: ReplicaLost) -> None:
+        self.lost.append(error)
+
+    def first_output(self, waited_s: float, expected_s: float) -> None:
+        self.waits.append((waited_s, expected_s))
+
+    def cache_reported(self, lane: Lane, report: CacheReport) -> None:
+        if self.refuses:
+            raise ValueError("odd")
+        self.reports.append(report)
+
+
+class Written(asyncio.Transport):
+    """Keeps what was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = b""
+
+    def write(self, data: bytes) -> None:  # type: ignore[override]
+        self.data += data
+
+    def abort(self) -> None: ...
+
+    def frames(self) -> list[frames.UpFrame]:
+        return [frames.decode_up(body) for body in frames.FrameSplitter().feed(self.data)]
+
+
+def open_lane(listener: Listener) -> tuple[Lane, Written]:
+    lane, transport = Lane("a", SECRET, "test", listener), Written()
+    lane.connection_made(transport)
+    lane.data_received(frames.encode(frames.Welcome(frames.VERSION, "a", EngineInfo("x", ()), Load())))
+    return lane, transport
+
+
+def step(seq: int, report: CacheReport | None = None, *outputs: frames.Output) -> bytes:
+    return frames.encode(frames.Step(seq, seq, Load(), list(outputs), report))
+
+
+async def test_a_cache_report_comes_after_the_outputs_of_its_step() -> None:
+    listener = Listener()
+    lane, _ = open_lane(listener)
+    sink = RecordingSink()
+    task = asyncio.create_task(lane.run(make_request(), sink, expected_s=0.25))
+    await asyncio.sleep(0)
+    reported_after: list[int] = []
+    listener.cache_reported = lambda lane, report: reported_after.append(sink.tokens)  # type: ignore[method-assign]
+    lane.data_received(step(1, CacheReport(1), frames.Output(1, b"x", 3, End())))
+    assert await task == End()
+    assert reported_after == [3]
+    ((waited_s, expected_s),) = listener.waits
+    assert (expected_s, waited_s >= 0) == (0.25, True)
+
+
+async def test_a_snapshot_is_asked_for_once_until_it_comes() -> None:
+    listener = Listener()
+    lane, transport = open_lane(listener)
+    lane.data_received(step(1, CacheReport(4)))
+    lane.resync()
+    lane.resync()
+    lane.data_received(step(2, CacheReport(6)))
+    lane.resync()
+    assert transport.frames() == [frames.Resync(4)]
+    lane.data_received(step(3, CacheReport(7, snapshot=True)))
+    lane.resync()
+    assert transport.frames() == [frames.Resync(4), frames.Resync(7)]
+    lane.close()
+    lane.resync()
+    assert len(transport.frames()) == 2
+
+
+async def test_a_cache_report_without_sense_costs_the_replica_its_lane() -> None:
+    listener = Listener()
+    listener.refuses = True
+    lane, _ = open_lane(listener)
+    lane.data_received(step(1, CacheReport(1, stored=b"odd")))
+    (error,) = listener.lost
+    assert "cache report" in error.message

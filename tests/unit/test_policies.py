@@ -141,18 +141,20 @@ def test_the_built_ins_are_installed_by_their_names() -> None:
     assert [field.name for field in msgspec.structs.fields(specs["power-of-two"].options)] == ["choices"]
 
 
-def test_the_page_on_policies_tells_of_each_built_in_and_its_options() -> None:
+@pytest.mark.parametrize(("kind", "heading"), [("policies", "## The built-in policies"), ("scorers", "## Scorers")])
+def test_the_page_on_policies_tells_of_each_built_in_and_its_options(kind: str, heading: str) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "policies.md").read_text()
-    for spec in registry.installed():
+    section = page.split(f"{heading}\n")[1].split("\n## ")[0]
+    for spec in getattr(registry, kind).installed():
         if spec.dist.startswith("kvlane "):
-            (row,) = [line for line in page.splitlines() if line.startswith(f"| `{spec.name}`")]
+            (row,) = [line for line in section.splitlines() if line.startswith(f"| `{spec.name}`")]
             assert all(f"`{field.name}`" in row for field in msgspec.structs.fields(spec.options))
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_and_all_installed() -> None:
-    with pytest.raises(ConfigError, match="unknown policy 'rendom'; did you mean 'random'\\? installed: least-queue, "):
+    with pytest.raises(ConfigError, match="unknown policy 'rendom'; did you mean 'random'\\? installed: cost, "):
         create("rendom")
-    with pytest.raises(ConfigError, match="unknown policy 'zzz'; installed: least-queue, "):
+    with pytest.raises(ConfigError, match="unknown policy 'zzz'; installed: cost, "):
         create("zzz")
 
 
@@ -179,14 +181,16 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def install(directory: Path, dist: str, entry_points: dict[str, str], source: str) -> None:
+def install(
+    directory: Path, dist: str, entry_points: dict[str, str], source: str, group: str = "kvlane.policies"
+) -> None:
     module = dist.replace("-", "_")
     (directory / f"{module}.py").write_text("import msgspec\nfrom router.types import Decision, Reason\n" + source)
     info = directory / f"{module}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\n")
     lines = [f"{name} = {module}:{attribute}" for name, attribute in entry_points.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[kvlane.policies]", *lines]))
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]))
 
 
 GOOD = """
@@ -361,9 +365,20 @@ class Bare:
         raise NotImplementedError
 
 
+class Faithful(First):
+    """Never leaves who holds the most, whatever waits there."""
+
+    def pick(self, request: Request, snapshot: Snapshot) -> str:
+        held = {name: held.blocks for name, held in snapshot.prefix.held.items()}
+        most = max(held.get(view.replica, 0) for view in snapshot.replicas)
+        best = [view.replica for view in snapshot.replicas if held.get(view.replica, 0) == most]
+        return self._random.choice(best)
+
+
 @pytest.mark.parametrize(
     ("policy_class", "message"),
     [
+        (Faithful, "sends all to the holder of a prefix, a thousand requests behind"),
         (First, "sends 16 unique prompts to one replica of four idle ones"),
         (Favourite, "ties go by position"),
         (Stranger, "chose 'elsewhere', which is not in the snapshot"),

@@ -1,15 +1,23 @@
 """The replicas' life as the router sees it: joining, ready, draining, gone, and back."""
 
+import asyncio
+import time
+from array import array
 from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
 
 from router.errors import ModelNotFound, NoReplica
+from router.ingress.base import CacheStatus
 from router.lane.carriers import SocketCarrier
-from router.options import LaneOptions
+from router.lane.client import Lane
+from router.lane.frames import CacheReport
+from router.options import LaneOptions, PrefixOptions
+from router.prefix.prefixes import Prefixes
 from router.replicas import LIFE, Event, Replicas, State
-from tests.fakes import Fleet, eventually
+from router.types import CacheMode, Chain
+from tests.fakes import DEADLINE_S, Fleet, eventually
 
 
 @pytest.fixture
@@ -130,3 +138,142 @@ async def test_a_model_that_is_gone_is_known_for_a_while_and_then_forgotten(
     with pytest.raises(ModelNotFound):
         fleet.router.snapshot("old")
     assert fleet.router.models() == ()
+
+
+# What replicas say of their KV caches.
+
+
+@pytest.fixture
+async def caching() -> AsyncIterator[tuple[Fleet, Prefixes]]:
+    prefixes = Prefixes(PrefixOptions(), time.monotonic)
+    fleet = Fleet(prefixes)
+    yield fleet, prefixes
+    await fleet.close()
+
+
+def reports(lane: Lane, report: CacheReport) -> None:
+    """As if a step had brought it."""
+    lane._listener.cache_reported(lane, report)
+
+
+def snapshot(seq: int, *blocks: int, mode: str = "exact", cause: str = "") -> CacheReport:
+    stored, depths = array("Q", blocks).tobytes(), array("I", [16] * len(blocks)).tobytes()
+    return CacheReport(seq, True, stored, depths, mode=mode, cause=cause)
+
+
+def held(prefixes: Prefixes, *blocks: int) -> dict[str, int]:
+    chain = Chain(256, 0, blocks, 256 * len(blocks))
+    return {replica: held.blocks for replica, held in prefixes.view("m", chain).held.items()}
+
+
+async def test_a_replicas_reports_are_kept_until_its_lane_is_lost(caching: tuple[Fleet, Prefixes]) -> None:
+    fleet, prefixes = caching
+    await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    (lane,) = fleet.router.lanes()
+    reports(lane, snapshot(1, 11, 12))
+    assert held(prefixes, 11, 12, 13) == {"a": 2}
+    reports(lane, CacheReport(2, evicted=array("Q", [12]).tobytes()))
+    assert held(prefixes, 11, 12, 13) == {"a": 1}
+    await fleet.replicas["a"].close()
+    await fleet.until(lambda: fleet.ready() == 0)
+    assert held(prefixes, 11, 12, 13) == {}
+    assert fleet.router.reports == 2
+
+
+async def test_what_is_known_of_a_cache_shows_in_snapshots_and_readiness(caching: tuple[Fleet, Prefixes]) -> None:
+    fleet, _ = caching
+    await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    (lane,) = fleet.router.lanes()
+    assert fleet.router.snapshot("m").replicas[0].cache is CacheMode.APPROXIMATE
+    assert fleet.router.readiness().caches["a"].cause
+    reports(lane, snapshot(1, 11))
+    assert fleet.router.snapshot("m").replicas[0].cache is CacheMode.EXACT
+    assert fleet.router.readiness().caches == {"a": CacheStatus(CacheMode.EXACT)}
+    reports(lane, CacheReport(2, mode="approximate", cause="a KV event of an unknown kind"))
+    assert fleet.router.snapshot("m").replicas[0].cache is CacheMode.APPROXIMATE
+    assert fleet.router.readiness().caches["a"].cause == "a KV event of an unknown kind"
+
+
+async def test_a_missed_report_makes_the_lane_ask_for_a_snapshot(caching: tuple[Fleet, Prefixes]) -> None:
+    fleet, prefixes = caching
+    await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    (lane,) = fleet.router.lanes()
+    reports(lane, snapshot(1, 11))
+    reports(lane, CacheReport(3))
+    assert lane._resyncing
+    assert fleet.router.snapshot("m").replicas[0].cache is CacheMode.APPROXIMATE
+    reports(lane, snapshot(4, 21))
+    assert fleet.router.snapshot("m").replicas[0].cache is CacheMode.EXACT
+    assert (held(prefixes, 11), held(prefixes, 21)) == ({}, {"a": 1})
+
+
+async def test_only_the_newest_lane_of_a_name_is_believed(caching: tuple[Fleet, Prefixes]) -> None:
+    fleet, prefixes = caching
+    await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    (old,) = fleet.router.lanes()
+    await fleet.add("b")
+    await fleet.until(lambda: fleet.ready() == 2)
+    fleet.list({"a": msgspec.structs.replace(fleet.records["b"], replica="a")})
+    await eventually(lambda: [lane.replica for lane in fleet.router.lanes()] == ["a"])
+    await eventually(lambda: fleet.router.lanes()[0] is not old)
+    (new,) = fleet.router.lanes()
+    reports(new, snapshot(1, 11))
+    reports(old, snapshot(9, 99))
+    assert (held(prefixes, 11), held(prefixes, 99)) == ({"a": 1}, {})
+    fleet.router.retired(old)
+    assert held(prefixes, 11) == {"a": 1}
+
+
+async def test_a_model_whose_replicas_all_cache_nothing_needs_no_hashing(caching: tuple[Fleet, Prefixes]) -> None:
+    fleet, _ = caching
+    await fleet.add("a", prefix_caching=False)
+    await fleet.until(lambda: fleet.ready() == 1)
+    assert not fleet.router.caching("m")
+    await fleet.add("b")
+    await fleet.until(lambda: fleet.ready() == 2)
+    assert fleet.router.caching("m")
+    (lane,) = [lane for lane in fleet.router.lanes() if lane.replica == "b"]
+    reports(lane, CacheReport(1, True, mode="off", cause="turned off"))
+    assert not fleet.router.caching("m")
+    assert not fleet.router.caching("nobody")
+
+
+async def test_without_an_observer_all_caches_count_as_off(fleet: Fleet) -> None:
+    await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    assert fleet.router.snapshot("m").replicas[0].cache is CacheMode.OFF
+    assert (fleet.router.caching("m"), fleet.router.caches()) == (False, {})
+
+
+async def test_an_adapters_parent_is_told_and_nobody_elses(fleet: Fleet) -> None:
+    await fleet.add("a", adapters=("m-sql",))
+    await fleet.until(lambda: fleet.ready() == 1)
+    assert [fleet.router.parent(name) for name in ("m-sql", "m", "unknown")] == ["m", "", ""]
+    assert fleet.ready("m-sql") == 1
+
+
+async def test_what_was_put_off_is_done_in_slices_between_which_others_run() -> None:
+    left = 3
+    turns: list[str] = []
+
+    class Slices(Prefixes):
+        def sweep(self) -> bool:
+            nonlocal left
+            turns.append("sweep")
+            left -= 1
+            return left > 0
+
+    fleet = Fleet(Slices(PrefixOptions(), time.monotonic))
+    sweeping = asyncio.create_task(fleet.router.sweep())
+    async with asyncio.timeout(DEADLINE_S):
+        while left:
+            turns.append("other")
+            await asyncio.sleep(0)
+    sweeping.cancel()
+    await asyncio.gather(sweeping, return_exceptions=True)
+    assert turns == ["other", "sweep"] * 3
+    await fleet.close()

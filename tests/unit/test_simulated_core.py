@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
+from math import sqrt
 
 import msgspec
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.simulated_cache import BlockPool, Evicted, Stored
-from engine.simulated_core import Job, SimulatedCore, SimulatedOptions, StepResult
+from engine.simulated_core import Job, SimulatedCore, SimulatedOptions, StepResult, StepWork
 from engine.simulated_text import WORDS, Prompt, answer, chat_text, hashed_prompt, text_prompt, token_prompt
 from router.errors import InvalidRequest
 
@@ -99,6 +101,7 @@ class Drive:
         assert load.running + load.waiting == len(live)
         assert load.queued_prefill_tokens == sum(job.owed for job in live)
         assert all(job.owed >= 0 for job in live)
+        assert load.queued_prefill_pairs == sum(job.owed * (job.tokens - job.owed / 2) for job in live)
         named = {block for job in live for block in job.held}
         assert self.core.pool.used == len(named) + sum(job.anonymous for job in live)
         assert all(job.capacity == self.options.block_tokens * (len(job.held) + job.anonymous) for job in live)
@@ -363,6 +366,155 @@ def test_a_time_scale_of_zero_takes_no_time() -> None:
     assert {result.duration_ms for result in run(core)} == {0}
 
 
+def test_the_roofline_is_added_to_the_linear_model() -> None:
+    timed = msgspec.structs.replace(
+        SMALL,
+        step_base_ms=2.5,
+        prefill_ms_per_token=0,
+        decode_ms_per_seq=0,
+        context_ms_per_1k_tokens=0,
+        roofline_floor_ms=4,
+        roofline_ms_per_token=0.5,
+        prefill_ms_per_pair=0.01,
+        decode_ms_per_context_token=0.1,
+    )
+    core = SimulatedCore(timed)
+    core.add("a", prompt(6, 0), 5)
+    assert core.plan() == pytest.approx(2.5 + sqrt(4**2 + 3**2) + 0.01 * 18)
+    core.commit()
+    core.add("b", prompt(20, 1), 5)
+    # One token of the first beside the prompt of the second.
+    assert core.plan() == pytest.approx(2.5 + sqrt(4**2 + (0.5 * 21) ** 2) + 0.01 * 200 + 0.1 * 7)
+    core.commit()
+    load = core.load()
+    assert (load.step_prefill_tokens, load.step_prefill_pairs) == (20, 200)
+    assert (load.step_decodes, load.step_context_tokens) == (1, 7)
+
+
+def test_another_model_of_the_step_replaces_all_terms() -> None:
+    works: list[StepWork] = []
+
+    def model(work: StepWork) -> float:
+        works.append(work)
+        return 7.0
+
+    core = SimulatedCore(msgspec.structs.replace(SMALL, time_scale=3), model)
+    core.add("a", prompt(5, 0), 4)
+    assert core.plan() == 21
+    core.commit()
+    assert core.stretch(1.0) == pytest.approx([1.021, 1.042])
+    assert works[0] == StepWork(5, 12.5, 0, 0)
+    assert works[-1] == StepWork(0, 0.0, 1, 7)
+
+
+class Timeline:
+    """A core on a virtual clock: requests come at given times, in stretches of steps or step by step."""
+
+    def __init__(self, options: SimulatedOptions, *, leaps: bool) -> None:
+        self.core = SimulatedCore(options)
+        self.leaps = leaps
+        self.trace: list[object] = []
+        self.events: list[object] = []
+        self.ends: list[float] = []
+        self.due: float | None = None
+        self.steps_at_once = 0
+
+    def add(self, now: float, number: int, tokens: int, family: int, max_tokens: int) -> None:
+        while self.due is not None and self.due <= now:
+            self.end()
+        if self.ends:
+            over = bisect_right(self.ends, now, 0, len(self.ends) - 1)
+            if over:
+                self.note(self.core.leap(over), self.ends[over - 1])
+            self.due, self.ends = self.ends[over], []
+            self.core.plan()
+        self.core.add(number, prompt(tokens, family), max_tokens)
+        if self.due is None:
+            self.begin(now)
+
+    def begin(self, now: float) -> None:
+        self.ends = self.core.stretch(now) if self.leaps else []
+        if self.ends:
+            self.due = self.ends[-1]
+        else:
+            duration = self.core.plan()
+            self.due = None if duration is None else now + duration / 1000
+
+    def end(self) -> None:
+        now, ends = self.due, self.ends
+        assert now is not None
+        self.steps_at_once = max(self.steps_at_once, len(ends))
+        self.note(self.core.leap(len(ends)) if ends else self.core.commit(), now)
+        self.begin(now)
+
+    def note(self, result: StepResult, now: float) -> None:
+        for job in result.prefilled:
+            self.trace.append(("prefilled", job.id, now, job.cached_tokens, job.produced))
+        for job in result.finished:
+            self.trace.append(("finished", job.id, now, self.core.load()))
+        self.events += result.cache_events
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(options, st.integers(0, 1 << 32))
+def test_stretches_of_steps_end_exactly_as_single_steps_do(options: SimulatedOptions, seed: int) -> None:
+    draw = random.Random(seed)
+    options = msgspec.structs.replace(options, jitter=0.0, roofline_floor_ms=3, decode_ms_per_context_token=0.01)
+    lines = [Timeline(options, leaps=leaps) for leaps in (True, False)]
+    now = 0.0
+    for number in range(draw.randrange(1, 40)):
+        now += draw.choice([0.0, draw.expovariate(20), draw.expovariate(2)])
+        tokens, family, answer = draw.randrange(1, 45), draw.randrange(3), draw.randrange(1, 20)
+        for line in lines:
+            line.add(now, number, tokens, family, answer)
+    for line in lines:
+        while line.due is not None:
+            line.end()
+    leaping, stepping = lines
+    assert leaping.trace == stepping.trace
+    assert leaping.events == stepping.events
+    assert leaping.core.steps == stepping.core.steps
+    assert leaping.core.load() == stepping.core.load()
+    assert leaping.core.pool.evictable() == stepping.core.pool.evictable()
+
+
+def test_a_lone_answer_is_done_in_stretches_that_end_with_its_blocks() -> None:
+    line = Timeline(msgspec.structs.replace(SMALL, block_tokens=32, kv_blocks=4, max_model_len=128), leaps=True)
+    line.add(0.0, 0, 10, 0, 50)
+    while line.due is not None:
+        line.end()
+    assert line.core.steps == 50
+    assert line.steps_at_once > 15
+
+
+def test_cores_that_share_their_caches_find_each_others_blocks_and_keep_each_once() -> None:
+    shared: dict[int, BlockPool] = {}
+    one, other = (SimulatedCore(SMALL, shared=shared) for _ in range(2))
+    one.add("a", prompt(16, 0), 1)
+    run(one)
+    again = other.add("b", prompt(20, 0), 1)
+    assert other.load().queued_prefill_tokens == 4
+    other.plan()
+    assert other.pool.used == 5
+    other.commit()
+    assert again.cached_tokens == 16
+    assert len(one.pool.evictable()) == 4
+    assert len(other.pool.evictable()) == 1
+    assert {block for core in (one, other) for block in core.pool.evictable()} == set(shared)
+
+
+def test_a_block_that_another_core_uses_is_evicted_later() -> None:
+    shared: dict[int, BlockPool] = {}
+    one, other = (SimulatedCore(SMALL, shared=shared) for _ in range(2))
+    for name, family in (("a", 0), ("b", 1)):
+        one.add(name, prompt(4, family), 1)
+        run(one)
+    oldest = one.pool.evictable()[0]
+    other.add("c", prompt(8, 0), 1)
+    run(other)
+    assert one.pool.evictable()[-1] == oldest
+
+
 def test_plan_and_commit_alternate() -> None:
     core = SimulatedCore(SMALL)
     with pytest.raises(RuntimeError):
@@ -371,6 +523,8 @@ def test_plan_and_commit_alternate() -> None:
     core.plan()
     with pytest.raises(RuntimeError):
         core.plan()
+    with pytest.raises(RuntimeError):
+        core.stretch(0.0)
 
 
 @pytest.mark.parametrize("wrong", [{"max_num_batched_tokens": 3}, {"max_model_len": 97}])

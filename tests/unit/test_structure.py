@@ -45,13 +45,18 @@ ALLOWED: dict[str, set[str]] = {
     # Stages.
     **dict.fromkeys(STAGES, WORDS | SEAMS),
     "router.ingress": WORDS | SEAMS | {"kvlane.v1"},  # gRPC's messages.
+    "router.prefix": WORDS | SEAMS | {"kvlane.v1"},  # gRPC's prompts.
     "router.policies": WORDS | SEAMS | {"router.fields"},  # The registry checks options.
     "router.membership": WORDS | SEAMS | {"router.ray_private"},
-    "router.lane": WORDS | SEAMS | {"router.ray_private", "router.load.account"},  # The actor carrier calls replicas through Ray.
-    "router.observe": WORDS | SEAMS | {"router.admission", "router.replicas"},  # It reads their figures.
+    "router.lane": WORDS
+    | SEAMS
+    | {"router.ray_private", "router.load.account"},  # The actor carrier calls replicas through Ray.
+    "router.observe": WORDS
+    | SEAMS
+    | {"router.admission", "router.prefix.prefixes", "router.replicas"},  # It reads their figures.
     # Where stages meet.
     "router.replicas": WORDS | SEAMS | {"router.lane.client", "router.load"},
-    "router.receipts": WORDS | SEAMS | {"router.policies.expectations"},
+    "router.receipts": WORDS | SEAMS,
     "router.dispatch": WORDS | SEAMS | {"router.admission", "router.prefix", "router.receipts", "router.replicas"},
     "router.app": {"router"},
     # Around the router.

@@ -164,18 +164,48 @@ class RoutingParams(_message.Message):
     def __init__(self, lora: _Optional[str] = ..., cache_salt: _Optional[str] = ..., session_id: _Optional[str] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("replica", "policy", "reason", "queue_depth", "request_id")
+    __slots__ = ("replica", "policy", "reason", "queue_depth", "request_id", "matched_blocks", "prompt_blocks", "cached_tokens", "prompt_tokens", "expected_s", "score", "candidates")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MATCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_S_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     replica: str
     policy: str
     reason: str
     queue_depth: int
     request_id: str
-    def __init__(self, replica: _Optional[str] = ..., policy: _Optional[str] = ..., reason: _Optional[str] = ..., queue_depth: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    matched_blocks: int
+    prompt_blocks: int
+    cached_tokens: int
+    prompt_tokens: int
+    expected_s: float
+    score: float
+    candidates: _containers.RepeatedCompositeFieldContainer[RouteCandidate]
+    def __init__(self, replica: _Optional[str] = ..., policy: _Optional[str] = ..., reason: _Optional[str] = ..., queue_depth: _Optional[int] = ..., request_id: _Optional[str] = ..., matched_blocks: _Optional[int] = ..., prompt_blocks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., expected_s: _Optional[float] = ..., score: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping[str, object]]]] = ...) -> None: ...
+
+class RouteCandidate(_message.Message):
+    __slots__ = ("replica", "queue_depth", "matched_blocks", "cached_tokens", "expected_s", "score")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    MATCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_S_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    queue_depth: int
+    matched_blocks: int
+    cached_tokens: int
+    expected_s: float
+    score: float
+    def __init__(self, replica: _Optional[str] = ..., queue_depth: _Optional[int] = ..., matched_blocks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., expected_s: _Optional[float] = ..., score: _Optional[float] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob", "rank", "text")

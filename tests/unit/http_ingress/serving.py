@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from router.ingress.base import ModelStatus, Readiness
+from router.ingress.base import CacheStatus, ModelStatus, Readiness
 from router.ingress.http import HttpIngress
 from router.lane.frames import End
 from router.options import HttpOptions
-from router.types import ModelCard, Reason, Receipt, Request, Sink
+from router.types import CacheMode, ModelCard, Reason, Receipt, Request, Sink
 
 DEADLINE_S = 10.0
 JSON = (("content-type", "application/json"),)
@@ -94,11 +94,15 @@ class FakeFleet:
     def models(self) -> tuple[ModelStatus, ...]:
         return tuple(ModelStatus(card, ready_replicas=1) for card in self.cards)
 
+    def parent(self, model: str) -> str:
+        return next((card.parent for card in self.cards if card.name == model), "")
+
     def methods(self, path: str) -> tuple[str, ...]:
         return self.routes.get(path, ())
 
     def readiness(self) -> Readiness:
-        return Readiness(self.ready, {"tiny": 1 if self.ready else 0})
+        caches = {"r-1": CacheStatus(CacheMode.EXACT), "r-2": CacheStatus(CacheMode.APPROXIMATE, "no events")}
+        return Readiness(self.ready, {"tiny": 1 if self.ready else 0}, caches)
 
 
 class Clock:

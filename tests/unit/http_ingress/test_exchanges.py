@@ -8,9 +8,11 @@ import json
 import logging
 
 import httpx
+import msgspec
 import openai as openai_sdk
 import pytest
 
+from router.dispatch import EXPLAIN_HEADER
 from router.errors import (
     ClientTooSlow,
     KvlaneError,
@@ -20,7 +22,7 @@ from router.errors import (
     Overloaded,
     ReplicaLost,
 )
-from router.types import Request, Sink
+from router.types import Candidate, Request, Sink
 from tests.unit.http_ingress.serving import CHAT, JSON, SSE, echo, get, post, receipt, served, stream
 
 
@@ -189,7 +191,14 @@ async def test_the_routers_own_pages() -> None:
     async with served() as serving:
         assert (await serving.say(get("/healthz"))).body == b"ok"
         ready = await serving.say(get("/readyz"))
-        assert (ready.status, json.loads(ready.body)) == (200, {"ready": True, "models": {"tiny": 1}})
+        assert (ready.status, json.loads(ready.body)) == (
+            200,
+            {
+                "ready": True,
+                "models": {"tiny": 1},
+                "caches": {"r-1": {"mode": "exact"}, "r-2": {"mode": "approximate", "cause": "no events"}},
+            },
+        )
         serving.fleet.ready = False
         assert (await serving.say(get("/readyz"))).status == 503
         metrics = await serving.say(get("/metrics"))
@@ -549,3 +558,28 @@ async def test_echo_answers_many_connections_at_once() -> None:
     async with served(echo) as serving:
         answers = await asyncio.gather(*(serving.say(post()) for _ in range(50)))
     assert all(answer.status == 200 for answer in answers)
+
+
+@pytest.mark.parametrize(("model", "lora"), [("lora-a", "lora-a"), ("tiny", ""), ("unheard-of", "")])
+async def test_an_adapter_that_is_asked_for_by_its_name_is_the_requests_lora(model: str, lora: str) -> None:
+    async with served() as serving:
+        body = json.dumps({"model": model, "messages": []}).encode()
+        await serving.say(post("/v1/chat/completions", body, "X-Session-Id: s1", "X-Kvlane-Explain: 1"))
+    (request,) = serving.dispatch.requests
+    assert (request.model, request.lora, request.session_id) == (model, lora, "s1")
+    assert EXPLAIN_HEADER in request.headers
+
+
+async def test_a_receipt_with_candidates_goes_out_as_one_header() -> None:
+    candidates = tuple(Candidate(f"replica-{i}", i, 1, 64, 0.01, 0.5) for i in range(500))
+
+    async def explained(request: Request, sink: Sink) -> None:
+        sink.routed(msgspec.structs.replace(receipt(request), candidates=candidates))
+        sink.head(200, JSON)
+        sink.data(b"{}", 0)
+
+    async with served(explained) as serving:
+        answer = await serving.say(post())
+    route = answer.headers["x-kvlane-route"]
+    assert route.startswith("replica=r-1;policy=random;reason=random;queue=3;candidates=replica-0(matched=1 ")
+    assert len(route) < 2200

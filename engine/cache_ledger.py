@@ -1,0 +1,271 @@
+"""Which prefix blocks a replica holds: the ties between the router's prefix blocks and the engine's KV blocks.
+
+Sans-IO, one per replica, owned by its engine. Prompts tie prefix blocks to KV blocks, in whichever order prompts and
+the engine's own news come; a prefix block is held while a KV block in which its last token lies is held. Rule: what is
+said to be held follows from what the engine stored and evicted, never from what it was asked to compute.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Final, Protocol
+
+from router.types import Chain
+
+MAX_TIES: Final = 1_000_000
+"""About 150 MB where all are used. A KV cache of 820,000 tokens needs 13,000 at 256 bytes a block, and every further
+prompt that shares no text with those as many as it has blocks."""
+_MAX_CLAIMS: Final = 65_536
+_DOUBT: Final = 4
+
+
+class Watcher(Protocol):
+    """Who is told what becomes of prefix blocks; called within the ledger's own calls, so it only makes notes."""
+
+    def changed(self, block: int) -> None:
+        """The block is held now and was not, or the other way round, or its depth is another."""
+
+    def voided(self) -> None:
+        """No block is held any more."""
+
+
+class CacheLedger:
+    """The ties of one replica. KV blocks go by keys (see `engine.kv_events.block_keys`), prefix blocks by hashes.
+
+    Several prompts may tie one prefix block to different KV blocks: where KV blocks reach past the end of a shared
+    prefix, each prompt has its own. The prefix block is held while any of them is.
+    """
+
+    def __init__(self, block_tokens: int, max_ties: int = MAX_TIES) -> None:
+        self.block_tokens = block_tokens
+        """Tokens in a KV block."""
+        self.dropped = 0
+        """Ties of held KV blocks given up because there were too many; their prefix blocks are said to be evicted."""
+        self.confirmed = 0
+        """Prefix blocks over generated text that a later prompt found in the KV block they were tied to."""
+        self.refuted = 0
+        """Those that it found elsewhere: the text was rendered or tokenized otherwise than it was generated."""
+        self._max_ties = max_ties
+        self._held: set[int] = set()
+        self._warm: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # Held key -> hash, depth, hash, depth …
+        self._cold: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # The same of keys not held; least recent first.
+        self._ties = 0
+        self._holders: dict[int, int] = {}  # Hash -> how many held keys it is tied to; only held ones.
+        self._depths: dict[int, int] = {}  # Of the same.
+        self._claims: OrderedDict[int, int] = (
+            OrderedDict()
+        )  # Hash -> key, tied over generated text, not yet seen again.
+        self._watchers: list[Watcher] = []
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tells `watcher` of every change from now on."""
+        self._watchers.append(watcher)
+
+    def prompt(self, chain: Chain, keys: Sequence[int], ends: Sequence[int]) -> None:
+        """Ties a prompt's prefix blocks.
+
+        `keys` are those of its full KV blocks in order; `ends[j]` is how many of its tokens cover its first j + 1
+        prefix blocks. Blocks without an end, or whose last token is in no full KV block, stay untied. What was claimed
+        of a block over generated text is judged, and undone where this prompt has it in another KV block.
+        """
+        self._judge(chain.blocks, keys, ends)
+        self._tie(chain.blocks, keys, ends)
+
+    def answer(self, blocks: Sequence[int], keys: Sequence[int], ends: Sequence[int]) -> None:
+        """Ties prefix blocks over generated text, expecting the next turn's prompt to hold it as it was generated.
+
+        `blocks` may start anywhere in the chain, `ends` belongs to them and counts from the prompt's first token, as do
+        `keys`: all full KV blocks of the prompt and the generated tokens that are expected to come again.
+        """
+        claims = self._claims
+        for block, key in self._places(blocks, keys, ends):
+            claims[block] = key
+            claims.move_to_end(block)
+        while len(claims) > _MAX_CLAIMS:
+            claims.popitem(last=False)
+        self._tie(blocks, keys, ends)
+
+    @property
+    def answers_return(self) -> bool:
+        """Whether prefix blocks over generated text are worth tying: they are not refuted more than now and then."""
+        return self.refuted <= _DOUBT + self.confirmed // _DOUBT
+
+    def stored(self, key: int) -> None:
+        """The engine holds a KV block; saying it again changes nothing."""
+        if key in self._held:
+            return
+        self._held.add(key)
+        ties = self._cold.pop(key, None)
+        if ties is not None:
+            self._warm[key] = ties
+            for i in range(0, len(ties), 2):
+                self._hold(ties[i], ties[i + 1])
+
+    def evicted(self, key: int) -> None:
+        """The engine holds a KV block no more; its ties stay for a while, since a waiting prompt may store it again."""
+        if key not in self._held:
+            return
+        self._held.discard(key)
+        ties = self._warm.pop(key, None)
+        if ties is not None:
+            self._cold[key] = ties
+            for block in ties[::2]:
+                self._release(block)
+
+    def cleared(self) -> None:
+        """The engine holds nothing."""
+        self._held.clear()
+        self._cold.update(self._warm)
+        self._warm.clear()
+        self._holders.clear()
+        self._depths.clear()
+        for watcher in self._watchers:
+            watcher.voided()
+
+    def held_blocks(self, keys: Iterable[int]) -> int:
+        """How many of these KV blocks are held, from the first one on without a gap."""
+        held = self._held
+        count = 0
+        for key in keys:
+            if key not in held:
+                break
+            count += 1
+        return count
+
+    def depth(self, block: int) -> int | None:
+        """Tokens of its prompt up to the end of a prefix block that is held; None for one that is not."""
+        return self._depths.get(block)
+
+    def blocks(self) -> list[int]:
+        """All prefix blocks that are held."""
+        return list(self._depths)
+
+    def __len__(self) -> int:
+        """Prefix blocks that are held."""
+        return len(self._depths)
+
+    @property
+    def ties(self) -> int:
+        """Ties remembered, of KV blocks held and not held."""
+        return self._ties
+
+    @property
+    def held(self) -> int:
+        """KV blocks that are held."""
+        return len(self._held)
+
+    def _places(self, blocks: Sequence[int], keys: Sequence[int], ends: Sequence[int]) -> Iterable[tuple[int, int]]:
+        """Each block with the key of the KV block that has its last token."""
+        size, count = self.block_tokens, len(keys)
+        for block, end in zip(blocks, ends, strict=False):
+            position = (end - 1) // size if end > 0 else 0
+            if position >= count:
+                break
+            yield block, keys[position]
+
+    def _tie(self, blocks: Sequence[int], keys: Sequence[int], ends: Sequence[int]) -> None:
+        size, count = self.block_tokens, len(keys)
+        position, new = -1, list[int]()
+        for block, end in zip(blocks, ends, strict=False):
+            place = (end - 1) // size if end > 0 else 0
+            if place >= count:
+                break
+            if place != position:
+                if new:
+                    self._add(keys[position], new)
+                position, new = place, []
+            new += (block, end)
+        if new:
+            self._add(keys[position], new)
+        self._trim()
+
+    def _add(self, key: int, new: list[int]) -> None:
+        """Adds ties to one key; `new` is hash, depth, hash, depth …"""
+        held = key in self._held
+        ties = self._warm if held else self._cold
+        known = ties.get(key, ())
+        if known:
+            ties.move_to_end(key)
+            if known == tuple(new):
+                return
+            known = self._differing(known, new, held)
+        self._ties += len(new) // 2
+        ties[key] = (*known, *new)
+        if held:
+            for i in range(0, len(new), 2):
+                self._hold(new[i], new[i + 1])
+
+    def _differing(self, known: tuple[int, ...], new: list[int], held: bool) -> tuple[int, ...]:
+        """The ties among `known` that `new` does not replace."""
+        again = set(new[::2])
+        kept = list[int]()
+        for i in range(0, len(known), 2):
+            if known[i] in again:
+                self._ties -= 1
+                if held:
+                    # The hold that replaces it follows at once: nobody needs to hear of it.
+                    self._holders[known[i]] -= 1
+            else:
+                kept += known[i : i + 2]
+        return tuple(kept)
+
+    def _trim(self) -> None:
+        while self._ties > self._max_ties:
+            if self._cold:
+                self._ties -= len(self._cold.popitem(last=False)[1]) // 2
+                continue
+            ties = self._warm.popitem(last=False)[1]
+            self._ties -= len(ties) // 2
+            self.dropped += len(ties) // 2
+            for block in ties[::2]:
+                self._release(block)
+
+    def _judge(self, blocks: Sequence[int], keys: Sequence[int], ends: Sequence[int]) -> None:
+        claims = self._claims
+        if not claims:
+            return
+        for block, key in self._places(blocks, keys, ends):
+            claimed = claims.pop(block, None)
+            if claimed is None:
+                continue
+            if claimed == key:
+                self.confirmed += 1
+            else:
+                self.refuted += 1
+                self._untie(claimed, block)
+
+    def _untie(self, key: int, block: int) -> None:
+        held = key in self._held
+        ties = self._warm if held else self._cold
+        known = ties.get(key, ())
+        at = next((i for i in range(0, len(known), 2) if known[i] == block), None)
+        if at is None:
+            return
+        rest = known[:at] + known[at + 2 :]
+        if rest:
+            ties[key] = rest
+        else:
+            del ties[key]
+        self._ties -= 1
+        if held:
+            self._release(block)
+
+    def _hold(self, block: int, depth: int) -> None:
+        self._holders[block] = self._holders.get(block, 0) + 1
+        if self._depths.get(block) != depth:
+            self._depths[block] = depth
+            self._tell(block)
+
+    def _release(self, block: int) -> None:
+        left = self._holders[block] - 1
+        if left:
+            self._holders[block] = left
+        else:
+            del self._holders[block]
+            del self._depths[block]
+            self._tell(block)
+
+    def _tell(self, block: int) -> None:
+        for watcher in self._watchers:
+            watcher.changed(block)

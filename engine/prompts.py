@@ -1,0 +1,85 @@
+"""The prompt in a submit, as the router hashed it, and what its hashes say of the engine's cache.
+
+Pure functions. The rule: the router's chain counts only where the replica makes the same of the request's body.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import msgspec
+
+from router.lane.frames import FrameError, Submit, unpack_chain
+from router.prefix.canonical import Piece, PieceKind, canonical
+from router.prefix.hashing import extend
+from router.types import Chain, Rpc
+
+_log = logging.getLogger(__name__)
+
+
+class HashedPrompt(msgspec.Struct, frozen=True):
+    """A prompt, its canonical bytes and its chain."""
+
+    chain: Chain
+    data: bytes
+    """Only the beginning of a very long one."""
+    pieces: tuple[Piece, ...]
+    answer_prefix: bytes | None
+    """What stands between `data` and the answer in the next turn's prompt; None where the chain cannot go on."""
+
+    @property
+    def tokens_given(self) -> bool:
+        """It is token ids, four bytes each, and so is its continuation."""
+        return bool(self.pieces) and self.pieces[0].kind is PieceKind.TOKENS
+
+    @property
+    def rest(self) -> bytes:
+        """What is behind the last full prefix block."""
+        return self.data[len(self.chain.blocks) * self.chain.block_bytes :]
+
+    def continued(self, answer: bytes) -> list[int]:
+        """The prefix blocks that `answer` completes in the next turn's prompt, none where the chain cannot go on."""
+        if self.answer_prefix is None:
+            return []
+        last = self.chain.blocks[-1] if self.chain.blocks else self.chain.seed
+        return extend(last, self.rest, self.answer_prefix + answer, self.chain.block_bytes)[0]
+
+
+def prompt_of(call: Submit) -> HashedPrompt | None:
+    """The prompt of a submit; None where it came without a chain, or with one that its body does not give."""
+    try:
+        chain = unpack_chain(call.chain)
+    except FrameError as error:
+        _log.warning("request %s: %s", call.request_id, error)
+        return None
+    if chain is None:
+        return None
+    form = canonical(Rpc(call.rpc), call.path, call.body, model="", with_pieces=True)
+    if form is not None and form.prompt_bytes == chain.prompt_bytes:
+        blocks, _ = extend(chain.seed, b"", form.data, chain.block_bytes)
+        known = len(chain.blocks)
+        if tuple(blocks[:known]) == chain.blocks:
+            whole = known == len(blocks) and chain.prompt_bytes == len(form.data)
+            return HashedPrompt(chain, form.data, form.pieces, form.answer_prefix if whole else None)
+    _log.warning("request %s: the router made another chain of its prompt", call.request_id)
+    return None
+
+
+def expected_tokens(matched: int, ends: Sequence[int], tokens: int, block_tokens: int) -> tuple[int, int] | None:
+    """How many of a prompt's `tokens` the engine should find cached: at least, at most.
+
+    The router believes that `matched` prefix blocks are held and the next one is not; `ends` says where they end. Only
+    whole KV blocks are found, and the last token is computed in any case. None where `ends` does not reach that far.
+    """
+    if matched > len(ends):
+        return None
+    most = (tokens - 1) // block_tokens * block_tokens
+    least = min(ends[matched - 1] // block_tokens * block_tokens, most) if matched else 0
+    return least, min(ends[matched] // block_tokens * block_tokens, most) if matched < len(ends) else most
+
+
+def is_off(expected: tuple[int, int], cached_tokens: int, block_tokens: int) -> bool:
+    """Whether what the engine found cached differs from what was expected by more than one KV block."""
+    least, most = expected
+    return not least - block_tokens <= cached_tokens <= most + block_tokens

@@ -1,0 +1,147 @@
+"""A router of the simulation: the router's own index, accounts, load model and policy, on a virtual clock."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from engine.simulated_cache import CacheEvent, Evicted
+from loadtests.simulate.perf import KV_BLOCK_TOKENS, Profile
+from loadtests.simulate.traces import TraceRequest
+from router.load.account import Account, Foresight
+from router.load.model import FleetModel
+from router.policies.base import Policy
+from router.prefix.index import PrefixIndex
+from router.types import CacheMode, Charge, EngineInfo, Load, Outlook, PrefixView, Request, Rpc, Snapshot
+
+MODEL = "simulated"
+
+
+class Report(msgspec.Struct, frozen=True, gc=False):
+    """What a replica tells all routers after a step."""
+
+    replica: str
+    load: Load
+    acked: Mapping[int, int]
+    """For each router the last of its streams that the load counts."""
+    cache: Sequence[CacheEvent]
+
+
+class Mistaken:
+    """A load model that is wrong by constant factors."""
+
+    def __init__(self, true: Foresight, prefill: float, step: float) -> None:
+        self._true = true
+        self._prefill = prefill
+        self._step = step
+
+    def observe(self, load: Load, now: float) -> None:
+        self._true.observe(load, now)
+
+    def outlook(self, load: Load, unacked_tokens: int, unacked_pairs: float, unacked: int) -> Outlook:
+        true = self._true.outlook(load, unacked_tokens, unacked_pairs, unacked)
+        return msgspec.structs.replace(
+            true,
+            wait_s=true.wait_s * self._prefill,
+            token_s=true.token_s * self._prefill,
+            pair_s=true.pair_s * self._prefill,
+            step_s=true.step_s * self._step,
+            batch_s=true.batch_s * self._step,
+        )
+
+
+class SimRouter:
+    """One router: what it knows and what it decides. The cluster carries its submits and reports."""
+
+    def __init__(
+        self,
+        number: int,
+        profile: Profile,
+        random_: random.Random,
+        *,
+        model_error: float = 0.0,
+        token_error: float = 0.05,
+        index: bool = True,
+    ) -> None:
+        self.number = number
+        self.policy: Policy
+        """Set once the replicas are there."""
+        self._random = random_
+        self._model_error = model_error
+        self._token_error = token_error
+        self._model = FleetModel()
+        self._accounts: dict[str, Account] = {}
+        self._streams: dict[str, int] = {}
+        self._index = PrefixIndex()
+        self._indexes = index
+        options = profile.options
+        self._info = EngineInfo(
+            "sim", (), (), options.max_num_seqs, options.kv_blocks, options.block_tokens, options.prefix_caching
+        )
+        self._depths = tuple(KV_BLOCK_TOKENS * block for block in range(1, options.kv_blocks + 1))
+
+    def join(self, replica: str) -> None:
+        error = self._model_error
+        foresight: Foresight = self._model.foresight()
+        if error:
+            factors = [self._random.uniform(1 - error, 1 + error) for _ in range(2)]
+            foresight = Mistaken(foresight, *factors)
+        account = self._accounts[replica] = Account(replica, self._info, Load(), foresight)
+        account.caches(CacheMode.EXACT if self._info.prefix_caching else CacheMode.OFF)
+        self._streams[replica] = 0
+        self._index.join(replica)
+
+    def leave(self, replica: str) -> None:
+        del self._accounts[replica], self._streams[replica]
+        self._index.leave(replica)
+        while self._index.sweep():
+            pass  # The real router does this in slices between requests.
+
+    def route(self, request: TraceRequest, now: float) -> tuple[str, int, Any]:
+        """Decides, and charges the replica. Returns it, the stream there and what `ended` wants back."""
+        chain = request.chain
+        true_tokens = request.prompt.tokens
+        error = self._random.uniform(-self._token_error, self._token_error)
+        tokens = max(int(true_tokens * (1 + error)), 1)
+        held = self._index.match(chain.blocks, KV_BLOCK_TOKENS) if self._indexes else {}
+        views = tuple([account.view() for account in self._accounts.values()])
+        snapshot = Snapshot(MODEL, views, PrefixView(chain, tokens, held), now)
+        decision = self.policy.choose(request_of(request), snapshot)
+        replica = decision.replica
+        known = held.get(replica)
+        cached = min(known.tokens, tokens - 1) if known else 0
+        new = tokens - cached
+        charge = Charge(new, new * (cached + new * 0.5), chain, known.blocks if known else 0)
+        account = self._accounts[replica]
+        stream = self._streams[replica] = self._streams[replica] + 1
+        account.submitted(stream, charge)
+        account.leased(1)
+        return replica, stream, self._index.hold(replica, chain.blocks if self._indexes else ())
+
+    def reported(self, report: Report, now: float) -> None:
+        """A step's frame came."""
+        account = self._accounts.get(report.replica)
+        if account is None:
+            return  # Lost meanwhile.
+        for event in report.cache if self._indexes else ():
+            if isinstance(event, Evicted):
+                self._index.evict(report.replica, event.hashes)
+            else:
+                first = event.first_block
+                self._index.store(report.replica, event.hashes, self._depths[first : first + len(event.hashes)])
+        account.stepped(report.load, report.acked[self.number], now)
+
+    def ended(self, replica: str, hold: Any) -> None:
+        """One of its requests is over, however it ended."""
+        self._index.release(hold)
+        account = self._accounts.get(replica)
+        if account is not None:
+            account.leased(-1)
+
+
+def request_of(request: TraceRequest) -> Request:
+    """What routing may know of a request, beside its chain."""
+    return Request(str(request.index), MODEL, Rpc.HTTP, "/v1/completions", b"", session_id=request.session)

@@ -1,0 +1,227 @@
+"""Single runs, least-queue's saturation rate and the search for goodput, as plain functions."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from loadtests.simulate import traces
+from loadtests.simulate.baselines import BASELINES
+from loadtests.simulate.cluster import Change, Cluster, Outcome, Setup
+from loadtests.simulate.context import Context
+from loadtests.simulate.measure import GOOD_SHARE, Result, cold_prefills, summary
+from loadtests.simulate.perf import PROFILES
+from loadtests.simulate.traces import Trace
+from router.policies import registry
+from router.policies.base import Policy
+
+FLOOD: Final = 1000.0
+"""To find the saturation rate the trace is compressed so much that all requests wait from the beginning."""
+GOODPUT_STEP: Final = 0.02
+"""The search for goodput ends when the rate is known to this share."""
+BLIND: Final = frozenset({"least-queue", "power-of-two", "random", "round-robin", "greedy", "ideal"})
+"""Policies that do not look at prefixes as routers know them."""
+POOLED: Final = frozenset({"ideal"})
+"""Baselines for which every replica finds in its cache what any replica holds."""
+
+
+class Knobs(msgspec.Struct, frozen=True):
+    """The conditions of a run, beside trace, fleet size, policy and load."""
+
+    seed: int = 0
+    profile: str = "h200-8b"
+    staleness_s: float = 0.0
+    routers: int = 1
+    model_error: float = 0.0
+    token_error: float = 0.05
+    slow_factor: float = 1.0
+    joins: tuple[float, ...] = ()
+    """When replicas join, as shares of the run."""
+    leaves: tuple[float, ...] = ()
+    """When replicas are lost."""
+    options: Mapping[str, Any] = {}
+    """Of the policy."""
+
+
+TRUTHFUL: Final = frozenset({"greedy", "ideal"})
+"""Baselines that know the truth, so that nothing of it is withheld from their accounts either."""
+
+
+def run(
+    trace: Trace | str,
+    replicas: int,
+    policy: str,
+    load: float,
+    seed: int = 0,
+    *,
+    knobs: Knobs | None = None,
+    **more: Any,
+) -> Result:
+    """One run at `load` times least-queue's saturation rate. `more` are fields of `Knobs`."""
+    knobs = msgspec.structs.replace(knobs or Knobs(), seed=seed, **more)
+    if isinstance(trace, str):
+        trace = traces.load(trace)
+    rate = load * saturation_rps(trace, replicas, knobs.profile)
+    return run_at(trace, replicas, policy, rate, load, knobs)
+
+
+def run_at(trace: Trace, replicas: int, policy: str, rate_rps: float, load: float, knobs: Knobs) -> Result:
+    """One run at a rate in requests per second."""
+    began = time.process_time()
+    cluster, outcomes = replay(trace, replicas, policy, rate_rps, knobs)
+    profile = PROFILES[knobs.profile]
+    cold = cold_prefills(profile, [request.prompt.tokens for request in trace.requests])
+    figures: dict[str, Any] = summary(outcomes, cluster, profile, cold)
+    return Result(
+        policy=policy,
+        trace=trace.name,
+        replicas=replicas,
+        load=load,
+        rate_rps=rate_rps,
+        seed=knobs.seed,
+        profile=knobs.profile,
+        staleness_ms=knobs.staleness_s * 1000,
+        routers=knobs.routers,
+        model_error=knobs.model_error,
+        seconds=time.process_time() - began,
+        **figures,
+    )
+
+
+def replay(trace: Trace, replicas: int, policy: str, rate_rps: float, knobs: Knobs) -> tuple[Cluster, list[Outcome]]:
+    """The cluster after a run, and what became of each request."""
+    arrivals = traces.arrivals(trace, rate_rps, knobs.seed)
+    span = arrivals[-1][0]
+    truthful = policy in TRUTHFUL
+    setup = Setup(
+        profile=PROFILES[knobs.profile],
+        replicas=replicas,
+        routers=1 if truthful else knobs.routers,
+        staleness_s=0.0 if truthful else knobs.staleness_s,
+        model_error=0.0 if truthful else knobs.model_error,
+        token_error=0.0 if truthful else knobs.token_error,
+        slow_factor=knobs.slow_factor,
+        changes=tuple(
+            [Change(share * span, True) for share in knobs.joins]
+            + [Change(share * span, False) for share in knobs.leaves]
+        ),
+        index=policy not in BLIND,
+        pooled=policy in POOLED,
+        seed=knobs.seed,
+    )
+    cluster = Cluster(setup, maker(policy, knobs.options), trace.requests)
+    was_enabled = gc.isenabled()
+    gc.disable()  # A run makes millions of objects and no cycles.
+    try:
+        return cluster, cluster.run(arrivals)
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def maker(name: str, options: Mapping[str, Any]) -> Callable[[Context], Policy]:
+    """What makes a policy of that name: a baseline, an installed policy, or a class as `module:Class`."""
+    if name in BASELINES:
+        make = BASELINES[name]
+        return lambda context: make(msgspec.structs.replace(context, options=options))
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        cls = getattr(import_module(module), attribute)
+        return lambda context: cls(msgspec.convert(dict(options), cls.Options), context.random)
+    return lambda context: registry.create(name, options, context.random)
+
+
+def check(name: str, options: Mapping[str, Any]) -> None:
+    """Raises `ValueError` or `ConfigError` where there is no such policy, or not with these options."""
+    context = Context(random.Random(0), lambda: 0.0, {}, PROFILES["h200-8b"], lambda request: request)
+    try:
+        maker(name, options)(context)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"no policy {name!r}: {error}") from error
+
+
+_saturations: dict[str, float] = {}
+
+
+def saturation_rps(trace: Trace, replicas: int, profile: str = "h200-8b") -> float:
+    """Requests per second that least-queue gets done when all of them wait; remembered in memory and in a file."""
+    key = _key(trace, replicas, profile)
+    if key not in _saturations:
+        path = _cache_dir() / f"{key}.json"
+        if path.exists():
+            _saturations[key] = json.loads(path.read_text())["rps"]
+        else:
+            _saturations[key] = _flooded_rps(trace, replicas, profile)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")  # Several may look for it at once.
+            part.write_text(json.dumps({"rps": _saturations[key]}))
+            part.replace(path)
+    return _saturations[key]
+
+
+def _flooded_rps(trace: Trace, replicas: int, profile: str) -> float:
+    _, outcomes = replay(trace, replicas, "least-queue", trace.rate_rps * FLOOD, Knobs(profile=profile))
+    done = [outcome for outcome in outcomes if not outcome.error]
+    if not done:
+        raise ValueError(f"no request of the trace {trace.name!r} fits into a replica")
+    return len(done) / max(outcome.end_s for outcome in done)
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvlane" / "saturation"
+
+
+def _key(trace: Trace, replicas: int, profile: str) -> str:
+    """Of all that decides a saturation rate: the requests, the fleet and the code that simulates it."""
+    digest = hashlib.sha256()
+    for request in trace.requests:
+        digest.update(
+            repr((request.at_s, request.prompt.tokens, request.answer_tokens, request.prompt.hashes)).encode()
+        )
+    root = Path(__file__).resolve().parents[2]
+    for name in (
+        "engine/simulated_core.py",
+        "engine/simulated_cache.py",
+        "loadtests/simulate/perf.py",
+        "loadtests/simulate/cluster.py",
+        "loadtests/simulate/traces.py",
+    ):
+        digest.update((root / name).read_bytes())
+    return f"{trace.name}-{replicas}-{profile}-{digest.hexdigest()[:16]}"
+
+
+def goodput(trace: Trace | str, replicas: int, policy: str, seed: int = 0, *, knobs: Knobs | None = None) -> Result:
+    """The run at the highest rate at which enough requests meet the limits, found by bisection of the load."""
+    knobs = msgspec.structs.replace(knobs or Knobs(), seed=seed)
+    if isinstance(trace, str):
+        trace = traces.load(trace)
+    base = saturation_rps(trace, replicas, knobs.profile)
+
+    def at(load: float) -> Result:
+        return run_at(trace, replicas, policy, load * base, load, knobs)
+
+    low, high = 0.0, 1.0
+    best: Result | None = None
+    while (result := at(high)).good_share >= GOOD_SHARE:
+        low, best, high = high, result, high * 1.5
+        if high > 50:
+            break
+    while high - low > GOODPUT_STEP * high and high > GOODPUT_STEP:
+        middle = (low + high) / 2
+        result = at(middle)
+        if result.good_share >= GOOD_SHARE:
+            low, best = middle, result
+        else:
+            high = middle
+    best = best or result
+    return msgspec.structs.replace(best, goodput_rps=best.rate_rps if low else 0.0)

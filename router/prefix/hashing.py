@@ -1,0 +1,114 @@
+"""Chains: a prompt's canonical bytes as chained hashes of its prefix blocks.
+
+Pure. The rule: h_0 is the hash of the namespace and h_i that of block i seeded with h_(i-1), all xxh3 with 64 bits; so
+one hash stands for its block and all before it, and router and replica agree on every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import chain as joined
+from struct import Struct
+from typing import Final
+
+from xxhash import xxh3_64_intdigest
+
+from router.prefix.canonical import Canonical, data_of, namespace_of, read
+from router.prefix.draft import Draft
+from router.types import Chain, Request
+
+_AT_ONCE: Final = 64
+_SEEDS: Final = 1024
+
+
+class Hasher:
+    """Makes the chains of requests.
+
+    `block_bytes` is the size of a prefix block; bytes of the prompt past `max_prompt_bytes` are in none.
+    """
+
+    def __init__(self, block_bytes: int, max_prompt_bytes: int) -> None:
+        self._block_bytes = block_bytes
+        self._max_bytes = max_prompt_bytes
+        self._shapes: dict[bytes, bytes] = {}
+        """What is known of tools and the like."""
+        self._seeds: dict[tuple[str, str, str, str], int] = {}
+        """Of namespaces without any."""
+
+    def chain(self, request: Request) -> Chain | None:
+        """The chain of a request's prompt; None where it has none. Never raises, whatever the body."""
+        if request.method != "POST":
+            return None
+        draft = read(request.rpc, request.path, request.body, self._max_bytes)
+        if draft is None:
+            return None
+        seed = self._seed(draft, request)
+        if seed is None:
+            return None
+        data = data_of(draft)
+        return _chain(seed, data, self._block_bytes, self._max_bytes, len(data) + draft.unread_bytes)
+
+    def _seed(self, draft: Draft, request: Request) -> int | None:
+        if draft.shape or draft.tokens is not None:
+            return self._new_seed(draft, request)
+        key = (draft.kind, request.model, request.lora, request.cache_salt)
+        seed = self._seeds.get(key)
+        if seed is None and (seed := self._new_seed(draft, request)) is not None:
+            if len(self._seeds) >= _SEEDS:
+                self._seeds.clear()
+            self._seeds[key] = seed
+        return seed
+
+    def _new_seed(self, draft: Draft, request: Request) -> int | None:
+        model = request.lora or request.model
+        namespace = namespace_of(draft, model, request.cache_salt, memo=self._shapes)
+        return None if namespace is None else xxh3_64_intdigest(namespace)
+
+
+def chain_of(prompt: Canonical, block_bytes: int, max_bytes: int) -> Chain:
+    """The chain of a canonical prompt; its bytes past `max_bytes` are in no block."""
+    return _chain(xxh3_64_intdigest(prompt.namespace), prompt.data, block_bytes, max_bytes, prompt.prompt_bytes)
+
+
+def _chain(seed: int, data: bytes, block_bytes: int, max_bytes: int, prompt_bytes: int) -> Chain:
+    count = min(len(data), max_bytes) // block_bytes
+    return Chain(block_bytes, seed, tuple(_hashes(seed, data, block_bytes, count)), prompt_bytes)
+
+
+def extend(last_hash: int, rest: bytes, more: bytes, block_bytes: int) -> tuple[list[int], bytes]:
+    """The blocks that `more` completes, and the bytes that are in none yet.
+
+    `last_hash` is that of the last full block (the seed where there is none), `rest` the bytes after it.
+    """
+    data = rest + more
+    count = len(data) // block_bytes
+    return _hashes(last_hash, data, block_bytes, count), data[count * block_bytes :]
+
+
+def _hashes(last: int, data: bytes, block_bytes: int, count: int) -> list[int]:
+    if not count:
+        return []
+    hashes = [last]
+    # The list is its own source of seeds: `map` takes each hash right after it was appended. All of it runs in C, which
+    # saves a seventh of the time of a loop.
+    hashes += map(xxh3_64_intdigest, _blocks(data, block_bytes, count), hashes)
+    del hashes[0]
+    return hashes
+
+
+def _blocks(data: bytes, block_bytes: int, count: int) -> Iterable[bytes]:
+    """The first `count` blocks of `data`; cutting with `struct` takes half the time of slicing."""
+    cutters = _cutters(block_bytes)
+    runs, rest = divmod(count, _AT_ONCE)
+    if not runs:
+        return cutters[rest].unpack_from(data)
+    cut = runs * _AT_ONCE * block_bytes
+    blocks = joined.from_iterable(cutters[_AT_ONCE].iter_unpack(memoryview(data)[:cut]))
+    return joined(blocks, cutters[rest].unpack_from(data, cut)) if rest else blocks
+
+
+@lru_cache(maxsize=8)
+def _cutters(block_bytes: int) -> tuple[Struct, ...]:
+    """Cut 0 to `_AT_ONCE` blocks."""
+    return tuple(Struct(f"{block_bytes}s" * count) for count in range(_AT_ONCE + 1))

@@ -1,0 +1,319 @@
+"""The index: which replica holds how much of a prompt.
+
+Sans-IO, no clock. The rule: it answers exactly what it was told. A replica holds a prompt's first n blocks if it stored
+each of them and evicted none since; blocks that requests in flight will bring count too, and are told apart.
+
+Each replica is a bit in masks. A replica that leaves, or whose blocks are all void, only gives up its bit: nothing
+matches it any more from that moment on, and its blocks are taken out in slices by `sweep`, after which the bit is free
+again. `Prefixes` owns the index.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Final
+
+from router.prefix.blocks import Blocks, Slot
+from router.prefix.pages import ones
+from router.types import Held
+
+_TANGLED: Final = 64
+"""Most chains that wait to be laid side by side; one that finds no place comes again with its next lookup."""
+_GROUPS: Final = 256
+"""Groups of replicas with the same answer that are remembered; of 64 replicas each takes some 5 KB."""
+_CHUNK: Final = 64
+
+
+class _Member:
+    """A replica in the index."""
+
+    __slots__ = ("name", "slot", "soon")
+
+    def __init__(self, name: str, slot: Slot) -> None:
+        self.name = name
+        self.slot = slot
+        self.soon: dict[int, int] | None = {}
+        """Block -> how many holds it has there; None once the replica has left."""
+
+
+class Hold:
+    """Blocks that a request in flight will bring to a replica."""
+
+    __slots__ = ("blocks", "member")
+
+    def __init__(self, member: _Member | None, blocks: Sequence[int]) -> None:
+        self.member = member
+        self.blocks = blocks
+
+
+class PrefixIndex:
+    """The longest held prefix per replica; blocks are 64-bit hashes, each of which stands for all blocks before it too."""
+
+    def __init__(self, max_blocks: int = 2_000_000) -> None:
+        self._blocks = Blocks(max_blocks)
+        self._members: dict[str, _Member] = {}
+        self._names: dict[int, str] = {}
+        """By live bit."""
+        self._live = 0
+        """Mask of the bits that match."""
+        self._free: list[int] = []
+        self._soon: dict[int, int] = {}
+        """Block -> mask of the replicas that will hold it soon."""
+        self._leaving: deque[Slot] = deque()
+        self._void: deque[tuple[int, list[int]]] = deque()
+        """Bits that left with the blocks from which they are still to be taken in `_soon`."""
+        self._tangled: deque[list[int]] = deque()
+        """Chains that a lookup found scattered over many pages."""
+        self._groups: dict[tuple[int, int, int], dict[str, Held]] = {}
+
+    def __len__(self) -> int:
+        """Blocks that are stored anywhere."""
+        return len(self._blocks.table)
+
+    @property
+    def max_blocks(self) -> int:
+        return self._blocks.max_blocks
+
+    @property
+    def refused(self) -> int:
+        """Blocks that were not taken in because the index was full, since the start."""
+        return self._blocks.refused
+
+    # -- replicas
+
+    def join(self, replica: str) -> None:
+        """A replica that holds nothing yet; one that is there already stays as it is."""
+        if replica not in self._members:
+            self._members[replica] = _Member(replica, self._new_slot(replica))
+
+    def leave(self, replica: str) -> None:
+        """Nothing matches the replica any more; its blocks go with the next sweeps."""
+        member = self._members.pop(replica, None)
+        if member is not None:
+            self._retire(member.slot)
+            if member.soon:
+                self._void.append((member.slot.bit, list(member.soon)))
+            member.soon = None
+
+    def clear(self, replica: str) -> None:
+        """The replica stores nothing any more; holds for requests in flight stay. Raises `KeyError` if it is not there."""
+        member = self._members[replica]
+        old = member.slot
+        if old.pages:
+            self._retire(old)
+            slot = member.slot = self._new_slot(replica)
+            for block in member.soon or ():
+                self._soon[block] = self._soon[block] & ~old.bit | slot.bit
+
+    def _new_slot(self, replica: str) -> Slot:
+        slots = self._blocks.slots
+        bit = self._free.pop() if self._free else 1 << len(slots)
+        slot = slots[bit] = Slot(bit)
+        self._names[bit] = replica
+        self._live |= bit
+        self._groups.clear()
+        return slot
+
+    def _retire(self, slot: Slot) -> None:
+        self._live &= ~slot.bit
+        del self._names[slot.bit]
+        self._groups.clear()
+        self._leaving.append(slot)
+
+    def sweep(self, budget: int = 1024) -> bool:
+        """Work that is put off, on about `budget` blocks: takes out those of replicas that left, and lays the scattered
+        ones of a prompt side by side. Returns whether there is more to do."""
+        while budget > 0 and self._void:
+            bit, blocks = self._void[0]
+            part = blocks[-budget:]
+            del blocks[-budget:]
+            for block in part:
+                self._not_soon(block, bit)
+            budget -= len(part)
+            if not blocks:
+                self._void.popleft()
+        while budget > 0 and self._leaving and not self._void:  # A bit is free once nothing bears it.
+            slot = self._leaving[0]
+            budget -= self._blocks.remove(slot, budget) + 1
+            if not slot.pages:
+                self._leaving.popleft()
+                del self._blocks.slots[slot.bit]
+                self._free.append(slot.bit)
+        while budget > 0 and self._tangled:
+            budget -= self._blocks.untangle(self._tangled.popleft()) + 8
+        return bool(self._leaving or self._void or self._tangled)
+
+    # -- what replicas store
+
+    def store(self, replica: str, hashes: Sequence[int], depths: Sequence[int]) -> None:
+        """The replica holds these blocks now; `depths` are the tokens up to the end of each.
+
+        Blocks of one prompt are best given in their order. Where the index is full, blocks that nobody held so far are
+        refused, the last ones first, and counted: what is there stays until its replicas evict it, since the blocks
+        that stay longest are the beginnings that many prompts share. Raises `KeyError` if the replica is not there.
+        """
+        self._blocks.store(self._members[replica].slot, hashes, depths)
+
+    def evict(self, replica: str, hashes: Iterable[int]) -> None:
+        """The replica holds these blocks no more; those that it did not hold are passed over. Raises `KeyError` if the
+        replica is not there."""
+        self._blocks.evict(self._members[replica].slot, hashes)
+
+    # -- what requests in flight will bring
+
+    def hold(self, replica: str, blocks: Sequence[int]) -> Hold:
+        """Until the hold is released, the replica matches these blocks as well, as ones that it will have soon.
+
+        Those from the prompt's beginning that it has stored already are no part of the hold. A replica that is not there
+        gets no hold, and a later one of the same name is not concerned.
+        """
+        member = self._members.get(replica)
+        if member is None or member.soon is None:
+            return Hold(None, ())
+        bit, counts, soon = member.slot.bit, member.soon, self._soon
+        blocks = blocks[self._blocks.first(member.slot, list(blocks)) :]
+        for block in blocks:
+            held = counts.get(block, 0)
+            counts[block] = held + 1
+            if not held:
+                soon[block] = soon.get(block, 0) | bit
+        return Hold(member, blocks)
+
+    def release(self, hold: Hold) -> None:
+        """Ends a hold; one that has ended stays so."""
+        member, hold.member = hold.member, None
+        if member is None or member.soon is None:
+            return
+        bit, counts = member.slot.bit, member.soon
+        for block in hold.blocks:
+            left = counts[block] - 1
+            if left:
+                counts[block] = left
+            else:
+                del counts[block]
+                self._not_soon(block, bit)
+
+    def _not_soon(self, block: int, bit: int) -> None:
+        left = self._soon[block] & ~bit
+        if left:
+            self._soon[block] = left
+        else:
+            del self._soon[block]
+
+    # -- lookups
+
+    def match(self, blocks: Sequence[int], tokens_per_block: float = 0.0) -> dict[str, Held]:
+        """Who holds how much of a prompt, without those that hold nothing.
+
+        `tokens_per_block` estimates the tokens of blocks whose depth nobody has reported.
+        """
+        found: dict[str, Held] = {}
+        chain, end = list(blocks), len(blocks)
+        table, soon = self._blocks.table, self._soon
+        alive = self._live  # The replicas that hold all blocks up to here.
+        at = depth = pages = 0
+        while at < end and alive:
+            page = table.get(chain[at])
+            if page is None:
+                break
+            pages += 1
+            place = page.place(chain[at])
+            size = page.follows(place, chain, at)
+            stay = 0
+            for pattern, mask in page.holders.items():
+                mask &= alive
+                if mask:
+                    lacking = ~pattern >> place
+                    run = (lacking & -lacking).bit_length() - 1
+                    if run >= size:
+                        stay |= mask
+                    elif run:
+                        alive ^= mask
+                        self._part(found, mask, chain, at + run, page.depths[place + run - 1], tokens_per_block)
+            left = alive ^ stay
+            if left and (at or soon):
+                self._part(found, left, chain, at, depth, tokens_per_block)
+            alive = stay
+            depth = page.depths[place + size - 1]
+            at += size
+        if alive and (at or soon):
+            self._part(found, alive, chain, at, depth, tokens_per_block)
+        if pages > 4 + at // 64 and len(self._tangled) < _TANGLED:
+            self._tangled.append(chain)
+        return found
+
+    def _part(
+        self, found: dict[str, Held], mask: int, chain: list[int], at: int, depth: int, tokens_per_block: float
+    ) -> None:
+        """The replicas in `mask` store the first `at` blocks, of `depth` tokens, and not the next one."""
+        if self._soon and at < len(chain):
+            coming = self._soon.get(chain[at], 0) & mask
+            if coming:
+                self._go_on(found, coming, chain, (at, depth), tokens_per_block)
+                mask ^= coming
+        if at and mask:
+            found.update(self._group(mask, at, depth))
+
+    def _group(self, mask: int, blocks: int, tokens: int) -> dict[str, Held]:
+        key = (mask, blocks, tokens)
+        group = self._groups.get(key)
+        if group is None:
+            if len(self._groups) >= _GROUPS:
+                self._groups.clear()
+            held = Held(blocks, tokens)
+            group = self._groups[key] = {self._names[1 << bit]: held for bit in ones(mask)}
+        return group
+
+    def _go_on(
+        self,
+        found: dict[str, Held],
+        mask: int,
+        chain: list[int],
+        stored: tuple[int, int],
+        tokens_per_block: float,
+    ) -> None:
+        """For the replicas in `mask` requests in flight will bring the block after the `stored` ones (blocks, tokens)."""
+        waits = dict.fromkeys(ones(mask), 0)
+        at, end = stored[0], len(chain)
+        while mask:
+            both, here, size = self._coming(chain, at) if at < end else (0, 0, 0)
+            left = mask & ~both
+            if left:
+                tokens = self._blocks.depth(chain[at - 1])
+                if tokens is None:
+                    tokens = stored[1] + round((at - stored[0]) * tokens_per_block)
+                for bit in ones(left):
+                    found[self._names[1 << bit]] = Held(at, tokens, waits[bit])
+                mask &= both
+            for bit in ones(mask & ~here):
+                waits[bit] += size
+            at += size
+
+    def _coming(self, chain: list[int], at: int) -> tuple[int, int, int]:
+        """Masks of the replicas that hold a block now or soon, and of those that hold it now, and for how many blocks
+        from there on both are the same."""
+        part = chain[at : at + _CHUNK]
+        coming = list(map(self._soon.get, part, repeat(0)))
+        if coming.count(coming[0]) == len(part) == list(map(self._blocks.table.get, part)).count(None):
+            return coming[0], 0, len(part)
+        here = self._blocks.holders(chain[at])
+        return coming[0] | here, here, 1
+
+    # -- figures
+
+    def blocks(self, replica: str) -> list[int]:
+        """What the replica stores. Raises `KeyError` if it is not there."""
+        slot = self._members[replica].slot
+        return [page.hashes[place] for page in slot.pages for place in ones(page.pattern_of(slot.bit))]
+
+    def held(self, replica: str) -> int:
+        """How many blocks the replica stores. Raises `KeyError` if it is not there."""
+        slot = self._members[replica].slot
+        return sum(page.pattern_of(slot.bit).bit_count() for page in slot.pages)
+
+    def bytes(self) -> int:
+        """Estimated size in memory; costs a walk over all pages."""
+        return self._blocks.bytes() + sys.getsizeof(self._soon)

@@ -1,0 +1,160 @@
+"""Pages: pieces of the index that hold blocks which were stored together, and who holds which of them.
+
+Sans-IO. A prompt's blocks are stored one after the other, so they come to lie side by side, and a lookup then takes one
+hash table access per page instead of one per block. That matters because at a million blocks every access misses the
+processor's caches: a plain hash table took 0.35 µs per block, 290 µs for a prompt of 200 KB.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import compress, count
+from operator import ne
+from typing import Final
+
+import msgspec
+
+DEAD: Final = -1
+"""Stands where a block was that is not in the page any more; equal to no hash."""
+
+
+class Page(msgspec.Struct, gc=False, eq=False):
+    """Some blocks and who holds which. Patterns are integers: bit i stands for the block at place i.
+
+    Not tracked by the garbage collector, and so neither is the table of a million blocks that points here.
+    """
+
+    hashes: list[int]
+    depths: array[int]
+    """For each block, how many of the prompt's tokens its end takes."""
+    holders: dict[int, int]
+    """Pattern -> mask of the replicas that hold just these blocks. Replicas that hold the same share an entry, so that 64
+    holders of a system prompt cost a lookup as much as one."""
+    live: int = 0
+    """Pattern of the places that are not dead."""
+    chained: bool = False
+    """Known to hold consecutive blocks of one chain and nothing else."""
+
+    def place(self, block: int) -> int:
+        """Where a block lies that is in this page."""
+        hashes = self.hashes
+        return 0 if hashes[0] == block else hashes.index(block)
+
+    def agrees(self, place: int, blocks: list[int], at: int) -> int:
+        """How many of `blocks` from `at` on lie here from `place` on, in the same order; at least one does."""
+        hashes = self.hashes
+        size = min(len(hashes) - place, len(blocks) - at)
+        mine, theirs = hashes[place : place + size], blocks[at : at + size]
+        if mine == theirs:
+            return size
+        return next(compress(count(), map(ne, mine, theirs)))
+
+    def follows(self, place: int, chain: list[int], at: int) -> int:
+        """As `agrees`, for the blocks of one chain.
+
+        There a hash stands for all blocks before it too: once a page is known to be a piece of a chain, two pieces whose
+        last blocks are equal are equal, and nothing between has to be read.
+        """
+        hashes = self.hashes
+        if self.chained:
+            size = min(len(hashes) - place, len(chain) - at)
+            if hashes[place + size - 1] == chain[at + size - 1]:
+                return size
+        size = self.agrees(place, chain, at)
+        if size == len(hashes):
+            self.chained = True
+        return size
+
+    def append(self, hashes: Sequence[int], depths: Sequence[int]) -> int:
+        """Adds new blocks at the end; returns their pattern."""
+        pattern = ((1 << len(hashes)) - 1) << len(self.hashes)
+        self.hashes.extend(hashes)
+        self.depths.extend(depths)
+        self.live |= pattern
+        self.chained = False
+        return pattern
+
+    def pattern_of(self, bit: int) -> int:
+        """What one replica holds."""
+        for pattern, mask in self.holders.items():
+            if mask & bit:
+                return pattern
+        return 0
+
+    def holders_at(self, place: int) -> int:
+        """Mask of the replicas that hold one block."""
+        found = 0
+        for pattern, mask in self.holders.items():
+            if pattern >> place & 1:
+                found |= mask
+        return found
+
+    def move(self, bit: int, old: int, new: int) -> None:
+        """A replica that held the pattern `old` holds `new` from now on."""
+        if old == new:
+            return
+        holders = self.holders
+        if old:
+            left = holders[old] ^ bit
+            if left:
+                holders[old] = left
+            else:
+                del holders[old]
+        if new:
+            holders[new] = holders.get(new, 0) | bit
+
+    def cut(self, gone: int) -> int:
+        """Takes the blocks of a pattern out for all who hold them; returns the mask of those who hold nothing here now."""
+        before = after = 0
+        holders: dict[int, int] = {}
+        for pattern, mask in self.holders.items():
+            before |= mask
+            left = pattern & ~gone
+            if left:
+                holders[left] = holders.get(left, 0) | mask
+                after |= mask
+        self.holders = holders
+        self._bury(gone & self.live)
+        return before & ~after
+
+    def unheld(self) -> list[int]:
+        """Takes out the blocks that nobody holds any more, and returns them."""
+        alive = 0
+        for pattern in self.holders:
+            alive |= pattern
+        dead = self.live & ~alive
+        if not dead:
+            return []
+        blocks = [self.hashes[place] for place in ones(dead)]
+        self._bury(dead)
+        return blocks
+
+    def _bury(self, dead: int) -> None:
+        self.live &= ~dead
+        size = self.live.bit_length()
+        # Engines evict a prompt's last blocks first: mostly the page just gets shorter.
+        del self.hashes[size:], self.depths[size:]
+        holes = dead & ((1 << size) - 1)
+        if holes:
+            self.chained = False
+            for place in ones(holes):
+                self.hashes[place] = DEAD
+
+
+def new_page() -> Page:
+    return Page([], array("I"), {})
+
+
+def ones(pattern: int) -> Iterator[int]:
+    """The places of the one bits, from the lowest."""
+    while pattern:
+        low = pattern & -pattern
+        yield low.bit_length() - 1
+        pattern ^= low
+
+
+def run_of_ones(pattern: int) -> int:
+    """How many one bits there are from the lowest place on without a zero between."""
+    lacking = ~pattern
+    return (lacking & -lacking).bit_length() - 1

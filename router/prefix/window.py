@@ -1,0 +1,103 @@
+"""How much of a long body is read: its media by hash alone, and of the rest only the beginning.
+
+Pure functions on bytes. The rule: reading costs no more than `limit` bytes of JSON do, however long the body and
+whatever is in it; only byte searches and hashes that run at memory speed go beyond.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final, TypeVar
+
+import msgspec
+
+from router.prefix.draft import MEDIA_STAND_IN, media_hash
+
+T = TypeVar("T")
+
+_STRIDE: Final = 64 << 10
+"""Media of twice this length are found for sure."""
+_PROBE: Final = 64
+_BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_"
+_KEY: Final = re.compile(rb'"(?:url|data|image_url|image_embeds|audio_embeds|video_embeds)"\s{0,8}:\s{0,8}\Z')
+_KEY_BYTES: Final = 40
+_ESCAPE_BYTES: Final = 12
+"""Two \\u escapes make one character at most."""
+
+
+def decode(decoder: msgspec.json.Decoder[T], body: bytes, limit: int, ends: tuple[bytes, ...]) -> tuple[T, int]:
+    """What `body` says, and how many of its bytes were not read.
+
+    Where it is longer than `limit` without its media, only its first `limit` bytes are read, completed by one of
+    `ends`.
+    Raises `msgspec.MsgspecError`.
+    """
+    if len(body) <= 2 * _STRIDE:
+        return decoder.decode(body), 0
+    body = without_media(body)
+    if len(body) <= limit:
+        return decoder.decode(body), 0
+    for head in _heads(body, limit, ends):
+        try:
+            return decoder.decode(head), len(body) - len(head)
+        except msgspec.DecodeError:
+            continue
+    raise msgspec.DecodeError("no beginning of the body can be read")
+
+
+def without_media(body: bytes) -> bytes:
+    """`body` with a hash in the place of long base64 strings that are media by their key."""
+    kept: list[bytes] = []
+    done = 0
+    position = _STRIDE
+    while position < len(body):
+        if body[position : position + _PROBE].strip(_BASE64):
+            position += _STRIDE
+            continue
+        start = body.rfind(b'"', done, position)
+        end = body.find(b'"', position)
+        if end < 0:
+            break
+        if start >= 0 and _is_media(body, start, end):
+            content = memoryview(body)[start + 1 : end]
+            kept += (body[done : start + 1], MEDIA_STAND_IN, media_hash(content).hex().encode())
+            done = end
+        position = max(end, position) + _STRIDE
+    if not kept:
+        return body
+    kept.append(body[done:])
+    return b"".join(kept)
+
+
+def _is_media(body: bytes, start: int, end: int) -> bool:
+    """Whether these two quotes are around a long string without escapes that is media by its key."""
+    if end - start < _STRIDE or body.find(b"\\", start, end) >= 0:
+        return False
+    return _KEY.search(body[max(0, start - _KEY_BYTES) : start]) is not None
+
+
+def _heads(body: bytes, limit: int, ends: tuple[bytes, ...]) -> Iterator[bytes]:
+    """Beginnings of `body` made whole: cut within a string, between numbers, before a message."""
+    cut = _character_end(body, limit)
+    for end in ends:
+        if end.startswith(b'"'):
+            yield body[:cut] + end
+        else:
+            comma = body.rfind(b",", 0, limit)
+            yield body[: max(comma, 0)] + end
+    role = body.rfind(b'"role"', 0, limit)
+    start = body.rfind(b"{", 0, max(role, 0))
+    if start > 0 and not body[start + 1 : role].strip():
+        yield body[:start].rstrip().removesuffix(b",") + b"]}"
+
+
+def _character_end(body: bytes, limit: int) -> int:
+    """The last place up to `limit` that is inside no escape and no character."""
+    cut = limit
+    escape = body.find(b"\\", max(0, cut - _ESCAPE_BYTES), cut)
+    if escape >= 0:
+        cut = len(body[:escape].rstrip(b"\\"))
+    while cut > 0 and body[cut] & 0xC0 == 0x80:
+        cut -= 1
+    return cut

@@ -1,0 +1,351 @@
+"""The index against a brute-force model, and what it promises beside exactness."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.prefix.index import Hold, PrefixIndex
+from router.types import Held
+
+PER_BLOCK = 10
+REPLICAS = ("a", "b", "c", "d", "e")
+
+
+def family(length: int = 150) -> list[list[int]]:
+    """Chains that share beginnings of several lengths, as prompts do; a hash stands for all before it too."""
+    source = random.Random(7)
+    chains = [[source.getrandbits(64) for _ in range(length)]]
+    for shared in (0, 3, 40, 64, 65, 100, 149):
+        parent = source.choice(chains)
+        chains.append(parent[:shared] + [source.getrandbits(64) for _ in range(length - shared)])
+    return chains
+
+
+CHAINS = family()
+DEPTHS = {block: (at + 1) * PER_BLOCK for chain in CHAINS for at, block in enumerate(chain)}
+
+
+def depths(blocks: list[int]) -> list[int]:
+    return [DEPTHS[block] for block in blocks]
+
+
+class Model:
+    """What an index shall answer, in the plainest way."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, set[int]] = {}
+        self.holds: list[tuple[str, set[int]]] = []
+
+    def prefix(self, replica: str, chain: list[int]) -> int:
+        return next((at for at, block in enumerate(chain) if block not in self.stored[replica]), len(chain))
+
+    def match(self, chain: list[int]) -> dict[str, Held]:
+        found = {}
+        for replica, stored in self.stored.items():
+            soon = set().union(*(blocks for name, blocks in self.holds if name == replica))
+            blocks = next((at for at, block in enumerate(chain) if block not in stored | soon), len(chain))
+            if blocks:
+                found[replica] = Held(blocks, blocks * PER_BLOCK, len(set(chain[:blocks]) - stored))
+        return found
+
+
+class Move(NamedTuple):
+    kind: str
+    replica: str
+    chain: int
+    start: int
+    length: int
+    order: int
+    """1: as in the prompt, -1: backwards, 2: every second one, 0: shuffled."""
+
+    def blocks(self) -> list[int]:
+        part = CHAINS[self.chain][self.start : self.start + self.length]
+        if self.order == 0:
+            return random.Random(self.start).sample(part, len(part))
+        return part[:: self.order]
+
+
+MOVES = st.builds(
+    Move,
+    st.sampled_from(["store"] * 6 + ["evict"] * 5 + ["hold", "hold", "release", "join", "leave", "clear", "sweep"]),
+    st.sampled_from(REPLICAS),
+    st.integers(0, len(CHAINS) - 1),
+    st.one_of(st.just(0), st.integers(0, 149)),
+    st.one_of(st.just(150), st.integers(0, 150), st.integers(0, 5)),
+    st.sampled_from((1, 1, 1, -1, -1, 2, 0)),
+)
+
+
+class Pair:
+    """The index and its model, moved alike."""
+
+    def __init__(self) -> None:
+        self.index = PrefixIndex()
+        self.model = Model()
+        self.holds: list[tuple[Hold, tuple[str, set[int]] | None]] = []
+        for name in REPLICAS:
+            self.join(name)
+
+    def join(self, replica: str) -> None:
+        self.index.join(replica)
+        self.model.stored.setdefault(replica, set())
+
+    def move(self, move: Move) -> None:
+        replica, blocks = move.replica, move.blocks()
+        if move.kind == "join":
+            self.join(replica)
+        elif move.kind == "sweep":
+            self.index.sweep(move.length)
+        elif move.kind == "release":
+            if self.holds:
+                self.release(move.start % len(self.holds))
+        elif move.kind == "hold":
+            self.hold(replica, CHAINS[move.chain][: move.length])
+        elif replica in self.model.stored:
+            self.change(move, blocks)
+
+    def change(self, move: Move, blocks: list[int]) -> None:
+        replica, stored = move.replica, self.model.stored
+        if move.kind == "store":
+            self.index.store(replica, blocks, depths(blocks))
+            stored[replica] |= set(blocks)
+        elif move.kind == "evict":
+            self.index.evict(replica, blocks)
+            stored[replica] -= set(blocks)
+        elif move.kind == "clear":
+            self.index.clear(replica)
+            stored[replica] = set()
+        elif move.kind == "leave":
+            self.index.leave(replica)
+            del stored[replica]
+            self.model.holds = [hold for hold in self.model.holds if hold[0] != replica]
+
+    def hold(self, replica: str, chain: list[int]) -> None:
+        known = replica in self.model.stored
+        entry = (replica, set(chain[self.model.prefix(replica, chain) :])) if known else None
+        if entry is not None:
+            self.model.holds.append(entry)
+        self.holds.append((self.index.hold(replica, chain), entry))
+
+    def release(self, which: int) -> None:
+        hold, entry = self.holds.pop(which)
+        self.index.release(hold)
+        self.model.holds = [other for other in self.model.holds if other is not entry]
+
+    def compare(self) -> None:
+        for chain in CHAINS:
+            assert self.index.match(chain, PER_BLOCK) == self.model.match(chain)
+        for replica, stored in self.model.stored.items():
+            assert sorted(self.index.blocks(replica)) == sorted(stored)
+            assert self.index.held(replica) == len(stored)
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(st.lists(MOVES, max_size=40))
+def test_the_index_answers_as_a_brute_force_model_does(moves: list[Move]) -> None:
+    pair = Pair()
+    for move in moves:
+        pair.move(move)
+        chain = CHAINS[move.chain]
+        assert pair.index.match(chain, PER_BLOCK) == pair.model.match(chain)
+    pair.compare()
+    while pair.index.sweep(7):
+        pass
+    pair.compare()
+    assert len(pair.index) == len(set().union(*pair.model.stored.values()))
+    while pair.holds:
+        pair.release(0)
+    pair.compare()
+    for name in REPLICAS:
+        pair.index.leave(name)
+    while pair.index.sweep():
+        pass
+    assert len(pair.index) == 0
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(st.lists(MOVES.filter(lambda move: move.kind in ("store", "evict")), max_size=30), st.integers(1, 200))
+def test_a_full_index_never_grows_and_never_claims_what_is_not_held(moves: list[Move], limit: int) -> None:
+    index, stored = PrefixIndex(limit), {name: set[int]() for name in REPLICAS}
+    for name in REPLICAS:
+        index.join(name)
+    for move in moves:
+        blocks = move.blocks()
+        if move.kind == "store":
+            index.store(move.replica, blocks, depths(blocks))
+            stored[move.replica] |= set(blocks)
+        else:
+            index.evict(move.replica, blocks)
+            stored[move.replica] -= set(blocks)
+        assert len(index) <= limit
+    for name in REPLICAS:
+        assert set(index.blocks(name)) <= stored[name]
+
+
+def joined(*names: str, max_blocks: int = 1000) -> PrefixIndex:
+    index = PrefixIndex(max_blocks)
+    for name in names:
+        index.join(name)
+    return index
+
+
+def test_a_full_index_refuses_the_last_blocks_and_counts_them() -> None:
+    index, chain = joined("a", "b", max_blocks=10), CHAINS[0]
+    index.store("a", chain[:15], depths(chain[:15]))
+    assert index.match(chain)["a"] == Held(10, 100)
+    assert index.refused == 5
+    index.store("b", chain[:10], depths(chain[:10]))  # Known already: takes no room.
+    assert index.match(chain)["b"] == Held(10, 100)
+    assert index.refused == 5
+    index.evict("a", chain[8:10])
+    index.evict("b", chain[8:10])
+    index.store("a", chain[8:9], depths(chain[8:9]))
+    assert index.match(chain) == {"a": Held(9, 90), "b": Held(8, 80)}
+
+
+def test_a_hole_ends_the_match_until_it_is_filled() -> None:
+    index, chain = joined("a"), CHAINS[0]
+    index.store("a", chain, depths(chain))
+    index.evict("a", [chain[70]])
+    assert index.match(chain)["a"] == Held(70, 700)
+    index.store("a", [chain[70]], [710])
+    assert index.match(chain)["a"] == Held(150, 1500)
+
+
+def test_a_replica_that_left_matches_nothing_from_that_moment_on() -> None:
+    index, chain = joined("a", "b"), CHAINS[0]
+    for name in ("a", "b"):
+        index.store(name, chain, depths(chain))
+    index.hold("a", CHAINS[1])
+    assert index.match(CHAINS[1], PER_BLOCK)["a"].soon
+    index.leave("a")
+    assert index.match(chain) == {"b": Held(150, 1500)}
+    assert index.match(CHAINS[1]) == {}
+    assert index.sweep(10)
+    index.join("a")
+    assert index.match(chain) == {"b": Held(150, 1500)}
+
+
+def test_leaving_takes_work_for_the_own_blocks_only() -> None:
+    index = joined("a", "b", max_blocks=10_000)
+    source = random.Random(3)
+    many = [source.getrandbits(64) for _ in range(5000)]
+    index.store("b", many, range(5000))
+    index.store("a", CHAINS[0], depths(CHAINS[0]))
+    index.leave("a")
+    sweeps = 1
+    while index.sweep(32):
+        sweeps += 1
+    assert sweeps <= 6
+    assert len(index) == 5000
+
+
+def test_a_bit_is_not_given_to_another_replica_before_it_is_swept() -> None:
+    index, chain = joined("a"), CHAINS[0]
+    for other in CHAINS:
+        index.store("a", other, depths(other))
+    index.leave("a")
+    index.join("b")
+    assert index.match(chain) == {}
+    assert index.sweep(50)
+    index.join("c")
+    assert index.match(chain) == {}
+    while index.sweep():
+        pass
+    index.join("d")
+    assert index.match(chain) == {}
+    assert len(index) == 0
+
+
+def test_more_replicas_than_a_machine_word_has_bits_are_told_apart() -> None:
+    names = [f"r{i}" for i in range(200)]
+    index, chain = joined(*names), CHAINS[0]
+    for at, name in enumerate(names):
+        index.store(name, chain[: at % 150 + 1], depths(chain[: at % 150 + 1]))
+    assert index.match(chain) == {name: Held(at % 150 + 1, (at % 150 + 1) * 10) for at, name in enumerate(names)}
+
+
+def test_clearing_a_replica_keeps_what_is_held_for_requests_in_flight() -> None:
+    index, chain = joined("a"), CHAINS[0]
+    index.store("a", chain[:5], depths(chain[:5]))
+    hold = index.hold("a", chain[:8])
+    index.clear("a")
+    assert index.match(chain) == {}  # The first five are neither stored nor part of the hold.
+    index.store("a", chain[:5], depths(chain[:5]))
+    assert index.match(chain, PER_BLOCK) == {"a": Held(8, 80, 3)}
+    index.release(hold)
+    assert index.match(chain) == {"a": Held(5, 50)}
+
+
+def test_two_holds_of_one_block_end_with_the_second() -> None:
+    index, chain = joined("a"), CHAINS[0]
+    first, second = index.hold("a", chain[:4]), index.hold("a", chain[:2])
+    index.release(first)
+    index.release(first)
+    assert index.match(chain, 10)["a"] == Held(2, 20, 2)
+    index.release(second)
+    assert index.match(chain, 10) == {}
+
+
+def test_tokens_of_blocks_to_come_are_estimated_from_the_last_known_depth() -> None:
+    index, chain = joined("a", "b"), CHAINS[0]
+    index.store("a", chain[:2], [100, 110])
+    index.hold("a", chain[:6])
+    assert index.match(chain, 7.0)["a"] == Held(6, 110 + 28, 4)
+    index.store("b", chain[:6], [100, 110, 115, 120, 130, 140])
+    assert index.match(chain, 7.0)["a"] == Held(6, 140, 4)
+
+
+def test_the_last_reported_depth_counts() -> None:
+    index, chain = joined("a", "b"), CHAINS[0]
+    index.store("a", chain[:2], [10, 20])
+    index.store("b", chain[:2], [11, 21])
+    assert index.match(chain) == dict.fromkeys("ab", Held(2, 21))
+
+
+def test_a_block_given_twice_in_one_report_is_stored_once() -> None:
+    index, chain = joined("a"), CHAINS[0]
+    index.store("a", [*chain[:3], *chain[:3]], [1, 2, 3, 10, 20, 30])
+    assert index.match(chain) == {"a": Held(3, 30)}
+    assert len(index) == 3
+
+
+def test_memory_does_not_grow_while_blocks_come_and_go() -> None:
+    index, source = joined("a", "b", max_blocks=100_000), random.Random(5)
+    held: list[list[int]] = []
+    sizes = []
+    for turn in range(600):
+        blocks = [source.getrandbits(64) for _ in range(source.randint(1, 90))]
+        index.store("ab"[turn % 2], blocks, range(len(blocks)))
+        held.append(blocks)
+        if len(held) > 40:
+            gone = held.pop(0)
+            source.shuffle(gone)
+            for name in "ab":
+                index.evict(name, gone[: len(gone) // 2])
+                index.evict(name, gone[len(gone) // 2 :])
+        if turn >= 100:
+            sizes.append(index.bytes())
+    assert max(sizes) < 2.5 * min(sizes)
+    assert len(index) == sum(map(len, held))
+
+
+@pytest.mark.parametrize("act", ["store", "evict", "clear"])
+def test_a_replica_that_did_not_join_is_an_error(act: str) -> None:
+    index = PrefixIndex()
+    with pytest.raises(KeyError):
+        {"store": lambda: index.store("x", [1], [1]), "evict": lambda: index.evict("x", [1]), "clear": lambda: index.clear("x")}[act]()
+
+
+def test_a_hold_at_a_replica_that_left_holds_nothing() -> None:
+    index = joined("a")
+    index.leave("a")
+    hold = index.hold("a", CHAINS[0])
+    index.join("a")
+    assert index.match(CHAINS[0]) == {}
+    index.release(hold)

@@ -1,0 +1,94 @@
+"""Receipts: what is told of a decision, and how it is written into a header."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.receipts import Explainer, make_receipt
+from router.types import (
+    MAX_CANDIDATES_CHARS,
+    Candidate,
+    Chain,
+    Charge,
+    Decision,
+    Held,
+    Load,
+    Outlook,
+    PrefixView,
+    Reason,
+    Receipt,
+    ReplicaView,
+    Request,
+    Rpc,
+    Snapshot,
+)
+
+REQUEST = Request("r1", "m", Rpc.HTTP, "/v1/completions", b"")
+CHAIN = Chain(256, 1, tuple(range(10)), 2600)
+OUTLOOK = Outlook(wait_s=0.5, token_s=0.001, pair_s=1e-6, batch_s=0.01, as_of=10.0)
+PREFIX = PrefixView(CHAIN, 650, {"a": Held(4, 256), "b": Held(10, 700)})
+
+
+def views(*names: str, outlook: Outlook = OUTLOOK) -> tuple[ReplicaView, ...]:
+    return tuple(ReplicaView(name, Load(running=i), 0, 0, 8, outlook) for i, name in enumerate(names))
+
+
+def receipt(snapshot: Snapshot, replica: str, charge: Charge, **fields: Any) -> Receipt:
+    decision = Decision(replica, Reason.LEAST_COST, (), 0.75)
+    return make_receipt(REQUEST, snapshot, decision, charge, "cost", **{"retry": False, **fields})
+
+
+def test_a_receipt_says_what_was_held_and_what_is_expected() -> None:
+    snapshot = Snapshot("m", views("x", "a"), PREFIX, now=10.2)
+    made = receipt(snapshot, "a", Charge(394, 0.0, CHAIN, 4))
+    assert (made.queue_depth, made.matched, made.blocks) == (1, 4, 10)
+    assert (made.cached_tokens, made.prompt_tokens, made.score) == (256, 650, 0.75)
+    # 0.3 s of the queue are left, then a step's own time, 394 tokens and their pairs.
+    assert made.expected_s == pytest.approx(0.3 + 0.01 + 0.394 + (394 * 256 + 394 * 394 / 2) * 1e-6)
+    assert made.header() == (
+        "replica=a;policy=cost;reason=least_cost;queue=1;matched=4/10;cached=256/650;score=0.75;expected_ms=882.5"
+    )
+
+
+def test_a_queue_that_should_be_done_by_now_adds_nothing_to_what_is_expected() -> None:
+    snapshot = Snapshot("m", views("a"), PREFIX, now=99.0)
+    assert receipt(snapshot, "a", Charge(394)).expected_s == pytest.approx(0.01 + 0.394 + 178_482e-6)
+
+
+def test_nothing_is_expected_of_a_replica_that_nobody_knows() -> None:
+    assert receipt(Snapshot("m", views("a", outlook=Outlook()), PREFIX), "a", Charge(650)).expected_s == 0.0
+    assert receipt(Snapshot("m", views("a")), "a", Charge()).expected_s == 0.0
+
+
+def test_a_retry_says_so_whatever_the_policys_reason_was() -> None:
+    assert receipt(Snapshot("m", views("a")), "a", Charge(), retry=True).reason is Reason.RETRY
+
+
+def test_candidates_come_chosen_first_then_by_score_then_by_what_they_hold() -> None:
+    snapshot = Snapshot("m", views("a", "b", "c", "d", "e"), PREFIX)
+    explainer = Explainer(lambda request, snapshot: {"c": 3.0, "d": 1.0, "nobody": 0.0})
+    found = explainer.candidates(REQUEST, snapshot, "c")
+    assert [one.replica for one in found] == ["c", "d", "b", "a", "e"]
+    assert [one.score for one in found] == [3.0, 1.0, None, None, None]
+    # More is held than there is by estimate: what is told stays within the prompt.
+    assert found[2].cached_tokens == 650
+
+
+def test_without_an_explanation_candidates_have_no_score() -> None:
+    found = Explainer(None).candidates(REQUEST, Snapshot("m", views("a", "b")), "b")
+    assert [(one.replica, one.score) for one in found] == [("b", None), ("a", None)]
+
+
+@given(st.integers(1, 300), st.integers(1, 120))
+@settings(derandomize=True, max_examples=50)
+def test_the_header_is_bounded_and_counts_what_it_leaves_out(count: int, length: int) -> None:
+    candidates = tuple(Candidate(f"{i:0{length}}", i, i, i, i * 0.1, float(i)) for i in range(count))
+    text = Receipt("r1", "a", "cost", Reason.LEAST_COST, 0, candidates=candidates).header()
+    told = text.partition(";candidates=")[2]
+    assert len(told) <= MAX_CANDIDATES_CHARS + len("+300")
+    shown = told.count("(")
+    assert told.endswith(f"+{count - shown}") if shown < count else "+" not in told
