@@ -165,7 +165,7 @@ class Aligner:
         """Where the first `blocks` prefix blocks of a prompt end, in tokens.
 
         `data` and `pieces` are its canonical form, `token_ids` those that the engine computes, special ones included.
-        Never raises on what clients send. About 150 µs for 2,000 tokens.
+        Never raises on what clients send. 170 to 300 µs for 2,000 tokens.
         """
         if blocks <= 0 or not len(token_ids):
             return Aligned((), True)
@@ -223,7 +223,7 @@ class Aligner:
         edges = np.arange(1, blocks + 1, dtype=np.float64) * block_bytes
         places = np.ceil(np.interp(edges, [*search.xs, len(data)], [*search.ys, search.last(len(data))]) - 1e-6)
         ends = np.searchsorted(token_ends, places, side="left") + 1
-        return Aligned(tuple(np.minimum(ends, len(token_ids)).tolist()), search.exact)
+        return Aligned(tuple(np.minimum(ends, len(token_ids)).tolist()), search.exact and bool(pieces))
 
     def _learn(self, search: _Search) -> None:
         if len(self._leads) >= _MAX_LEADS:

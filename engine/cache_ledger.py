@@ -13,11 +13,13 @@ from typing import Final, Protocol
 
 from router.types import Chain
 
-MAX_TIES: Final = 1_000_000
-"""About 150 MB where all are used. A KV cache of 820,000 tokens needs 13,000 at 256 bytes a block, and every further
-prompt that shares no text with those as many as it has blocks."""
+MAX_TIES: Final = 250_000
+"""About 90 MB where all are used. A KV cache of 820,000 tokens needs 13,000 at 256 bytes a prefix block; the rest is
+for prompts that wait, and for prefixes that are shared by prompts whose KV blocks differ."""
 _MAX_CLAIMS: Final = 65_536
-_DOUBT: Final = 4
+_RETRY_PROMPTS: Final = 16
+_FORGETTING: Final = 0.2
+"""Share of each prompt in what is thought of answers: four in a row that come back otherwise end the trust."""
 
 
 class Watcher(Protocol):
@@ -56,6 +58,9 @@ class CacheLedger:
         self._claims: OrderedDict[int, int] = (
             OrderedDict()
         )  # Hash -> key, tied over generated text, not yet seen again.
+        self._trust = 1.0
+        self._untried = 0
+        """Prompts since an answer was tied."""
         self._watchers: list[Watcher] = []
 
     def watch(self, watcher: Watcher) -> None:
@@ -69,6 +74,7 @@ class CacheLedger:
         prefix blocks. Blocks without an end, or whose last token is in no full KV block, stay untied. What was claimed
         of a block over generated text is judged, and undone where this prompt has it in another KV block.
         """
+        self._untried += 1
         self._judge(chain.blocks, keys, ends)
         self._tie(chain.blocks, keys, ends)
 
@@ -76,8 +82,11 @@ class CacheLedger:
         """Ties prefix blocks over generated text, expecting the next turn's prompt to hold it as it was generated.
 
         `blocks` may start anywhere in the chain, `ends` belongs to them and counts from the prompt's first token, as do
-        `keys`: all full KV blocks of the prompt and the generated tokens that are expected to come again.
+        `keys`: all full KV blocks of the prompt and the generated tokens that are expected to come again. Begin with
+        the prompt's own blocks that `prompt` could not tie because they end in its last KV block, which was not full:
+        routers match without a gap.
         """
+        self._untried = 0
         claims = self._claims
         for block, key in self._places(blocks, keys, ends):
             claims[block] = key
@@ -88,8 +97,11 @@ class CacheLedger:
 
     @property
     def answers_return(self) -> bool:
-        """Whether prefix blocks over generated text are worth tying: they are not refuted more than now and then."""
-        return self.refuted <= _DOUBT + self.confirmed // _DOUBT
+        """Whether it is worth tying the answer that ends now: most of the last ones came back as they were generated.
+
+        Where they did not, one answer in about 16 prompts is tried.
+        """
+        return self._trust >= 0.5 or self._untried >= _RETRY_PROMPTS
 
     def stored(self, key: int) -> None:
         """The engine holds a KV block; saying it again changes nothing."""
@@ -225,15 +237,20 @@ class CacheLedger:
         claims = self._claims
         if not claims:
             return
+        right = wrong = 0
         for block, key in self._places(blocks, keys, ends):
             claimed = claims.pop(block, None)
             if claimed is None:
                 continue
             if claimed == key:
-                self.confirmed += 1
+                right += 1
             else:
-                self.refuted += 1
+                wrong += 1
                 self._untie(claimed, block)
+        self.confirmed += right
+        self.refuted += wrong
+        if right or wrong:
+            self._trust += (right / (right + wrong) - self._trust) * _FORGETTING
 
     def _untie(self, key: int, block: int) -> None:
         held = key in self._held

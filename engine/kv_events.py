@@ -155,7 +155,7 @@ class Counts(msgspec.Struct):
     cleared: int = 0
     """Times that the whole cache was cleared."""
     repeats: int = 0
-    """Stored again as a run from a prompt's start: vLLM's report of a reuse, or a copy. Not counted as a copy."""
+    """Stored again as a run from a prompt's start; see `KvIdentity`."""
     orphans: int = 0
     """Stored behind a parent that is not known."""
     strangers: int = 0
@@ -177,11 +177,16 @@ class KvIdentity:
 
     vLLM stores a block a second time where two requests compute the same one, and removes each copy for itself. Several
     hashes may stand for one key, and the ledger hears of the first that comes and the last that goes.
+
+    A request with `kv_cache_report_mode` "full" makes vLLM say of blocks that it reuses that they were stored, which
+    looks like another copy. Keep such requests out, or say `reports_reuse`: then what is stored again from a prompt's
+    start counts as no copy, and a block of which there were some after all is taken to be gone too early.
     """
 
-    def __init__(self, ledger: CacheLedger) -> None:
+    def __init__(self, ledger: CacheLedger, *, reports_reuse: bool = False) -> None:
         self.counts = Counts()
         self._ledger = ledger
+        self._reports_reuse = reports_reuse
         self._keys: dict[int | bytes, int] = {}
         self._copies: dict[int | bytes, int] = {}  # Only of hashes with more than one.
         self._hashes: dict[int, int] = {}  # Per key how many hashes; only where there is more than one.
@@ -257,11 +262,10 @@ class KvIdentity:
                 self._ledger.stored(key)
         elif known != key:
             self.fault = "a KV block's hash came back with other tokens"
-        elif from_start:
-            # A copy, or only the report that the first one was reused: to count too few is the safe side.
-            self.counts.repeats += 1
         else:
-            self._copies[block] = self._copies.get(block, 1) + 1
+            self.counts.repeats += from_start
+            if not (from_start and self._reports_reuse):
+                self._copies[block] = self._copies.get(block, 1) + 1
 
     def _leave(self, block: int | bytes) -> None:
         copies = self._copies.get(block, 1)

@@ -6,6 +6,7 @@ Pure functions. The rule: the router's chain counts only where the replica makes
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import msgspec
@@ -64,6 +65,18 @@ def prompt_of(call: Submit) -> HashedPrompt | None:
             return HashedPrompt(chain, form.data, form.pieces, form.answer_prefix if whole else None)
     _log.warning("request %s: the router made another chain of its prompt", call.request_id)
     return None
+
+
+def open_blocks(
+    chain: Chain, ends: Sequence[int], tokens: int, block_tokens: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The prefix blocks of a prompt of `tokens` tokens that end behind its last full KV block, and where they end.
+
+    The answer fills that KV block, so they are tied with it.
+    """
+    full = tokens // block_tokens * block_tokens
+    first = bisect_right(ends, full)
+    return chain.blocks[first : len(ends)], tuple(ends[first:])
 
 
 def expected_tokens(matched: int, ends: Sequence[int], tokens: int, block_tokens: int) -> tuple[int, int] | None:

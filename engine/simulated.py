@@ -18,10 +18,12 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from engine.base import Abort, StreamOut
+from engine.cache_report import CacheFeed
 from engine.simulated_ask import Ask, PromptMaker, Reply
 from engine.simulated_core import SimulatedCore, SimulatedOptions, StepResult
 from engine.simulated_grpc import Grpc
 from engine.simulated_openai import ROUTES, OpenAi, refuse
+from engine.simulated_reports import SimulatedReports
 from router.errors import ConfigError, InternalError, KvlaneError, ReplicaFailed, ReplicaLost
 from router.lane.frames import Submit
 from router.types import EngineInfo, Load, ModelCard, Rpc
@@ -78,6 +80,7 @@ class SimulatedEngine:
         self._options = options if isinstance(options, SimulatedOptions) else parse_options(options)
         self._card = ModelCard(model, max_model_len=self._options.max_model_len)
         self._core = SimulatedCore(self._options)
+        self._reports = SimulatedReports(self._options)
         self._clock = clock
         self._unix_time = unix_time
         prompts = PromptMaker(self._options)
@@ -110,6 +113,9 @@ class SimulatedEngine:
     def load(self) -> Load:
         return self._core.load()
 
+    def cache(self) -> CacheFeed:
+        return self._reports.feed
+
     def on_step(self, listener: Callable[[], None]) -> None:
         self._listeners.append(listener)
 
@@ -123,7 +129,7 @@ class SimulatedEngine:
                 out.end()
                 return _nothing
             id = next(self._ids)
-            self._core.add(id, ask.prompt, ask.max_tokens, ask.priority)
+            job = self._core.add(id, ask.prompt, ask.max_tokens, ask.priority)
         except KvlaneError as error:
             if call.rpc == Rpc.HTTP:
                 refuse(out, error)
@@ -132,6 +138,7 @@ class SimulatedEngine:
                 out.fail(error)
             return _nothing
         self._streams[id] = _Stream(out, ask.reply)
+        self._reports.asked(call, ask, job)
         self._wake()
         return lambda: self._abort(id)
 
@@ -173,6 +180,7 @@ class SimulatedEngine:
 
     def _abort(self, id: int) -> None:
         if self._streams.pop(id, None) is not None:
+            self._reports.aborted(id)
             self._core.abort(id)
 
     def _wake(self) -> None:
@@ -210,7 +218,9 @@ class SimulatedEngine:
         self._timer = clock.call_at(self._due, self._complete)
 
     def _end_step(self) -> None:
-        self._deliver(self._core.commit())
+        result = self._core.commit()
+        self._reports.stepped(result)  # First, so that a prompt's blocks go out with its first token.
+        self._deliver(result)
         for listener in self._listeners:
             listener()
         limit = self._options.fail_after_steps

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 
 from engine.simulated_core import Job, SimulatedOptions
-from engine.simulated_text import Prompt, text_prompt, token_prompt
+from engine.simulated_text import Prompt, text_prompt
 from router.errors import InvalidRequest, NotSupported
 
 
@@ -26,6 +25,8 @@ class Ask(msgspec.Struct, frozen=True):
     """A request to the engine."""
 
     prompt: Prompt
+    text: bytes
+    """What the prompt's tokens stand for, four bytes each; the last one may lack some."""
     max_tokens: int | None
     priority: int
     reply: Reply
@@ -40,10 +41,6 @@ class PromptMaker:
 
     def text(self, text: bytes, salt: str | None) -> Prompt:
         return text_prompt(text, self._block_tokens, seed=self._seed, salt=salt or "")
-
-    def tokens(self, ids: Sequence[int], salt: str | None) -> Prompt:
-        """`ids` are below 2**32."""
-        return token_prompt(ids, self._block_tokens, seed=self._seed, salt=salt or "")
 
 
 def check_sampling(*, n: int | None, max_tokens: int | None, temperature: float | None, top_p: float | None) -> None:

@@ -22,7 +22,7 @@ from kvlane.v1.inference_pb2 import (
 from engine.base import StreamOut
 from engine.simulated_ask import Ask, PromptMaker, check_sampling
 from engine.simulated_core import Job
-from engine.simulated_text import VOCABULARY, WORD_IDS, WORDS, chat_text, word
+from engine.simulated_text import VOCABULARY, WORD_IDS, WORDS, chat_text, token_text, word
 from router.errors import InvalidRequest, ModelNotFound, NotSupported, PathNotFound
 from router.lane.frames import Submit
 
@@ -64,12 +64,13 @@ class Grpc:
         self._check(request.model, request.sampling)
         salt = request.routing.cache_salt
         if request.text:
-            prompt = self._prompts.text(request.text.encode(), salt)
+            text = request.text.encode()
         elif request.token_ids.ids:
-            prompt = self._prompts.tokens(request.token_ids.ids, salt)
+            text = token_text(request.token_ids.ids)
         else:
             raise InvalidRequest("`text` or `token_ids` must hold a prompt.", param="prompt")
-        return Ask(prompt, _max_tokens(request.sampling), _priority(request.routing, call), _Generated(out))
+        prompt = self._prompts.text(text, salt)
+        return Ask(prompt, text, _max_tokens(request.sampling), _priority(request.routing, call), _Generated(out))
 
     def _chat(self, call: Submit, out: StreamOut) -> Ask:
         request = _parse(ChatRequest, call.body)
@@ -78,7 +79,7 @@ class Grpc:
             raise InvalidRequest("`messages` must hold at least one message.", param="messages")
         text = chat_text([(_role(message), message.content) for message in request.messages])
         prompt = self._prompts.text(text, request.routing.cache_salt)
-        return Ask(prompt, _max_tokens(request.sampling), _priority(request.routing, call), _Said(out))
+        return Ask(prompt, text, _max_tokens(request.sampling), _priority(request.routing, call), _Said(out))
 
     def _check(self, model: str, sampling: SamplingParams) -> None:
         if model and model != self._model:

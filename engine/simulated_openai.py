@@ -13,7 +13,7 @@ import msgspec
 from engine.base import StreamOut
 from engine.simulated_ask import Ask, PromptMaker, check_sampling
 from engine.simulated_core import Job
-from engine.simulated_text import VOCABULARY, WORDS, answer, chat_text
+from engine.simulated_text import VOCABULARY, WORDS, answer, chat_text, token_text
 from router.errors import InvalidRequest, KvlaneError, MethodNotAllowed, ModelNotFound, NotSupported, PathNotFound
 from router.lane.frames import Submit
 from router.types import Headers, ModelCard, RouteInfo
@@ -98,13 +98,11 @@ class OpenAi:
         body = _decode(_completion_decoder, call.body)
         self._check(body, body.max_tokens)
         prompt = _one_prompt(body.prompt)
-        if isinstance(prompt, str):
-            known = self._prompts.text(prompt.encode(), body.cache_salt)
-        else:
-            known = self._prompts.tokens(prompt, body.cache_salt)
+        text = prompt.encode() if isinstance(prompt, str) else token_text(prompt)
+        known = self._prompts.text(text, body.cache_salt)
         shape = _Shape("cmpl-" + call.request_id, "text_completion", "text_completion", created, self._card.name)
         reply = _stream(out, shape, body) if body.stream else _WholeAnswer(out, shape)
-        return Ask(known, body.max_tokens, body.priority or call.priority, reply)
+        return Ask(known, text, body.max_tokens, body.priority or call.priority, reply)
 
     def _chat(self, call: Submit, out: StreamOut, created: int) -> Ask:
         body = _decode(_chat_decoder, call.body)
@@ -118,7 +116,7 @@ class OpenAi:
             "chatcmpl-" + call.request_id, "chat.completion", "chat.completion.chunk", created, self._card.name
         )
         reply = _stream(out, shape, body) if body.stream else _WholeAnswer(out, shape)
-        return Ask(known, max_tokens, body.priority or call.priority, reply)
+        return Ask(known, text, max_tokens, body.priority or call.priority, reply)
 
     def _check(self, body: _Body, max_tokens: int | None) -> None:
         if body.model and body.model != self._card.name:

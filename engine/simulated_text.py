@@ -82,9 +82,14 @@ def text_prompt(text: bytes, block_tokens: int, *, seed: int = 0, salt: str = ""
     return Prompt(len(data) // TOKEN_BYTES, tuple(hashes), data[full:], chain(seed, data) % VOCABULARY)
 
 
+def token_text(ids: Sequence[int]) -> bytes:
+    """What these token ids, each below 2**32, stand for."""
+    return array("I", ids).tobytes()
+
+
 def token_prompt(ids: Sequence[int], block_tokens: int, *, seed: int = 0, salt: str = "") -> Prompt:
     """The prompt of these token ids, each below 2**32."""
-    return text_prompt(array("I", ids).tobytes(), block_tokens, seed=seed, salt=salt)
+    return text_prompt(token_text(ids), block_tokens, seed=seed, salt=salt)
 
 
 def hashed_prompt(hashes: Sequence[int], tokens: int, *, seed: int = 0) -> Prompt:

@@ -15,13 +15,13 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from engine.alignment import Aligner, TokenBytes, agreeing_tokens
 from engine.cache_ledger import CacheLedger
 from engine.cache_report import CacheFeed
 from engine.kv_events import KvEvents, KvIdentity, block_keys
-from engine.prompts import HashedPrompt, expected_tokens, is_off, prompt_of
+from engine.prompts import HashedPrompt, expected_tokens, is_off, open_blocks, prompt_of
 from engine.vllm_events import KvEventSocket, connectable
 from engine.vllm_work import Running, VllmWork
 from router.lane.frames import Submit
@@ -46,6 +46,9 @@ class _Asked:
         self.requests = 0
         """How many requests vLLM made of it."""
 
+
+_Ends: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""Prefix blocks and the tokens at which they end."""
 
 _asked: ContextVar[_Asked | None] = ContextVar("asked", default=None)
 """The submit that the running task serves. vLLM's handlers run in tasks of their own, which inherit it."""
@@ -251,7 +254,8 @@ class VllmCache:
         if self._compares and not (params or request.pooling_params).skip_reading_prefix_cache:
             running.expected = expected_tokens(call.matched, ends, len(token_ids), self._block_tokens)
         if params is not None and params.n == 1 and not request.mm_features and self._is_plain(call):
-            running.left = lambda: self._answered(asked, prompt, request, running)
+            open = open_blocks(chain, ends, len(token_ids), self._block_tokens)
+            running.left = lambda: self._answered(asked, prompt, open, request, running)
 
     def _is_plain(self, call: Submit) -> bool:
         """Whether the client gets the generated text as it is, no reasoning or tool calls taken out of it."""
@@ -264,13 +268,16 @@ class VllmCache:
         if running.expected is not None and self.feed is not None:
             self.feed.compared(is_off(running.expected, running.state.num_cached_tokens, self._block_tokens))
 
-    def _answered(self, asked: _Asked, prompt: HashedPrompt, request: Any, running: Running) -> None:
+    def _answered(self, asked: _Asked, prompt: HashedPrompt, open: _Ends, request: Any, running: Running) -> None:
         if asked.requests == 1 and self._connected and prompt.answer_prefix is not None:
             # After the step's output is on its way to the routers.
-            asyncio.get_running_loop().call_soon(self._tie_answer, prompt, request, running)
+            asyncio.get_running_loop().call_soon(self._tie_answer, prompt, open, request, running)
 
-    def _tie_answer(self, prompt: HashedPrompt, request: Any, running: Running) -> None:
-        """Ties the next turn's prefix blocks over this answer, as far as its tokens will come again."""
+    def _tie_answer(self, prompt: HashedPrompt, open: _Ends, request: Any, running: Running) -> None:
+        """Ties the prefix blocks that the next turn has over this answer, as far as its tokens will come again.
+
+        `open` are the prompt's last ones, which end in a KV block that only the answer fills.
+        """
         answer = running.produced[:LONGEST_ANSWER]
         if not answer or not (prompt.tokens_given or self._ledger.answers_return):
             return
@@ -282,11 +289,11 @@ class VllmCache:
         else:
             text = self._text(running, answer)
             blocks = prompt.continued(text.encode("utf-8", "surrogatepass"))
-            answer = answer[: self._agreeing(token_ids, answer, text)] if blocks else []
+            answer = answer[: self._agreeing(token_ids, answer, text)]
             start = len(prompt.data) + len(prompt.answer_prefix or b"")
             ends = self._aligner.answer_ends(first, size, first + len(blocks), start, len(token_ids), answer)
-        if ends:
-            self._ledger.answer(blocks, self._keys(request, answer), ends)
+        if open[0] or ends:
+            self._ledger.answer((*open[0], *blocks), self._keys(request, answer), (*open[1], *ends))
 
     def _text(self, running: Running, answer: list[int]) -> str:
         """The answer's beginning as the client got it."""

@@ -2,22 +2,26 @@
 
 `python -m loadtests.index_cost [--replicas 64] [--blocks 1000000] [--json FILE]`. The blocks are conversations: each
 begins with one of a few system prompts that all replicas hold, lives on one replica, and came there turn by turn, many
-conversations at the same time: `turns` looks each turn up, stores its prompt as one report and each block of the answer as
-one of its own, while the sweeps run; `whole` stores each prompt at once. Lookups take a random conversation each, with
-fresh hashes as a request brings them, so that the processor's caches hold as little of it as they would. Times are of
-the thread's CPU, per call, with nothing subtracted: other processes on the machine do not count, the cost of asking for
-the time does.
+conversations at the same time: `turns` looks each turn up, stores its prompt as one report and each block of the
+answer as one of its own, while the sweeps run; `whole` stores each prompt at once. Lookups take a random conversation
+each, with fresh hashes as a request brings them, so that the processor's caches hold as little of it as they would.
+Times are of the thread's CPU, per call, with nothing subtracted: other processes on the machine do not count, the cost
+of asking for the time does.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import multiprocessing
+import os
 import random
 import statistics
 import sys
 import time
-import tracemalloc
+from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -52,7 +56,7 @@ class Fixed(msgspec.Struct):
     stored: str
     blocks: int
     bytes_per_block: float
-    """All memory that the index took, by `tracemalloc`."""
+    """All memory by which the process grew while the index was filled."""
     store_us_per_block: float
     longest_store_ms: float
     """The longest single report; a hash table that grows is in it."""
@@ -76,20 +80,29 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=64)
     parser.add_argument("--blocks", type=int, default=1_000_000)
     parser.add_argument("--lookups", type=int, default=2000, help="per row")
+    parser.add_argument("--stored", default="whole,turns", help="ways of storing, by commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the rows here as well")
     arguments = parser.parse_args()
     rows: list[Row] = []
     fixed: list[Fixed] = []
-    for stored in ("whole", "turns"):
-        bench = Bench(stored, arguments.replicas, arguments.blocks, arguments.seed)
-        rows += bench.lookups(arguments.lookups)
-        fixed.append(bench.fixed())
+    for stored in arguments.stored.split(","):
+        # In a process of its own, since the one before it leaves memory behind that would be used again.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            lookups, one = pool.submit(measure, stored, arguments).result()
+        rows += lookups
+        fixed.append(one)
     print(markdown(rows, fixed))
     if arguments.json:
         results = msgspec.json.encode({"lookups": rows, "index": fixed})
         Path(arguments.json).write_bytes(msgspec.json.format(results))
     return 0
+
+
+def measure(stored: str, arguments: argparse.Namespace) -> tuple[list[Row], Fixed]:
+    """All figures for one way of storing."""
+    bench = Bench(stored, arguments.replicas, arguments.blocks, arguments.seed)
+    return bench.lookups(arguments.lookups), bench.fixed()
 
 
 class Bench:
@@ -101,11 +114,12 @@ class Bench:
         self.names = [f"SERVE_REPLICA::llm#Llama#{i:08x}" for i in range(replicas)]
         self.systems = [self._fresh(SYSTEM_BLOCKS) for _ in range(SYSTEMS)]
         self.talks = self._conversations(blocks)
-        # Measured with conversations that exist already, as tracemalloc would else count the benchmark's own.
         reports = list(self._whole() if stored == "whole" else self._turns())
-        self.bytes = self._memory(blocks, reports)
+        gc.freeze()
+        before = _resident()
         self.index = PrefixIndex(2 * blocks)
         self.store_s = self._load(self.index, reports)
+        self.bytes = (_resident() - before) / len(self.index)
 
     def _fresh(self, count: int) -> list[int]:
         return [self.random.getrandbits(64) for _ in range(count)]
@@ -149,10 +163,10 @@ class Bench:
         chain = talk.blocks[: at + size] if size == TURN_BLOCKS else []
         return talk.replica, part, [TOKENS * (at + i + 1) + at % 7 for i in range(len(part))], chain
 
-    def _load(self, index: PrefixIndex, reports: list[Report]) -> list[float]:
+    def _load(self, index: PrefixIndex, reports: list[Report]) -> array[float]:
         for name in self.names:
             index.join(name)
-        times = []
+        times = array("d")
         for name, blocks, depths, chain in reports:
             again = list(map(int, map(str, blocks)))  # Hashes of its own, as a frame brings them.
             if chain:
@@ -162,16 +176,6 @@ class Bench:
             index.store(name, again, depths)
             times.append(time.thread_time() - began)
         return times
-
-    def _memory(self, blocks: int, reports: list[Report]) -> float:
-        index = PrefixIndex(2 * blocks)
-        tracemalloc.start()
-        try:
-            self._load(index, reports)
-            taken = tracemalloc.get_traced_memory()[0]
-        finally:
-            tracemalloc.stop()
-        return taken / len(index)
 
     def lookups(self, count: int) -> list[Row]:
         rows = []
@@ -224,13 +228,21 @@ class Bench:
         )
 
 
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def markdown(rows: list[Row], fixed: list[Fixed]) -> str:
     """The figures as two tables."""
     lines = ["| stored | prompt | held | lookup p50 µs | p99 µs | hold + release µs |", "|---|---|---|---|---|---|"]
     for row in rows:
         times = f"{row.p50_us:.1f} | {row.p99_us:.1f} | {row.hold_us:.1f}"
         lines.append(f"| {row.stored} | {row.prompt_kb} KB | {row.held} | {times} |")
-    lines += ["", "| stored | blocks | bytes/block | store µs/block | longest store ms | leave: slices, p50 ms, max ms |"]
+    lines += [
+        "",
+        "| stored | blocks | bytes/block | store µs/block | longest store ms | leave: slices, p50 ms, max ms |",
+    ]
     lines.append("|---|---|---|---|---|---|")
     for one in fixed:
         store = f"{one.bytes_per_block:.0f} | {one.store_us_per_block:.2f} | {one.longest_store_ms:.1f}"

@@ -203,12 +203,15 @@ def _hashing(what: str, request: Request, block_bytes: int, runs: int) -> Hashin
         _times(call, runs)
         for call in (read, partial(chain_of, prompt, block_bytes, MAX_PROMPT_BYTES), partial(hasher.chain, request))
     )
+    medians = [round(statistics.median(each), 1) for each in (read_us, hash_us, chain_us)]
     return HashingRow(
-        what,
-        len(request.body),
-        block_bytes,
-        len(chain.blocks),
-        *(round(statistics.median(each), 1) for each in (read_us, hash_us, chain_us)),
+        request=what,
+        body_bytes=len(request.body),
+        block_bytes=block_bytes,
+        blocks=len(chain.blocks),
+        read_us=medians[0],
+        hash_us=medians[1],
+        chain_us=medians[2],
         chain_p99_us=round(statistics.quantiles(chain_us, n=100)[98], 1),
     )
 

@@ -100,7 +100,13 @@ class App:
                 )
                 self.admin_port = await self._admin.start()
             if config.http.enabled:
-                self._http = HttpIngress(config.http, self.dispatcher, self.replicas, metrics=self._metrics.exposition)
+                self._http = HttpIngress(
+                    config.http,
+                    self.dispatcher,
+                    self.replicas,
+                    metrics=self._metrics.exposition,
+                    refused=self._metrics.refused,
+                )
                 self.http_port = await self._http.start(reuse_port=self._reuse_port)
             if config.grpc.enabled:
                 self._grpc = GrpcIngress(
@@ -169,7 +175,7 @@ def _guarded(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Policy
     live = guard(policy, options.name)
     if not options.shadow:
         return live
-    shadow = registry.create(options.shadow, options.shadow_options, random.Random())
+    shadow = registry.create(options.shadow, options.shadow_options, random.Random(), registry.SHADOW)
     return Shadow(live, guard(shadow, f"{options.shadow} (shadow)"), metrics.policies)
 
 

@@ -22,7 +22,9 @@ def make_receipt(
 ) -> Receipt:
     """Of a decision for one of the snapshot's replicas, without candidates."""
     prefix = snapshot.prefix
-    view = next(view for view in snapshot.replicas if view.replica == decision.replica)
+    for view in snapshot.replicas:
+        if view.replica == decision.replica:
+            break
     return Receipt(
         request.request_id,
         decision.replica,

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from engine.base import Abort, StreamOut
+from engine.cache_report import CacheFeed
 from engine.replica import Replica
 from router.errors import ReplicaFailed
 from router.lane.carriers import SocketCarrier
@@ -25,6 +26,8 @@ class ScriptedEngine:
     def __init__(self, model: str = "m", *, prefix_caching: bool = True, adapters: tuple[str, ...] = ()) -> None:
         self.model = model
         self.adapters = adapters
+        self.feed: CacheFeed | None = None
+        """Its cache reports; to be set before a lane opens."""
         self.prefix_caching = prefix_caching
         self.calls: list[Submit] = []
         self.outs: list[StreamOut] = []
@@ -50,8 +53,8 @@ class ScriptedEngine:
     def on_step(self, listener: Callable[[], None]) -> None:
         self.step = listener
 
-    def cache(self) -> None:
-        return None
+    def cache(self) -> CacheFeed | None:
+        return self.feed
 
     def submit(self, call: Submit, out: StreamOut) -> Abort:
         self.calls.append(call)
@@ -124,9 +127,11 @@ class Fleet:
         *,
         prefix_caching: bool = True,
         adapters: tuple[str, ...] = (),
+        feed: CacheFeed | None = None,
     ) -> ScriptedEngine:
         """Starts a replica and lists it."""
         engine = ScriptedEngine(model, prefix_caching=prefix_caching, adapters=adapters)
+        engine.feed = feed
         replica = Replica(name, engine, SECRET)
         await replica.start()
         port = await replica.listen("127.0.0.1")

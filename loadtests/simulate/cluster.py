@@ -10,7 +10,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -23,7 +23,9 @@ from loadtests.simulate.traces import TraceRequest
 from router.errors import InvalidRequest
 from router.policies.base import Policy
 
-RETRIES = 2
+RETRIES: Final = 2
+ASK_EVERY: Final = 512
+"""Requests between two questions whether a run is worth going on with."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -142,13 +144,22 @@ class Cluster:
         """Sum over arrivals of the most requests on one replica divided by the mean."""
         self.inflight_samples = 0
 
-    def run(self, arrivals: Sequence[tuple[float, TraceRequest]]) -> list[Outcome]:
-        """What became of each request, in order of arrival."""
+    def run(
+        self,
+        arrivals: Sequence[tuple[float, TraceRequest]],
+        hopeless: Callable[[list[Outcome], float], bool] | None = None,
+    ) -> list[Outcome] | None:
+        """What became of each request, in order of arrival.
+
+        Now and then `hopeless` is asked, with all that came so far and the time, whether to give up: then None.
+        """
         outcomes = [Outcome(request, at) for at, request in arrivals]
         for change in self._setup.changes:
             self._at(change.at_s, _CHANGE, change, None)
         events = self._events
-        for outcome in outcomes:
+        for number, outcome in enumerate(outcomes):
+            if hopeless is not None and number % ASK_EVERY == 0 and hopeless(outcomes[:number], self.now):
+                return None
             at = outcome.at_s
             while events and events[0][0] <= at:
                 self._next()

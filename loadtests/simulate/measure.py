@@ -69,6 +69,13 @@ def is_good(outcome: Outcome, cold_s: float) -> bool:
     return outcome.first_s - outcome.at_s <= TTFT_BASE_S + TTFT_PREFILLS * cold_s and tpot_s(outcome) <= TPOT_LIMIT_S
 
 
+def is_late(outcome: Outcome, cold_s: float, now: float) -> bool:
+    """Whether a request is sure by `now` to miss a limit."""
+    if outcome.error or outcome.end_s:
+        return not is_good(outcome, cold_s)
+    return (outcome.first_s or now) - outcome.at_s > TTFT_BASE_S + TTFT_PREFILLS * cold_s
+
+
 def tpot_s(outcome: Outcome) -> float:
     """Mean time per output token after the first; 0 where there is only one."""
     more = outcome.request.answer_tokens - 1

@@ -103,18 +103,19 @@ class SimRouter:
     def route(self, request: TraceRequest, now: float) -> tuple[str, int, Any]:
         """Decides, and charges the replica. Returns it, the stream there and what `ended` wants back."""
         chain = request.chain
-        true_tokens = request.prompt.tokens
-        error = self._random.uniform(-self._token_error, self._token_error)
-        tokens = max(int(true_tokens * (1 + error)), 1)
         held = self._index.match(chain.blocks, KV_BLOCK_TOKENS) if self._indexes else {}
+        # As the router does it: what is held is known in tokens, what comes after it is estimated from its bytes.
+        known = max([one.tokens for one in held.values()], default=0)
+        error = self._random.uniform(-self._token_error, self._token_error)
+        tokens = known + max(round((request.prompt.tokens - known) * (1 + error)), 1)
         views = tuple([account.view() for account in self._accounts.values()])
         snapshot = Snapshot(MODEL, views, PrefixView(chain, tokens, held), now)
         decision = self.policy.choose(request_of(request), snapshot)
         replica = decision.replica
-        known = held.get(replica)
-        cached = min(known.tokens, tokens - 1) if known else 0
-        new = tokens - cached
-        charge = Charge(new, new * (cached + new * 0.5), chain, known.blocks if known else 0)
+        found = held.get(replica)
+        cached, matched = (found.tokens, found.blocks) if found else (0, 0)
+        new = max(tokens - cached, 1)
+        charge = Charge(new, new * (cached + new * 0.5), chain, matched)
         account = self._accounts[replica]
         stream = self._streams[replica] = self._streams[replica] + 1
         account.submitted(stream, charge)

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from math import sqrt
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from loadtests.simulate import traces
 from loadtests.simulate.baselines import BASELINES
 from loadtests.simulate.cluster import Change, Cluster, Outcome, Setup
 from loadtests.simulate.context import Context
-from loadtests.simulate.measure import GOOD_SHARE, Result, cold_prefills, summary
+from loadtests.simulate.measure import GOOD_SHARE, WARM_UP, Result, cold_prefills, is_late, summary
 from loadtests.simulate.perf import PROFILES
 from loadtests.simulate.traces import Trace
 from router.policies import registry
@@ -29,6 +30,11 @@ FLOOD: Final = 1000.0
 """To find the saturation rate the trace is compressed so much that all requests wait from the beginning."""
 GOODPUT_STEP: Final = 0.02
 """The search for goodput ends when the rate is known to this share."""
+FIRST_LOAD: Final = 0.8
+"""Where it begins."""
+BRACKET: Final = 1.25
+"""It goes up or down by this factor until the rate lies between two loads."""
+LEAST_LOAD: Final = 0.01
 BLIND: Final = frozenset({"least-queue", "power-of-two", "random", "round-robin", "greedy", "ideal"})
 """Policies that do not look at prefixes as routers know them."""
 POOLED: Final = frozenset({"ideal"})
@@ -77,10 +83,28 @@ def run(
 
 def run_at(trace: Trace, replicas: int, policy: str, rate_rps: float, load: float, knobs: Knobs) -> Result:
     """One run at a rate in requests per second."""
+    result = _run(trace, replicas, policy, rate_rps, load, knobs, may_give_up=False)
+    assert result is not None
+    return result
+
+
+def _run(
+    trace: Trace, replicas: int, policy: str, rate_rps: float, load: float, knobs: Knobs, *, may_give_up: bool
+) -> Result | None:
+    """None where it gave up, being sure that too few requests will meet the limits."""
     began = time.process_time()
-    cluster, outcomes = replay(trace, replicas, policy, rate_rps, knobs)
     profile = PROFILES[knobs.profile]
     cold = cold_prefills(profile, [request.prompt.tokens for request in trace.requests])
+    warm_up = int(len(trace.requests) * WARM_UP)
+    too_many = (1 - GOOD_SHARE) * (len(trace.requests) - warm_up)
+
+    def hopeless(outcomes: list[Outcome], now: float) -> bool:
+        late = [is_late(outcome, cold[outcome.request.prompt.tokens], now) for outcome in outcomes[warm_up:]]
+        return sum(late) > too_many
+
+    cluster, outcomes = replay(trace, replicas, policy, rate_rps, knobs, hopeless if may_give_up else None)
+    if outcomes is None:
+        return None
     figures: dict[str, Any] = summary(outcomes, cluster, profile, cold)
     return Result(
         policy=policy,
@@ -98,8 +122,15 @@ def run_at(trace: Trace, replicas: int, policy: str, rate_rps: float, load: floa
     )
 
 
-def replay(trace: Trace, replicas: int, policy: str, rate_rps: float, knobs: Knobs) -> tuple[Cluster, list[Outcome]]:
-    """The cluster after a run, and what became of each request."""
+def replay(
+    trace: Trace,
+    replicas: int,
+    policy: str,
+    rate_rps: float,
+    knobs: Knobs,
+    hopeless: Callable[[list[Outcome], float], bool] | None = None,
+) -> tuple[Cluster, list[Outcome] | None]:
+    """The cluster after a run, and what became of each request; None where it was `hopeless`."""
     arrivals = traces.arrivals(trace, rate_rps, knobs.seed)
     span = arrivals[-1][0]
     truthful = policy in TRUTHFUL
@@ -112,8 +143,8 @@ def replay(trace: Trace, replicas: int, policy: str, rate_rps: float, knobs: Kno
         token_error=0.0 if truthful else knobs.token_error,
         slow_factor=knobs.slow_factor,
         changes=tuple(
-            [Change(share * span, True) for share in knobs.joins]
-            + [Change(share * span, False) for share in knobs.leaves]
+            [Change(share * span, joins=True) for share in knobs.joins]
+            + [Change(share * span, joins=False) for share in knobs.leaves]
         ),
         index=policy not in BLIND,
         pooled=policy in POOLED,
@@ -123,7 +154,7 @@ def replay(trace: Trace, replicas: int, policy: str, rate_rps: float, knobs: Kno
     was_enabled = gc.isenabled()
     gc.disable()  # A run makes millions of objects and no cycles.
     try:
-        return cluster, cluster.run(arrivals)
+        return cluster, cluster.run(arrivals, hopeless)
     finally:
         if was_enabled:
             gc.enable()
@@ -171,7 +202,7 @@ def saturation_rps(trace: Trace, replicas: int, profile: str = "h200-8b") -> flo
 
 def _flooded_rps(trace: Trace, replicas: int, profile: str) -> float:
     _, outcomes = replay(trace, replicas, "least-queue", trace.rate_rps * FLOOD, Knobs(profile=profile))
-    done = [outcome for outcome in outcomes if not outcome.error]
+    done = [outcome for outcome in outcomes or () if not outcome.error]
     if not done:
         raise ValueError(f"no request of the trace {trace.name!r} fits into a replica")
     return len(done) / max(outcome.end_s for outcome in done)
@@ -201,27 +232,31 @@ def _key(trace: Trace, replicas: int, profile: str) -> str:
 
 
 def goodput(trace: Trace | str, replicas: int, policy: str, seed: int = 0, *, knobs: Knobs | None = None) -> Result:
-    """The run at the highest rate at which enough requests meet the limits, found by bisection of the load."""
+    """The run at the highest rate at which enough requests meet the limits, found by bisection of the load.
+
+    Where there is none down to a hundredth of least-queue's saturation: that run, with a goodput of 0.
+    """
     knobs = msgspec.structs.replace(knobs or Knobs(), seed=seed)
     if isinstance(trace, str):
         trace = traces.load(trace)
     base = saturation_rps(trace, replicas, knobs.profile)
-
-    def at(load: float) -> Result:
-        return run_at(trace, replicas, policy, load * base, load, knobs)
-
-    low, high = 0.0, 1.0
     best: Result | None = None
-    while (result := at(high)).good_share >= GOOD_SHARE:
-        low, best, high = high, result, high * 1.5
-        if high > 50:
-            break
-    while high - low > GOODPUT_STEP * high and high > GOODPUT_STEP:
-        middle = (low + high) / 2
-        result = at(middle)
-        if result.good_share >= GOOD_SHARE:
-            low, best = middle, result
+    low, high = LEAST_LOAD, 0.0  # `high` is the lowest load that is known to be too much; 0: none yet.
+    load = FIRST_LOAD
+    while not high or high / low > 1 + GOODPUT_STEP:
+        result = _run(trace, replicas, policy, load * base, load, knobs, may_give_up=True)
+        if result is not None and result.good_share >= GOOD_SHARE:
+            low, best = load, result
         else:
-            high = middle
-    best = best or result
-    return msgspec.structs.replace(best, goodput_rps=best.rate_rps if low else 0.0)
+            high = load
+        if not high:
+            load = low * BRACKET
+        elif best is None:
+            load = max(high / BRACKET, low)
+            if high <= LEAST_LOAD:
+                break
+        else:
+            load = sqrt(low * high)
+    if best is None:
+        return msgspec.structs.replace(run_at(trace, replicas, policy, low * base, low, knobs), goodput_rps=0.0)
+    return msgspec.structs.replace(best, goodput_rps=best.rate_rps)

@@ -14,7 +14,7 @@ from typing import Final
 from router.prefix.pages import Page, new_page, ones, run_of_ones
 
 OWN_PAGE: Final = 16
-"""So many new blocks at once begin a page of their own, so that a prompt does not lie across one page more than it must;
+"""So many new blocks at once begin a page of their own, so that a prompt lies across few pages;
 fewer share the page in which the replica's last blocks lie, so that pages do not stay small."""
 SHARED_BLOCKS: Final = 64
 """Most blocks in a page that is filled little by little."""
@@ -160,8 +160,8 @@ class Blocks:
     def untangle(self, chain: list[int]) -> int:
         """Lays the scattered blocks of a chain side by side; returns how many were moved.
 
-        An answer's blocks are stored one by one, among those of other answers. Each is moved two or three times until it
-        lies in a page that is long enough.
+        An answer's blocks are stored one by one, among those of other answers. Each is moved two or three times until
+        it lies in a page that is long enough.
         """
         moved = 0
         pieces: list[tuple[int, int]] = []

@@ -75,8 +75,8 @@ def canonical(
     """The canonical form of a request's prompt; of several prompts, the first one's.
 
     None where the request has no prompt, or is not as expected: the engine will judge it. Of a body that is longer than
-    `max_bytes` without its media, only so much is read. `memo` may keep what is learned of tools between calls; it stays
-    small.
+    `max_bytes` without its media, only so much is read. `memo` may keep what is learned of tools between calls; it
+    stays small.
     """
     draft = read(rpc, path, body, max_bytes)
     namespace = None if draft is None else namespace_of(draft, lora or model, cache_salt, tenant, memo)
@@ -91,7 +91,9 @@ def canonical(
 def read(rpc: Rpc, path: str, body: bytes, max_bytes: int) -> Draft | None:
     """A request's prompt in parts; None where there is none that can be read."""
     try:
-        return (grpc_prompts if rpc is Rpc.GRPC else http_prompts).read(path, body, max_bytes)
+        if rpc is Rpc.GRPC:
+            return grpc_prompts.read(path, body, max_bytes)
+        return http_prompts.read(path, body, max_bytes)
     except _UNREADABLE:
         return None
 

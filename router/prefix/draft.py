@@ -33,7 +33,7 @@ PART: Final = "\xfc"
 """Parts two texts that do not run into each other."""
 FIRST_MARK: Final = MESSAGE
 
-MAX_PARTS: Final = 1 << 15
+MAX_PARTS: Final = 1 << 14
 """A prompt's rest is left out after so many parts: only a client that wants to keep the router busy sends more in
 `MAX_PROMPT_BYTES`."""
 MAX_SHAPE_BYTES: Final = 64 << 10

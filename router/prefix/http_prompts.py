@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
@@ -152,6 +153,7 @@ _prompt_body: Final = msgspec.json.Decoder(_PromptBody)
 _pair_body: Final = msgspec.json.Decoder(_PairBody)
 _first: Final = msgspec.json.Decoder(_First)
 _token_ids: Final = msgspec.json.Decoder(list[int])
+_NUMBERS: Final = re.compile(rb"\[\s{0,64}\d")
 _PROMPT_ENDS: Final = (b'"}', b"]}", b'"]}', b"]]}", *_CHAT_ENDS)
 
 
@@ -197,9 +199,8 @@ def _prompt_or_chat(kind: str, value: Raw, found: _PromptBody, unread_bytes: int
 def _add_prompt(draft: Draft, value: Raw, limit: int) -> bool:
     """Writes a text or token ids, of several the first; False where it is neither."""
     raw = bytes(value)
-    if raw[:1] == b"[":
-        first = bytes(_first.decode(raw).first)
-        raw = raw if first[:1].isdigit() else first
+    if raw[:1] == b"[" and not _NUMBERS.match(raw):
+        raw = bytes(_first.decode(raw).first)
     if raw[:1] == b'"':
         draft.parts.append(utf8(string(raw)))
         return True

@@ -30,13 +30,13 @@ _CHUNK: Final = 64
 class _Member:
     """A replica in the index."""
 
-    __slots__ = ("name", "slot", "soon")
+    __slots__ = ("again", "holds", "slot")
 
-    def __init__(self, name: str, slot: Slot) -> None:
-        self.name = name
+    def __init__(self, slot: Slot) -> None:
         self.slot = slot
-        self.soon: dict[int, int] | None = {}
-        """Block -> how many holds it has there; None once the replica has left."""
+        self.holds: set[Hold] = set()
+        self.again: dict[int, int] = {}
+        """Blocks that several holds have, and how many more than one."""
 
 
 class Hold:
@@ -50,13 +50,15 @@ class Hold:
 
 
 class PrefixIndex:
-    """The longest held prefix per replica; blocks are 64-bit hashes, each of which stands for all blocks before it too."""
+    """The longest held prefix per replica. Blocks are 64-bit hashes; each stands for all blocks before it too."""
 
     def __init__(self, max_blocks: int = 2_000_000) -> None:
         self._blocks = Blocks(max_blocks)
         self._members: dict[str, _Member] = {}
         self._names: dict[int, str] = {}
         """By live bit."""
+        self._all: dict[str, None] = {}
+        """The names alone."""
         self._live = 0
         """Mask of the bits that match."""
         self._free: list[int] = []
@@ -87,26 +89,27 @@ class PrefixIndex:
     def join(self, replica: str) -> None:
         """A replica that holds nothing yet; one that is there already stays as it is."""
         if replica not in self._members:
-            self._members[replica] = _Member(replica, self._new_slot(replica))
+            self._members[replica] = _Member(self._new_slot(replica))
 
     def leave(self, replica: str) -> None:
         """Nothing matches the replica any more; its blocks go with the next sweeps."""
         member = self._members.pop(replica, None)
         if member is not None:
             self._retire(member.slot)
-            if member.soon:
-                self._void.append((member.slot.bit, list(member.soon)))
-            member.soon = None
+            if member.holds:
+                self._void.append((member.slot.bit, [block for hold in member.holds for block in hold.blocks]))
+            member.holds.clear()
 
     def clear(self, replica: str) -> None:
-        """The replica stores nothing any more; holds for requests in flight stay. Raises `KeyError` if it is not there."""
+        """The replica stores nothing any more; holds stay as they are. Raises `KeyError` if it is not there."""
         member = self._members[replica]
         old = member.slot
         if old.pages:
             self._retire(old)
             slot = member.slot = self._new_slot(replica)
-            for block in member.soon or ():
-                self._soon[block] = self._soon[block] & ~old.bit | slot.bit
+            for hold in member.holds:
+                for block in hold.blocks:
+                    self._soon[block] = self._soon[block] & ~old.bit | slot.bit
 
     def _new_slot(self, replica: str) -> Slot:
         slots = self._blocks.slots
@@ -114,14 +117,18 @@ class PrefixIndex:
         slot = slots[bit] = Slot(bit)
         self._names[bit] = replica
         self._live |= bit
-        self._groups.clear()
+        self._named()
         return slot
 
     def _retire(self, slot: Slot) -> None:
         self._live &= ~slot.bit
         del self._names[slot.bit]
-        self._groups.clear()
+        self._named()
         self._leaving.append(slot)
+
+    def _named(self) -> None:
+        self._all = dict.fromkeys(self._names.values())
+        self._groups.clear()
 
     def sweep(self, budget: int = 1024) -> bool:
         """Work that is put off, on about `budget` blocks: takes out those of replicas that left, and lays the scattered
@@ -167,41 +174,52 @@ class PrefixIndex:
     def hold(self, replica: str, blocks: Sequence[int]) -> Hold:
         """Until the hold is released, the replica matches these blocks as well, as ones that it will have soon.
 
-        Those from the prompt's beginning that it has stored already are no part of the hold. A replica that is not there
-        gets no hold, and a later one of the same name is not concerned.
+        Those from the prompt's beginning that it has stored already are no part of the hold. A replica that is not
+        there gets no hold, and a later one of the same name is not concerned.
         """
         member = self._members.get(replica)
-        if member is None or member.soon is None:
+        if member is None:
             return Hold(None, ())
-        bit, counts, soon = member.slot.bit, member.soon, self._soon
+        bit, soon = member.slot.bit, self._soon
         blocks = blocks[self._blocks.first(member.slot, list(blocks)) :]
-        for block in blocks:
-            held = counts.get(block, 0)
-            counts[block] = held + 1
-            if not held:
-                soon[block] = soon.get(block, 0) | bit
-        return Hold(member, blocks)
+        masks = list(map(soon.get, blocks, repeat(0)))
+        if not any(masks):
+            soon.update(dict.fromkeys(blocks, bit))
+        else:
+            for block, mask in zip(blocks, masks, strict=True):
+                if mask & bit:
+                    member.again[block] = member.again.get(block, 0) + 1
+                else:
+                    soon[block] = mask | bit
+        hold = Hold(member, blocks)
+        member.holds.add(hold)
+        return hold
 
     def release(self, hold: Hold) -> None:
         """Ends a hold; one that has ended stays so."""
         member, hold.member = hold.member, None
-        if member is None or member.soon is None:
+        if member is None or hold not in member.holds:
             return
-        bit, counts = member.slot.bit, member.soon
-        for block in hold.blocks:
-            left = counts[block] - 1
-            if left:
-                counts[block] = left
+        member.holds.discard(hold)
+        bit, soon, blocks = member.slot.bit, self._soon, hold.blocks
+        if not member.again and list(map(soon.get, blocks)).count(bit) == len(blocks):
+            deque(map(soon.pop, blocks, repeat(0)), 0)
+            return
+        for block in blocks:
+            more = member.again.get(block, 0)
+            if more > 1:
+                member.again[block] = more - 1
+            elif more:
+                del member.again[block]
             else:
-                del counts[block]
                 self._not_soon(block, bit)
 
     def _not_soon(self, block: int, bit: int) -> None:
-        left = self._soon[block] & ~bit
-        if left:
-            self._soon[block] = left
-        else:
+        mask = self._soon.get(block, 0)
+        if mask == bit:
             del self._soon[block]
+        elif mask & bit:
+            self._soon[block] = mask ^ bit
 
     # -- lookups
 
@@ -264,7 +282,15 @@ class PrefixIndex:
             if len(self._groups) >= _GROUPS:
                 self._groups.clear()
             held = Held(blocks, tokens)
-            group = self._groups[key] = {self._names[1 << bit]: held for bit in ones(mask)}
+            others = self._live ^ mask
+            if others.bit_count() < mask.bit_count():
+                # Mostly all but the few that hold more: take those out instead of naming each.
+                group = dict.fromkeys(self._all, held)
+                for bit in ones(others):
+                    del group[self._names[1 << bit]]
+            else:
+                group = {self._names[1 << bit]: held for bit in ones(mask)}
+            self._groups[key] = group
         return group
 
     def _go_on(
@@ -275,7 +301,7 @@ class PrefixIndex:
         stored: tuple[int, int],
         tokens_per_block: float,
     ) -> None:
-        """For the replicas in `mask` requests in flight will bring the block after the `stored` ones (blocks, tokens)."""
+        """To the replicas in `mask` requests in flight will bring the block after the `stored` (blocks, tokens)."""
         waits = dict.fromkeys(ones(mask), 0)
         at, end = stored[0], len(chain)
         while mask:

@@ -1,7 +1,8 @@
 """The mirror: what a replica that sends no usable reports may still have in its KV cache.
 
-Sans-IO, no clock. It remembers the blocks of the prompts that were sent there, as many as fit, and forgets the ones that
-were used least recently; of one prompt the last ones first, as engines evict. `Prefixes` owns one per such replica.
+Sans-IO, no clock. It remembers the blocks of the prompts that were sent there, as many as fit, and forgets those
+that were used least recently; of one prompt the last ones first, as engines evict. `Prefixes` owns one per such
+replica.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from typing import Final
 
 import msgspec
 
-DEAD: Final = -1
-"""Stands where a block was that is not in the page any more; equal to no hash."""
+DEAD: Final = 0
+"""Stands where a block was that is not in the page any more. The block that happens to have this hash is not lost: at
+worst a match ends before it."""
 
 
 class Page(msgspec.Struct, gc=False, eq=False):
@@ -25,12 +26,13 @@ class Page(msgspec.Struct, gc=False, eq=False):
     Not tracked by the garbage collector, and so neither is the table of a million blocks that points here.
     """
 
-    hashes: list[int]
+    hashes: array[int]
+    """Raw, since integers that lie scattered in memory are slow to compare."""
     depths: array[int]
     """For each block, how many of the prompt's tokens its end takes."""
     holders: dict[int, int]
-    """Pattern -> mask of the replicas that hold just these blocks. Replicas that hold the same share an entry, so that 64
-    holders of a system prompt cost a lookup as much as one."""
+    """Pattern -> mask of the replicas that hold just these blocks. Replicas that hold the same share an entry, so that
+    64 holders of a system prompt cost a lookup as much as one."""
     live: int = 0
     """Pattern of the places that are not dead."""
     chained: bool = False
@@ -45,7 +47,7 @@ class Page(msgspec.Struct, gc=False, eq=False):
         """How many of `blocks` from `at` on lie here from `place` on, in the same order; at least one does."""
         hashes = self.hashes
         size = min(len(hashes) - place, len(blocks) - at)
-        mine, theirs = hashes[place : place + size], blocks[at : at + size]
+        mine, theirs = hashes[place : place + size], array("Q", blocks[at : at + size])
         if mine == theirs:
             return size
         return next(compress(count(), map(ne, mine, theirs)))
@@ -53,14 +55,22 @@ class Page(msgspec.Struct, gc=False, eq=False):
     def follows(self, place: int, chain: list[int], at: int) -> int:
         """As `agrees`, for the blocks of one chain.
 
-        There a hash stands for all blocks before it too: once a page is known to be a piece of a chain, two pieces whose
-        last blocks are equal are equal, and nothing between has to be read.
+        There a hash stands for all blocks before it too: once a page is known to be a piece of a chain, two pieces
+        that are equal somewhere are equal up to there, and nothing between has to be read.
         """
         hashes = self.hashes
         if self.chained:
             size = min(len(hashes) - place, len(chain) - at)
             if hashes[place + size - 1] == chain[at + size - 1]:
                 return size
+            same, differs = 1, size
+            while differs - same > 1:
+                middle = (same + differs) // 2
+                if hashes[place + middle - 1] == chain[at + middle - 1]:
+                    same = middle
+                else:
+                    differs = middle
+            return same
         size = self.agrees(place, chain, at)
         if size == len(hashes):
             self.chained = True
@@ -105,7 +115,7 @@ class Page(msgspec.Struct, gc=False, eq=False):
             holders[new] = holders.get(new, 0) | bit
 
     def cut(self, gone: int) -> int:
-        """Takes the blocks of a pattern out for all who hold them; returns the mask of those who hold nothing here now."""
+        """Takes blocks out for all who hold them; returns the mask of those who hold nothing here any more."""
         before = after = 0
         holders: dict[int, int] = {}
         for pattern, mask in self.holders.items():
@@ -143,7 +153,7 @@ class Page(msgspec.Struct, gc=False, eq=False):
 
 
 def new_page() -> Page:
-    return Page([], array("I"), {})
+    return Page(array("Q"), array("I"), {})
 
 
 def ones(pattern: int) -> Iterator[int]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Final
 
@@ -26,7 +27,10 @@ from router.types import NO_PREFIX, CacheMode, Chain, Charge, EngineInfo, Prefix
 UNTOLD_KV_TOKENS: Final = 65_536
 """Taken for the KV cache of a replica that does not tell its size: a small GPU's, so that the mirror rather forgets."""
 SLICE_BLOCKS: Final = 1024
-"""Work of one sweep; under a millisecond."""
+"""Work of one sweep, and the longest report that is taken at once: about a millisecond."""
+
+Change = tuple[list[int], list[int], list[int]]
+"""Evicted blocks, stored blocks and their depths; the evicted ones go first."""
 
 
 class CacheStatus(msgspec.Struct, frozen=True):
@@ -46,6 +50,8 @@ class PrefixStatus(msgspec.Struct, frozen=True):
     max_blocks: int
     refused: int
     """Blocks that did not fit into the index."""
+    late: int
+    """Replicas with reports that wait for the next sweeps to be taken in."""
     holds: int
     """Requests in flight whose blocks count as soon cached."""
     expired: int
@@ -65,7 +71,7 @@ class PrefixStatus(msgspec.Struct, frozen=True):
 class _Replica:
     """One replica with an open lane."""
 
-    __slots__ = ("base", "cause", "info", "mirror", "missed", "mode", "seq")
+    __slots__ = ("base", "cause", "info", "late", "mirror", "missed", "mode", "seq")
 
     def __init__(self, info: EngineInfo, base: str) -> None:
         self.info = info
@@ -77,6 +83,8 @@ class _Replica:
         self.missed = False
         """A snapshot was asked for and has not come."""
         self.mirror: LruMirror | None = None
+        self.late: deque[Change] = deque()
+        """Of long reports, and of those after them: what is still to be taken in."""
 
 
 class _Holding:
@@ -110,6 +118,8 @@ class Prefixes:
         self._ratios: dict[str, Ratio] = {}
         self._bases: dict[str, str] = {}
         """Base model of every name that a model answers to."""
+        self._late: dict[str, _Replica] = {}
+        """Those that have changes to be taken in."""
         self._holds: dict[Hold, float] = {}
         """With the time at which each expires; in that order."""
         self._nothing = _Holding(self, None)
@@ -183,8 +193,8 @@ class Prefixes:
         base = next((card.name for card in info.models if not card.parent), "")
         for card in info.models:
             self._bases[card.name] = card.parent or base
+        self.lost(replica)
         state = self._replicas[replica] = _Replica(info, base)
-        self._index.leave(replica)
         if not self._options.enabled:
             self._set(replica, state, CacheMode.OFF, "turned off in the router's configuration")
         elif not info.prefix_caching:
@@ -196,8 +206,9 @@ class Prefixes:
 
     def lost(self, replica: str) -> None:
         """The replica's lane is gone, and with it what was known of its cache."""
-        if self._replicas.pop(replica, None) is not None:
-            self._index.leave(replica)
+        self._replicas.pop(replica, None)
+        self._late.pop(replica, None)
+        self._index.leave(replica)
 
     def reported(self, replica: str, report: CacheReport) -> bool:
         """Takes a replica's report. False where reports before it were missed: the caller then sends `Resync`."""
@@ -207,10 +218,18 @@ class Prefixes:
         if not report.snapshot and state.seq is not None and report.seq <= state.seq:
             return True  # said already
         self._learn(state, report)
-        if report.mode == CacheMode.EXACT:
+        if report.mode == CacheMode.EXACT and _readable(report):
             return self._exact(replica, state, report)
-        state.seq, state.missed = report.seq, False
-        self._inexact(replica, state, CacheMode(report.mode), report.cause)
+        state.seq = report.seq
+        state.missed = (
+            report.mode == CacheMode.EXACT
+        )  # A next one like this would say no more: no snapshot is asked for.
+        if state.missed:
+            self._inexact(replica, state, CacheMode.APPROXIMATE, "a cache report that cannot be read")
+        elif report.mode == CacheMode.OFF:
+            self._inexact(replica, state, CacheMode.OFF, report.cause)
+        else:
+            self._inexact(replica, state, CacheMode.APPROXIMATE, report.cause)
         return True
 
     def _exact(self, replica: str, state: _Replica, report: CacheReport) -> bool:
@@ -218,6 +237,7 @@ class Prefixes:
         if report.snapshot:
             self._healed += state.missed
             state.missed, state.mirror = False, None
+            self._void(replica, state)
             self._index.join(replica)
             self._index.clear(replica)
             self._set(replica, state, CacheMode.EXACT, "")
@@ -226,21 +246,38 @@ class Prefixes:
         elif expected is None or report.seq != expected + 1 or state.mode is not CacheMode.EXACT:
             self._gaps += 1
             state.missed = True
-            self._set(replica, state, CacheMode.APPROXIMATE, f"cache reports between {expected} and {report.seq} missed")
+            since = "before" if expected is None else f"between {expected} and"
+            self._set(replica, state, CacheMode.APPROXIMATE, f"cache reports {since} {report.seq} missed")
             return False
-        self._index.evict(replica, unpack(report.evicted))
-        self._index.store(replica, unpack(report.stored), unpack(report.depths, "I"))
+        change = (unpack(report.evicted), unpack(report.stored), unpack(report.depths, "I"))
+        if state.late or len(change[0]) + len(change[1]) > SLICE_BLOCKS:
+            state.late.extend(_slices(change))
+            self._late[replica] = state
+        else:
+            self._take(replica, change)
         return True
+
+    def _take(self, replica: str, change: Change) -> None:
+        evicted, stored, depths = change
+        self._index.evict(replica, evicted)
+        self._index.store(replica, stored, depths)
+
+    def _void(self, replica: str, state: _Replica) -> None:
+        """What the replica said before is of no use any more."""
+        state.late.clear()
+        self._late.pop(replica, None)
 
     def _inexact(self, replica: str, state: _Replica, mode: CacheMode, cause: str) -> None:
         """The replica cannot say what it holds, or holds nothing."""
+        self._void(replica, state)
         if mode is CacheMode.OFF:
             self._index.leave(replica)
             state.mirror = None
         elif state.mirror is None:
             # What was known is the best guess there is; it ages from now on.
             self._index.join(replica)
-            state.mirror = LruMirror(len(self._index), self._index.blocks(replica))
+            known = self._index.blocks(replica)
+            state.mirror = LruMirror(len(known), known)
         self._set(replica, state, mode, cause)
 
     def _learn(self, state: _Replica, report: CacheReport) -> None:
@@ -273,6 +310,12 @@ class Prefixes:
         for hold in expired:
             self._expired += 1
             self.release(hold)
+        if self._late:
+            replica, state = next(iter(self._late.items()))
+            self._take(replica, state.late.popleft())
+            if not state.late:
+                del self._late[replica]
+            return True
         return self._index.sweep(SLICE_BLOCKS)
 
     def status(self) -> PrefixStatus:
@@ -282,6 +325,7 @@ class Prefixes:
             blocks=len(self._index),
             max_blocks=self._index.max_blocks,
             refused=self._index.refused,
+            late=len(self._late),
             holds=len(self._holds),
             expired=self._expired,
             gaps=self._gaps,
@@ -290,6 +334,19 @@ class Prefixes:
             off=self._off,
             tokens_per_byte={base: ratio.tokens_per_byte for base, ratio in self._ratios.items()},
         )
+
+
+def _slices(change: Change) -> Iterator[Change]:
+    evicted, stored, depths = change
+    for at in range(0, len(evicted), SLICE_BLOCKS):
+        yield evicted[at : at + SLICE_BLOCKS], [], []
+    for at in range(0, len(stored), SLICE_BLOCKS):
+        yield [], stored[at : at + SLICE_BLOCKS], depths[at : at + SLICE_BLOCKS]
+
+
+def _readable(report: CacheReport) -> bool:
+    whole = len(report.stored) % 8 == len(report.evicted) % 8 == 0
+    return whole and 2 * len(report.depths) == len(report.stored)
 
 
 def unpack(packed: bytes, kind: str = "Q") -> list[int]:

@@ -78,18 +78,26 @@ def _is_media(body: bytes, start: int, end: int) -> bool:
 
 
 def _heads(body: bytes, limit: int, ends: tuple[bytes, ...]) -> Iterator[bytes]:
-    """Beginnings of `body` made whole: cut within a string, between numbers, before a message."""
+    """Beginnings of `body` made whole, the likeliest first: cut before a message, within a string, between numbers."""
+    message = _last_message(body, limit)
+    if message > limit - _STRIDE:
+        yield body[:message] + b"]}"
     cut = _character_end(body, limit)
+    comma = max(body.rfind(b",", 0, limit), 0)
     for end in ends:
-        if end.startswith(b'"'):
-            yield body[:cut] + end
-        else:
-            comma = body.rfind(b",", 0, limit)
-            yield body[: max(comma, 0)] + end
-    role = body.rfind(b'"role"', 0, limit)
-    start = body.rfind(b"{", 0, max(role, 0))
-    if start > 0 and not body[start + 1 : role].strip():
-        yield body[:start].rstrip().removesuffix(b",") + b"]}"
+        yield body[: cut if end.startswith(b'"') else comma] + end
+    if 0 < message <= limit - _STRIDE:
+        yield body[:message] + b"]}"
+
+
+def _last_message(body: bytes, limit: int) -> int:
+    """Where the messages end of which all lie before `limit`; 0 where that is not seen."""
+    role = max(body.rfind(b'"role"', 0, limit), 0)
+    start = max(body.rfind(b"{", 0, role), 0)
+    if not start or body[start + 1 : role].strip():
+        return 0
+    before = body[max(0, start - _PROBE) : start].rstrip()
+    return max(0, start - _PROBE) + len(before) - 1 if before.endswith(b",") else 0
 
 
 def _character_end(body: bytes, limit: int) -> int:

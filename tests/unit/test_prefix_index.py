@@ -339,7 +339,11 @@ def test_memory_does_not_grow_while_blocks_come_and_go() -> None:
 def test_a_replica_that_did_not_join_is_an_error(act: str) -> None:
     index = PrefixIndex()
     with pytest.raises(KeyError):
-        {"store": lambda: index.store("x", [1], [1]), "evict": lambda: index.evict("x", [1]), "clear": lambda: index.clear("x")}[act]()
+        {
+            "store": lambda: index.store("x", [1], [1]),
+            "evict": lambda: index.evict("x", [1]),
+            "clear": lambda: index.clear("x"),
+        }[act]()
 
 
 def test_a_hold_at_a_replica_that_left_holds_nothing() -> None:

@@ -51,7 +51,9 @@ def replay(
     trace: Trace, policy: str = "least-queue", rate_rps: float = 8.0, setup: Setup | None = None, seed: int = 0
 ) -> tuple[Cluster, list[Outcome]]:
     cluster = Cluster(setup or Setup(H200_8B, 3, seed=seed), maker(policy, {}), trace.requests)
-    return cluster, cluster.run(traces.arrivals(trace, rate_rps, seed))
+    outcomes = cluster.run(traces.arrivals(trace, rate_rps, seed))
+    assert outcomes is not None
+    return cluster, outcomes
 
 
 def small(kv_blocks: int, **more: object) -> Profile:
@@ -294,6 +296,26 @@ def test_the_search_ends_at_a_rate_that_is_good_enough_and_not_far_from_one_that
     assert best.goodput_rps == best.rate_rps
     worse = run_at(trace, 2, "least-queue", best.rate_rps * 1.05, 0.0, Knobs())
     assert worse.good_share < 0.9
+
+
+def test_a_run_that_is_given_up_would_not_have_been_good_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadtests.simulate.cluster.ASK_EVERY", 10)
+    trace = some_trace(150)
+    given_up = 0
+    for rate in (2.0, 6.0, 9.0, 12.0, 15.0, 20.0):
+        result = runs._run(trace, 2, "least-queue", rate, 1.0, Knobs(), may_give_up=True)
+        whole = run_at(trace, 2, "least-queue", rate, 1.0, Knobs())
+        if result is None:
+            given_up += 1
+            assert whole.good_share < 0.9
+        else:
+            assert timeless(result) == timeless(whole)
+    assert 0 < given_up < 6
+
+
+def test_a_fleet_that_copes_with_no_rate_has_no_goodput(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadtests.simulate.measure.TPOT_LIMIT_S", 0.001)
+    assert runs.goodput(some_trace(30), 1, "round-robin").goodput_rps == 0
 
 
 def test_percentiles_lie_between_the_values_around_them() -> None:
