@@ -1,67 +1,95 @@
-"""The default policy: least expected cost, in seconds.
+"""The default policy: least expected cost, in seconds of all requests' time.
 
-    cost = wait + prefill + price * prefill + interference
+For each replica::
 
-`wait` is the work that the replica still has before this request, `prefill` what it must compute of this prompt (all
-that its KV cache does not hold), both from the load model. The price is what that work costs everybody else: those who
-come after it on the same replica, and the running requests whose next tokens wait while a prompt is computed.
+    cost = wait + batch + answer * step                      this request's own time there
+         + prefill * (1 + price + running * pressure^2)      computing its prompt, and what that takes from others
+
+`docs/policies.md` explains the terms. Its one rule is that of all time-sharing: work is not cheap because a replica is
+idle now, it is dear in proportion to how many others will wait for it.
 """
 
 from __future__ import annotations
 
 import random
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
 from router.types import Decision, Reason, Request, Snapshot
 
-_TIE_S = 1e-4
+_TIE_S: Final = 1e-4
 """Costs that differ by less are equal: no estimate is better than that."""
+_CROWDED: Final = 1e6
+"""Added to the cost of a crowded replica: it is taken only where all are."""
+
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Cost:
     """Sends a request where it costs least."""
 
-    affinity = True
-
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        price: Annotated[float, msgspec.Meta(ge=0)] = 1.0
-        """Seconds that one second of prompt computation is taken to cost others, on a fleet that is not busy."""
-        busy_price: Annotated[float, msgspec.Meta(ge=0)] = 4.0
-        """The same on a fleet whose KV caches are full of running requests."""
+        price: NonNegative = 1.0
+        """What a second of prompt computation costs those who come after it, in seconds, on a fleet without queues."""
+        queue_price: NonNegative = 2.0
+        """How much that price rises per second that requests wait on average over the fleet."""
+        interference: NonNegative = 1.0
+        """Share of a running request's delay that counts when the fleet's KV caches are full."""
+        answer_tokens: NonNegative = 30.0
+        """Output tokens whose time counts as much as the wait for the first one."""
+        crowd_factor: Annotated[float, msgspec.Meta(ge=1)] = 1.5
+        """A replica with more than so many times the mean number of requests, and `crowd_slack` more, gets none."""
+        crowd_slack: NonNegative = 4.0
 
     def __init__(self, options: Options, random: random.Random) -> None:
         self._options = options
-        self._random = random
+        self._random = random.random
 
     def choose(self, request: Request, snapshot: Snapshot) -> Decision:
         replicas = snapshot.replicas
         if len(replicas) == 1:
             return Decision(replicas[0].replica, Reason.ONLY_REPLICA)
-        prefix, now = snapshot.prefix, snapshot.now
-        held, tokens = prefix.held, prefix.tokens
-        price = 1.0 + self._options.price
-        pairs = tokens * tokens * 0.5
-        best, second, least = "", "", float("inf")
-        ties = 1
-        draw = self._random.random
+        costs = self._costs(snapshot)
+        # Two passes over floats are cheaper than one with three cases in it.
+        least = min(costs)
+        ties = [at for at, cost in enumerate(costs) if cost <= least + _TIE_S]
+        best = ties[int(self._random() * len(ties))] if len(ties) > 1 else ties[0]
+        costs[best] = float("inf")
+        second = costs.index(min(costs))
+        return Decision(replicas[best].replica, Reason.LEAST_COST, (replicas[second].replica,), least)
+
+    def explain(self, request: Request, snapshot: Snapshot) -> dict[str, float]:
+        """The cost at each replica, in seconds."""
+        return {view.replica: cost for view, cost in zip(snapshot.replicas, self._costs(snapshot), strict=True)}
+
+    def _costs(self, snapshot: Snapshot) -> list[float]:
+        options, replicas, prefix, now = self._options, snapshot.replicas, snapshot.prefix, snapshot.now
+        count = len(replicas)
+        waits, requests, usage = [], [], 0.0
         for view in replicas:
+            load, outlook = view.load, view.outlook
+            wait = outlook.wait_s - now + outlook.as_of
+            waits.append(wait if wait > 0.0 else 0.0)
+            requests.append(load.running + load.waiting + view.unacked)
+            usage += load.kv_usage
+        mean_wait = sum(waits) / count
+        pressure = usage / count
+        share = options.interference * pressure * pressure
+        price = 1.0 + options.price + options.queue_price * mean_wait
+        # Where all queue, numbers say little: many short requests may wait beside few long ones.
+        crowd = (options.crowd_factor + 2.0 * mean_wait) * sum(requests) / count + options.crowd_slack
+        held, tokens, answer = prefix.held, prefix.tokens, options.answer_tokens
+        half = 0.5 * tokens * tokens
+        costs = []
+        for view, wait, there in zip(replicas, waits, requests, strict=True):
             outlook = view.outlook
-            new, these = tokens, pairs
+            new, pairs = tokens, half
             if view.replica in held:
                 cached = min(held[view.replica].tokens, tokens)
-                new = tokens - cached
-                these = pairs - cached * cached * 0.5
-            wait = outlook.wait_s - (now - outlook.as_of)
-            if wait < 0.0:
-                wait = 0.0
-            prefill = new * outlook.token_s + these * outlook.pair_s
-            cost = wait + outlook.batch_s + price * prefill
-            if cost < least - _TIE_S:
-                best, second, least, ties = view.replica, best, cost, 1
-            elif cost < least + _TIE_S:
-                ties += 1
-                if draw() * ties < 1.0:
-                    best, second, least = view.replica, best, min(cost, least)
-        return Decision(best, Reason.LEAST_COST, (second,) if second else (), least)
+                new, pairs = tokens - cached, half - 0.5 * cached * cached
+            prefill = new * outlook.token_s + pairs * outlook.pair_s
+            running = view.load.running + view.unacked
+            cost = wait + outlook.batch_s + answer * outlook.step_s + prefill * (price + share * running)
+            costs.append(cost if there <= crowd else cost + _CROWDED)
+        return costs

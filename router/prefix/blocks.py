@@ -18,6 +18,8 @@ OWN_PAGE: Final = 16
 fewer share the page in which the replica's last blocks lie, so that pages do not stay small."""
 SHARED_BLOCKS: Final = 64
 """Most blocks in a page that is filled little by little."""
+LONG_BLOCKS: Final = 128
+"""Pieces of a chain that are as long stay where they are; shorter ones are joined when a lookup finds many of them."""
 PAGE_BLOCKS: Final = 256
 """Most blocks in a page at all."""
 
@@ -157,29 +159,28 @@ class Blocks:
         for holder in ones(page.cut(pattern << place)):
             self.slots[1 << holder].pages.discard(page)
 
-    def untangle(self, chain: list[int]) -> int:
-        """Lays the scattered blocks of a chain side by side; returns how many were moved.
+    def untangle(self, chain: Sequence[int], budget: int) -> int:
+        """Lays the scattered blocks of a chain side by side, about `budget` of them; returns how many were moved.
 
         An answer's blocks are stored one by one, among those of other answers. Each is moved two or three times until
         it lies in a page that is long enough.
         """
-        moved = 0
+        moved = at = 0
         pieces: list[tuple[int, int]] = []
-        at = 0
-        while at < len(chain):
+        while at < len(chain) and moved < budget:
             page = self.table.get(chain[at])
             if page is None:
                 break
             size = page.agrees(page.place(chain[at]), chain, at)
-            if size >= SHARED_BLOCKS:
-                moved += self._join(chain, pieces)
-                pieces = []
-            else:
+            if size < LONG_BLOCKS:
                 pieces.append((at, size))
             at += size
+            if size >= LONG_BLOCKS or at - pieces[0][0] >= PAGE_BLOCKS:
+                moved += self._join(chain, pieces)
+                pieces = []
         return moved + self._join(chain, pieces)
 
-    def _join(self, chain: list[int], pieces: list[tuple[int, int]]) -> int:
+    def _join(self, chain: Sequence[int], pieces: list[tuple[int, int]]) -> int:
         if len(pieces) < 2:
             return 0
         at, end = pieces[0][0], sum(pieces[-1])
@@ -197,7 +198,7 @@ class Blocks:
 
     # -- questions
 
-    def first(self, slot: Slot, chain: list[int]) -> int:
+    def first(self, slot: Slot, chain: Sequence[int]) -> int:
         """How many of a chain's first blocks the slot holds."""
         at = 0
         while at < len(chain):

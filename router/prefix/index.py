@@ -16,14 +16,14 @@ from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Final
 
-from router.prefix.blocks import Blocks, Slot
-from router.prefix.pages import ones
+from router.prefix.blocks import LONG_BLOCKS, Blocks, Slot
+from router.prefix.pages import Page, ones
 from router.types import Held
 
 _TANGLED: Final = 64
 """Most chains that wait to be laid side by side; one that finds no place comes again with its next lookup."""
-_GROUPS: Final = 256
-"""Groups of replicas with the same answer that are remembered; of 64 replicas each takes some 5 KB."""
+_EVERYWHERE: Final = 64
+"""Answers for all replicas at once that are remembered; of 64 replicas each takes some 5 KB."""
 _CHUNK: Final = 64
 
 
@@ -57,8 +57,6 @@ class PrefixIndex:
         self._members: dict[str, _Member] = {}
         self._names: dict[int, str] = {}
         """By live bit."""
-        self._all: dict[str, None] = {}
-        """The names alone."""
         self._live = 0
         """Mask of the bits that match."""
         self._free: list[int] = []
@@ -67,9 +65,10 @@ class PrefixIndex:
         self._leaving: deque[Slot] = deque()
         self._void: deque[tuple[int, list[int]]] = deque()
         """Bits that left with the blocks from which they are still to be taken in `_soon`."""
-        self._tangled: deque[list[int]] = deque()
+        self._tangled: deque[Sequence[int]] = deque()
         """Chains that a lookup found scattered over many pages."""
-        self._groups: dict[tuple[int, int, int], dict[str, Held]] = {}
+        self._everywhere: dict[tuple[int, int], dict[str, Held]] = {}
+        """All live replicas with so many blocks and tokens."""
 
     def __len__(self) -> int:
         """Blocks that are stored anywhere."""
@@ -117,18 +116,14 @@ class PrefixIndex:
         slot = slots[bit] = Slot(bit)
         self._names[bit] = replica
         self._live |= bit
-        self._named()
+        self._everywhere.clear()
         return slot
 
     def _retire(self, slot: Slot) -> None:
         self._live &= ~slot.bit
         del self._names[slot.bit]
-        self._named()
+        self._everywhere.clear()
         self._leaving.append(slot)
-
-    def _named(self) -> None:
-        self._all = dict.fromkeys(self._names.values())
-        self._groups.clear()
 
     def sweep(self, budget: int = 1024) -> bool:
         """Work that is put off, on about `budget` blocks: takes out those of replicas that left, and lays the scattered
@@ -150,7 +145,7 @@ class PrefixIndex:
                 del self._blocks.slots[slot.bit]
                 self._free.append(slot.bit)
         while budget > 0 and self._tangled:
-            budget -= self._blocks.untangle(self._tangled.popleft()) + 8
+            budget -= self._blocks.untangle(self._tangled.popleft(), budget) + 8
         return bool(self._leaving or self._void or self._tangled)
 
     # -- what replicas store
@@ -181,7 +176,7 @@ class PrefixIndex:
         if member is None:
             return Hold(None, ())
         bit, soon = member.slot.bit, self._soon
-        blocks = blocks[self._blocks.first(member.slot, list(blocks)) :]
+        blocks = blocks[self._blocks.first(member.slot, blocks) :]
         masks = list(map(soon.get, blocks, repeat(0)))
         if not any(masks):
             soon.update(dict.fromkeys(blocks, bit))
@@ -223,16 +218,17 @@ class PrefixIndex:
 
     # -- lookups
 
-    def match(self, blocks: Sequence[int], tokens_per_block: float = 0.0) -> dict[str, Held]:
+    def match(self, chain: Sequence[int], tokens_per_block: float = 0.0) -> dict[str, Held]:
         """Who holds how much of a prompt, without those that hold nothing.
 
         `tokens_per_block` estimates the tokens of blocks whose depth nobody has reported.
         """
         found: dict[str, Held] = {}
-        chain, end = list(blocks), len(blocks)
+        end = len(chain)
         table, soon = self._blocks.table, self._soon
         alive = self._live  # The replicas that hold all blocks up to here.
-        at = depth = pages = 0
+        at = pages = 0
+        last: tuple[Page, int] | None = None  # Page and place of the block before `at`; its depth is seldom asked for.
         while at < end and alive:
             page = table.get(chain[at])
             if page is None:
@@ -252,19 +248,19 @@ class PrefixIndex:
                         alive ^= mask
                         self._part(found, mask, chain, at + run, page.depths[place + run - 1], tokens_per_block)
             left = alive ^ stay
-            if left and (at or soon):
-                self._part(found, left, chain, at, depth, tokens_per_block)
+            if left and (last or soon):
+                self._part(found, left, chain, at, _depth(last), tokens_per_block)
             alive = stay
-            depth = page.depths[place + size - 1]
+            last = page, place + size - 1
             at += size
-        if alive and (at or soon):
-            self._part(found, alive, chain, at, depth, tokens_per_block)
-        if pages > 4 + at // 64 and len(self._tangled) < _TANGLED:
+        if alive and (last or soon):
+            self._part(found, alive, chain, at, _depth(last), tokens_per_block)
+        if pages > 4 + at // LONG_BLOCKS and len(self._tangled) < _TANGLED:
             self._tangled.append(chain)
         return found
 
     def _part(
-        self, found: dict[str, Held], mask: int, chain: list[int], at: int, depth: int, tokens_per_block: float
+        self, found: dict[str, Held], mask: int, chain: Sequence[int], at: int, depth: int, tokens_per_block: float
     ) -> None:
         """The replicas in `mask` store the first `at` blocks, of `depth` tokens, and not the next one."""
         if self._soon and at < len(chain):
@@ -273,31 +269,31 @@ class PrefixIndex:
                 self._go_on(found, coming, chain, (at, depth), tokens_per_block)
                 mask ^= coming
         if at and mask:
-            found.update(self._group(mask, at, depth))
+            self._record(found, mask, at, depth)
 
-    def _group(self, mask: int, blocks: int, tokens: int) -> dict[str, Held]:
-        key = (mask, blocks, tokens)
-        group = self._groups.get(key)
-        if group is None:
-            if len(self._groups) >= _GROUPS:
-                self._groups.clear()
+    def _record(self, found: dict[str, Held], mask: int, blocks: int, tokens: int) -> None:
+        others = self._live ^ mask
+        if found or others.bit_count() * 4 > mask.bit_count():
             held = Held(blocks, tokens)
-            others = self._live ^ mask
-            if others.bit_count() < mask.bit_count():
-                # Mostly all but the few that hold more: take those out instead of naming each.
-                group = dict.fromkeys(self._all, held)
-                for bit in ones(others):
-                    del group[self._names[1 << bit]]
-            else:
-                group = {self._names[1 << bit]: held for bit in ones(mask)}
-            self._groups[key] = group
-        return group
+            for bit in ones(mask):
+                found[self._names[1 << bit]] = held
+            return
+        # A system prompt: all hold it but the few that hold more. A copy is much faster than naming each.
+        everywhere = self._everywhere.get((blocks, tokens))
+        if everywhere is None:
+            if len(self._everywhere) >= _EVERYWHERE:
+                self._everywhere.clear()
+            everywhere = dict.fromkeys(self._names.values(), Held(blocks, tokens))
+            self._everywhere[blocks, tokens] = everywhere
+        found.update(everywhere)
+        for bit in ones(others):
+            del found[self._names[1 << bit]]
 
     def _go_on(
         self,
         found: dict[str, Held],
         mask: int,
-        chain: list[int],
+        chain: Sequence[int],
         stored: tuple[int, int],
         tokens_per_block: float,
     ) -> None:
@@ -318,7 +314,7 @@ class PrefixIndex:
                 waits[bit] += size
             at += size
 
-    def _coming(self, chain: list[int], at: int) -> tuple[int, int, int]:
+    def _coming(self, chain: Sequence[int], at: int) -> tuple[int, int, int]:
         """Masks of the replicas that hold a block now or soon, and of those that hold it now, and for how many blocks
         from there on both are the same."""
         part = chain[at : at + _CHUNK]
@@ -343,3 +339,7 @@ class PrefixIndex:
     def bytes(self) -> int:
         """Estimated size in memory; costs a walk over all pages."""
         return self._blocks.bytes() + sys.getsizeof(self._soon)
+
+
+def _depth(last: tuple[Page, int] | None) -> int:
+    return last[0].depths[last[1]] if last is not None else 0

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from itertools import compress, count
-from operator import ne
 from typing import Final
 
 import msgspec
@@ -43,16 +41,23 @@ class Page(msgspec.Struct, gc=False, eq=False):
         hashes = self.hashes
         return 0 if hashes[0] == block else hashes.index(block)
 
-    def agrees(self, place: int, blocks: list[int], at: int) -> int:
+    def agrees(self, place: int, blocks: Sequence[int], at: int) -> int:
         """How many of `blocks` from `at` on lie here from `place` on, in the same order; at least one does."""
         hashes = self.hashes
         size = min(len(hashes) - place, len(blocks) - at)
         mine, theirs = hashes[place : place + size], array("Q", blocks[at : at + size])
         if mine == theirs:
             return size
-        return next(compress(count(), map(ne, mine, theirs)))
+        same = 1
+        while size - same > 1:  # Equal up to `same`, and not up to `size`.
+            middle = (same + size) // 2
+            if mine[same:middle] == theirs[same:middle]:
+                same = middle
+            else:
+                size = middle
+        return same
 
-    def follows(self, place: int, chain: list[int], at: int) -> int:
+    def follows(self, place: int, chain: Sequence[int], at: int) -> int:
         """As `agrees`, for the blocks of one chain.
 
         There a hash stands for all blocks before it too: once a page is known to be a piece of a chain, two pieces

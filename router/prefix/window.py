@@ -22,6 +22,8 @@ _PROBE: Final = 64
 _BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_"
 _KEY: Final = re.compile(rb'"(?:url|data|image_url|image_embeds|audio_embeds|video_embeds)"\s{0,8}:\s{0,8}\Z')
 _KEY_BYTES: Final = 40
+_OBJECTS: Final = ((b'"role"', b"]}"), (b'"type"', b"]}]}"))
+"""How messages and parts of contents begin, and what completes a body whose last one is cut away."""
 _ESCAPE_BYTES: Final = 12
 """Two \\u escapes make one character at most."""
 
@@ -30,8 +32,7 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes, limit: int, ends: tupl
     """What `body` says, and how many of its bytes were not read.
 
     Where it is longer than `limit` without its media, only its first `limit` bytes are read, completed by one of
-    `ends`.
-    Raises `msgspec.MsgspecError`.
+    `ends`. Raises `msgspec.MsgspecError`.
     """
     if len(body) <= 2 * _STRIDE:
         return decoder.decode(body), 0
@@ -78,26 +79,30 @@ def _is_media(body: bytes, start: int, end: int) -> bool:
 
 
 def _heads(body: bytes, limit: int, ends: tuple[bytes, ...]) -> Iterator[bytes]:
-    """Beginnings of `body` made whole, the likeliest first: cut before a message, within a string, between numbers."""
-    message = _last_message(body, limit)
-    if message > limit - _STRIDE:
-        yield body[:message] + b"]}"
+    """Beginnings of `body` made whole, the likeliest first: cut between objects, within a string, between numbers."""
+    far = []
+    for key, end in _OBJECTS:
+        place = _object_end(body, limit, key)
+        if place > limit - _STRIDE:
+            yield body[:place] + end
+        elif place:
+            far.append(body[:place] + end)
     cut = _character_end(body, limit)
     comma = max(body.rfind(b",", 0, limit), 0)
     for end in ends:
         yield body[: cut if end.startswith(b'"') else comma] + end
-    if 0 < message <= limit - _STRIDE:
-        yield body[:message] + b"]}"
+    yield from far
 
 
-def _last_message(body: bytes, limit: int) -> int:
-    """Where the messages end of which all lie before `limit`; 0 where that is not seen."""
-    role = max(body.rfind(b'"role"', 0, limit), 0)
-    start = max(body.rfind(b"{", 0, role), 0)
-    if not start or body[start + 1 : role].strip():
+def _object_end(body: bytes, limit: int, key: bytes) -> int:
+    """Where the objects end before the last one that begins with `key` before `limit`; 0 where that is not seen."""
+    named = max(body.rfind(key, 0, limit), 0)
+    start = max(body.rfind(b"{", 0, named), 0)
+    if not start or body[start + 1 : named].strip():
         return 0
-    before = body[max(0, start - _PROBE) : start].rstrip()
-    return max(0, start - _PROBE) + len(before) - 1 if before.endswith(b",") else 0
+    first = max(0, start - _PROBE)
+    before = body[first:start].rstrip()
+    return first + len(before.removesuffix(b",")) if before.endswith((b",", b"[")) else 0
 
 
 def _character_end(body: bytes, limit: int) -> int:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.prefix.blocks import Blocks, Slot
 from router.prefix.index import Hold, PrefixIndex
 from router.types import Held
 
@@ -70,9 +71,10 @@ class Move(NamedTuple):
         return part[:: self.order]
 
 
+MOVERS = ["hold", "hold", "release", "join", "leave", "clear", "sweep"]
 MOVES = st.builds(
     Move,
-    st.sampled_from(["store"] * 6 + ["evict"] * 5 + ["hold", "hold", "release", "join", "leave", "clear", "sweep"]),
+    st.sampled_from(["store"] * 6 + ["pieces"] * 3 + ["evict"] * 5 + MOVERS),
     st.sampled_from(REPLICAS),
     st.integers(0, len(CHAINS) - 1),
     st.one_of(st.just(0), st.integers(0, 149)),
@@ -114,6 +116,11 @@ class Pair:
         if move.kind == "store":
             self.index.store(replica, blocks, depths(blocks))
             stored[replica] |= set(blocks)
+        elif move.kind == "pieces":
+            for block in blocks:  # With another chain's between them, so that they come to lie scattered.
+                for one in {block, CHAINS[0][DEPTHS[block] // PER_BLOCK - 1]}:
+                    self.index.store(replica, [one], [DEPTHS[one]])
+                    stored[replica].add(one)
         elif move.kind == "evict":
             self.index.evict(replica, blocks)
             stored[replica] -= set(blocks)
@@ -353,3 +360,47 @@ def test_a_hold_at_a_replica_that_left_holds_nothing() -> None:
     index.join("a")
     assert index.match(CHAINS[0]) == {}
     index.release(hold)
+
+
+def scattered() -> tuple[PrefixIndex, dict[str, int]]:
+    """Chains that were stored block by block in turn, so that each lies among all others, and how much who holds."""
+    index = joined("a", "b")
+    for at in range(90):
+        for chain in CHAINS[:4]:
+            index.store("a", chain[at : at + 1], [DEPTHS[chain[at]]])
+        if at < 60:
+            index.store("b", CHAINS[1][at : at + 1], [DEPTHS[CHAINS[1][at]]])
+    return index, {"a": 90, "b": 60}
+
+
+def test_joining_scattered_blocks_changes_no_answer() -> None:
+    index, lengths = scattered()
+    blocks = {name: sorted(index.blocks(name)) for name in lengths}
+    answers = [index.match(chain) for chain in CHAINS]
+    while index.sweep(50):
+        pass
+    assert [index.match(chain) for chain in CHAINS] == answers
+    assert answers[1] == {name: Held(length, length * PER_BLOCK) for name, length in lengths.items()}
+    assert {name: sorted(index.blocks(name)) for name in lengths} == blocks
+    index.evict("a", CHAINS[1][30:])
+    assert index.match(CHAINS[1])["a"] == Held(30, 300)
+    for name in lengths:
+        index.leave(name)
+    while index.sweep():
+        pass
+    assert len(index) == 0
+
+
+def test_scattered_blocks_are_joined_once_and_then_left_alone() -> None:
+    blocks, slot, chain = Blocks(10_000), Slot(1), CHAINS[0] + list(range(1, 701))
+    blocks.slots[1] = slot
+    for at, block in enumerate(chain):
+        blocks.store(slot, [block], [at])
+        blocks.store(slot, [10_000 + at], [at])  # Another chain's, between each two.
+    assert 200 < blocks.untangle(chain, 200) < 500  # A page at a time.
+    assert blocks.untangle(chain, 10_000)
+    assert blocks.untangle(chain, 10_000) == 0
+    assert blocks.first(slot, chain) == len(chain)
+    assert [blocks.depth(block) for block in chain] == list(range(len(chain)))
+    assert len(blocks.table) == 2 * len(chain)
+    assert len(slot.pages) < 60
