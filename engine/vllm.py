@@ -79,7 +79,8 @@ class VllmEngine:
 
         `running` is the batch of the last step, less what ended or was aborted since; `waiting` is all the rest of
         the streams taken and not ended, so it holds those still in the tokenizer too, and a stream of `n` choices
-        counts `n` times once the engine has it. `step_ms` is from one step's end to the next's. How exact the rest is
+        counts `n` times once the engine has it. `step_ms` is from one step's end to the next's, or
+        from the arrival of the first request. How exact the rest is
         says `engine.vllm_work`. All zero when the engine is dead.
         """
         work = self._cache.work
@@ -302,8 +303,9 @@ class _Steps:
 
     def _record(self, stats: Any, iteration: Any, core: int) -> None:
         now = time.perf_counter()
-        if self.running:
-            self.step_ms = (now - self._last) * 1e3  # After a pause there is nothing to measure from.
+        if self._cache.work is not None:
+            # The first step after a pause began when its first request came.
+            self.step_ms = (now - max(self._last, self._cache.work.busy_since)) * 1e3
         self._last = now
         if stats is not None:
             self._cores[core] = stats

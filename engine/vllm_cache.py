@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -130,8 +131,12 @@ class VllmCache:
         self._aligner = Aligner(tokens)
         if not self._cause:
             await self._subscribe(engine)
+        if self._cause:
+            _log.warning("what the KV cache holds is not reported: %s", self._cause)
         self._states = engine.output_processor.request_states
-        self.work = VllmWork(self._states, self._block_tokens, self._ledger.held_blocks, self._compare)
+        self.work = VllmWork(
+            self._states, self._block_tokens, self._ledger.held_blocks, self._compare, time.perf_counter
+        )
         self._look_on(engine)
 
     def close(self) -> None:
@@ -201,8 +206,8 @@ class VllmCache:
         if self.feed is None or self._mode is CacheMode.OFF:
             return
         cause = self._cause or self._events.cause
-        if cause and cause != self.feed.cause:
-            _log.warning("the KV cache's events do not tell all: %s", cause)
+        if cause and self.feed.mode is CacheMode.EXACT:
+            _log.warning("what the KV cache holds is not known exactly any more: %s", cause)
         self.feed.set_mode(CacheMode.APPROXIMATE if cause else CacheMode.EXACT, cause)
         if self.work is not None:
             self.work.cache_changed()
@@ -210,8 +215,14 @@ class VllmCache:
     # -- requests
 
     def _taken(self, request: Any) -> None:
-        """vLLM's front end has taken a request and sends it to the engine core next."""
-        _report_once(request.sampling_params)
+        """vLLM's front end has taken a request and sends it to the engine core next. Never raises."""
+        try:
+            _report_once(request.sampling_params)
+            self._add(request)
+        except Exception:
+            _log.exception("request %s is not followed", request.request_id)
+
+    def _add(self, request: Any) -> None:
         work, id = self.work, request.request_id
         if work is None or work.knows(id):
             return  # Known: more of a prompt that comes in parts.
@@ -321,10 +332,15 @@ def _own_tokenizer(engine: Any) -> tuple[Any, TokenBytes | None]:
     """A copy of the engine's tokenizer, which its renderer uses in other threads, and the table of its tokens."""
     if engine.renderer.tokenizer is None:
         return None, None
-    tokenizer = copy.deepcopy(engine.renderer.tokenizer)
-    tokens = TokenBytes.of(tokenizer)
+    try:
+        tokenizer = copy.deepcopy(engine.renderer.tokenizer)
+        tokens = TokenBytes.of(tokenizer)
+    except Exception:
+        # Some models bring tokenizers of their own making; what is lost with one is precision.
+        _log.warning("the tokenizer does not tell its tokens' bytes", exc_info=True)
+        tokenizer = tokens = None
     if tokens is None:
-        _log.warning("the tokenizer's tokens do not join to its text: prefix blocks are placed by estimate")
+        _log.warning("tokens do not join to text: prefix blocks are placed by estimate")
     return tokenizer, tokens
 
 

@@ -61,7 +61,10 @@ class VllmWork:
         block_tokens: int,
         held: Callable[[Sequence[int]], int],
         prompted: Callable[[Running], None],
+        clock: Callable[[], float],
     ) -> None:
+        self.busy_since = 0.0
+        """When the engine last got a request after it had none, by `clock`."""
         self.step_prefill_tokens = 0
         self.step_prefill_pairs = 0.0
         self.step_decodes = 0
@@ -70,6 +73,7 @@ class VllmWork:
         self._block_tokens = block_tokens
         self._held = held
         self._prompted = prompted
+        self._clock = clock
         self._all: dict[str, Running] = {}
         self._waiting: dict[str, Running] = {}
         """Those among them without a first token, in the order in which they came."""
@@ -84,6 +88,8 @@ class VllmWork:
 
     def add(self, id: str, keys: Sequence[int]) -> Running:
         """A request that vLLM has taken."""
+        if not self._all:
+            self.busy_since = self._clock()
         running = self._all[id] = self._waiting[id] = Running(id, self._states[id], keys)
         self._queued = None
         return running
@@ -102,14 +108,16 @@ class VllmWork:
     def step(self, details: Any, produced: int) -> None:
         """A step is over and its output is in vLLM's states.
 
-        `details` are vLLM's `SchedulerIterationDetails`, None where the engine gave none; `produced` is how many tokens
-        all requests got.
+        `details` are vLLM's `SchedulerIterationDetails`, None for a step that computed nothing; `produced` is how many
+        tokens all requests got.
         """
         self._steps += 1
         self._queued = None
         first = [running for running in self._waiting.values() if not running.state.is_prefilling]
-        if details is not None:
-            self._measure(details, first)
+        self.step_prefill_tokens = details.num_ctx_tokens if details is not None else 0
+        self.step_decodes = details.num_generation_requests if details is not None else 0
+        self.step_context_tokens = self._context_read(self.step_decodes)
+        self.step_prefill_pairs = self._pairs_computed(self.step_prefill_tokens, first)
         before = len(self._all) - len(self._waiting)
         for running in first:
             del self._waiting[running.id]
@@ -120,13 +128,14 @@ class VllmWork:
         if not before or not self._steps % _RECOUNT_STEPS:
             self._decoding_context = self._count_context()
 
-    def _measure(self, details: Any, first: list[Running]) -> None:
-        self.step_prefill_tokens = rest = details.num_ctx_tokens
-        self.step_decodes = decodes = details.num_generation_requests
+    def _context_read(self, decodes: int) -> int:
         decoding = len(self._all) - len(self._waiting)
         # Those that are not in the batch, such as preempted ones, read nothing.
         share = decodes / decoding if decoding > decodes else 1.0
-        self.step_context_tokens = round(self._decoding_context * share)
+        return round(self._decoding_context * share)
+
+    def _pairs_computed(self, rest: int, first: list[Running]) -> float:
+        """Attention pairs of a step's `rest` prompt tokens; the prompts `first` are done with it."""
         pairs = 0.0
         for running in first:
             begun = min(running.state.num_cached_tokens + running.computed, running.tokens)
@@ -145,7 +154,7 @@ class VllmWork:
             running.computed += new
             rest -= new
             pairs += new * (begun + new * 0.5)
-        self.step_prefill_pairs = pairs
+        return pairs
 
     def _done(self, running: Running) -> int:
         """Tokens of its prompt that it need not compute any more; one is left until the first token is here."""

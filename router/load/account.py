@@ -15,6 +15,10 @@ from router.types import NO_CHARGE, CacheMode, Charge, EngineInfo, Load, Outlook
 class Foresight(Protocol):
     """What the load model has learned of one replica (`router.load.model`)."""
 
+    @property
+    def version(self) -> int:
+        """Rises when outlooks made before are out of date, whatever the replica itself said since."""
+
     def observe(self, load: Load, now: float) -> None:
         """Learns from a step whose report came at `now`."""
 
@@ -24,6 +28,8 @@ class Foresight(Protocol):
 
 class Blind:
     """Learns and expects nothing."""
+
+    version = 0
 
     def observe(self, load: Load, now: float) -> None: ...
 
@@ -51,6 +57,7 @@ class Account:
         self._tokens = 0
         self._pairs = 0.0
         self._view: ReplicaView | None = None
+        self._version = 0
 
     @property
     def unacked(self) -> int:
@@ -75,7 +82,7 @@ class Account:
         if not charges:
             self._pairs = 0.0  # what rounding left
         self._foresight.observe(load, now)
-        self._view = None
+        self._look()  # now and not at the next decision, which would have to look at all replicas that stepped since
 
     def leased(self, change: int) -> None:
         """One lease more or less."""
@@ -90,18 +97,23 @@ class Account:
     def view(self) -> ReplicaView:
         """The replica as policies see it; the same object until something changes."""
         view = self._view
-        if view is None:
-            unacked = len(self._charges)
-            view = self._view = ReplicaView(
-                self.replica,
-                self.load,
-                unacked,
-                self.leases,
-                self._max_num_seqs,
-                self._foresight.outlook(self.load, self._tokens, self._pairs, unacked),
-                self._tokens,
-                self._pairs,
-                self._kv_tokens,
-                self.cache,
-            )
+        if view is None or self._version != self._foresight.version:
+            return self._look()
+        return view
+
+    def _look(self) -> ReplicaView:
+        unacked = len(self._charges)
+        self._version = self._foresight.version
+        view = self._view = ReplicaView(
+            self.replica,
+            self.load,
+            unacked,
+            self.leases,
+            self._max_num_seqs,
+            self._foresight.outlook(self.load, self._tokens, self._pairs, unacked),
+            self._tokens,
+            self._pairs,
+            self._kv_tokens,
+            self.cache,
+        )
         return view

@@ -28,6 +28,10 @@ _OUTLIER: Final = 5.0
 _FACTOR_MEMORY: Final = 0.9
 """A replica's own factor follows its last ten steps or so."""
 _FACTOR_RANGE: Final = (0.1, 10.0)
+_CHANCE: Final = 1.25
+"""A factor nearer to 1 is noise: believed, it would send all requests of a quiet fleet to one replica."""
+_LEARN_EVERY: Final = 4
+_LEARNED_STEPS: Final = 256
 _MEAN_GAIN: Final = 0.01
 _GUESS_TOKEN_MS: Final = 0.05
 """Before anything is known; the first steps override it."""
@@ -49,8 +53,8 @@ class StepFit:
         batch, token, pair, read = self.coefficients
         return batch + token * tokens + pair * pairs + read * context
 
-    def learn(self, tokens: float, pairs: float, context: float, ms: float) -> None:
-        """Takes one step in; fits anew now and then, often at the beginning."""
+    def learn(self, tokens: float, pairs: float, context: float, ms: float) -> bool:
+        """Takes one step in; fits anew now and then, often at the beginning: true where it did."""
         row = (1.0, tokens / _UNITS[1], pairs / _UNITS[2], context / _UNITS[3])
         products, targets = self._products, self._targets
         # Relative errors count, so that short steps weigh as much as long ones.
@@ -62,9 +66,11 @@ class StepFit:
                 line[j] = line[j] * _MEMORY + scaled * row[j]
             targets[i] = targets[i] * _MEMORY + scaled * ms
         self.steps += 1
-        if self.steps >= self._due:
-            self._fit()
-            self._due = self.steps + min(self.steps, _REFIT_STEPS)
+        if self.steps < self._due:
+            return False
+        self._fit()
+        self._due = self.steps + min(self.steps, _REFIT_STEPS)
+        return True
 
     def _fit(self) -> None:
         """Least squares with a ridge toward the last solution; negative coefficients are left out one by one."""
@@ -111,6 +117,8 @@ class FleetModel:
         self.decode = StepFit((0.0, _GUESS_TOKEN_MS, 0.0, 0.0))
         self.budget = _GUESS_BUDGET
         """Most prompt tokens in one step that were seen: how many steps a long prompt takes."""
+        self.version = 0
+        """Rises with each new fit."""
         self.mean_factor = 1.0
         """Of the replicas' factors: they say who is slower than the others, not how slow all are."""
 
@@ -126,30 +134,43 @@ class ReplicaModel:
         self._fleet = fleet
         self._seen = self._expected = 0.0
         self._as_of = 0.0
+        self._steps = 0
         self.factor = 1.0
-        """How much longer its steps take than the fleet's."""
+        """How much longer its steps take than the fleet's; exactly 1 where that may be chance."""
+
+    @property
+    def version(self) -> int:
+        return self._fleet.version
 
     def observe(self, load: Load, now: float) -> None:
         self._as_of = now
-        ms = load.step_ms
-        if ms <= 0.0:
-            return
-        fleet = self._fleet
-        prompt = load.step_prefill_tokens
-        if not prompt and not load.step_decodes:
+        prompt, decodes = load.step_prefill_tokens, load.step_decodes
+        if load.step_ms <= 0.0 or not (prompt or decodes):
             return  # an engine that does not say what its step did
-        fit = fleet.prefill if prompt else fleet.decode
-        tokens = prompt + load.step_decodes
-        expected = fit.expect_ms(tokens, load.step_prefill_pairs, load.step_context_tokens)
+        fleet = self._fleet
         if prompt > fleet.budget or fleet.prefill.steps == 0:
             fleet.budget = float(max(prompt, 1))
+        fit = fleet.prefill if prompt else fleet.decode
+        self._steps += 1
+        if self._steps % _LEARN_EVERY and fit.steps >= _LEARNED_STEPS:
+            return  # every step would tell hardly more, at the cost of a routing decision each
+        self._learn(fit, prompt + decodes, load)
+
+    def _learn(self, fit: StepFit, tokens: int, load: Load) -> None:
+        fleet, ms = self._fleet, load.step_ms
+        expected = fit.expect_ms(tokens, load.step_prefill_pairs, load.step_context_tokens)
+        factor = 1.0
         if fit.steps >= _REFIT_STEPS and expected > 0.0:
-            ms = min(ms, _OUTLIER * expected * self.factor)
+            factor = self._seen / self._expected if self._expected else 1.0
+            ms = min(ms, _OUTLIER * expected * factor)
             self._seen = self._seen * _FACTOR_MEMORY + ms
             self._expected = self._expected * _FACTOR_MEMORY + expected
-            self.factor = min(max(self._seen / self._expected, _FACTOR_RANGE[0]), _FACTOR_RANGE[1])
-            fleet.mean_factor += (self.factor - fleet.mean_factor) * _MEAN_GAIN
-        fit.learn(tokens, load.step_prefill_pairs, load.step_context_tokens, ms * fleet.mean_factor / self.factor)
+            factor = min(max(self._seen / self._expected, _FACTOR_RANGE[0]), _FACTOR_RANGE[1])
+            fleet.mean_factor += (factor - fleet.mean_factor) * _MEAN_GAIN
+            self.factor = 1.0 if 1 / _CHANCE < factor < _CHANCE else factor
+        ms *= fleet.mean_factor / factor
+        if fit.learn(tokens, load.step_prefill_pairs, load.step_context_tokens, ms):
+            fleet.version += 1
 
     def outlook(self, load: Load, unacked_tokens: int, unacked_pairs: float, unacked: int) -> Outlook:
         fleet = self._fleet

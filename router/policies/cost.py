@@ -18,8 +18,9 @@ import msgspec
 
 from router.types import Decision, Reason, Request, Snapshot
 
+_TIE: Final = 0.02
 _TIE_S: Final = 1e-4
-"""Costs that differ by less are equal: no estimate is better than that."""
+"""Costs that differ by less than that share and that many seconds are equal: no estimate is better."""
 _CROWDED: Final = 1e6
 """Added to the cost of a crowded replica: it is taken only where all are."""
 
@@ -53,7 +54,8 @@ class Cost:
         costs = self._costs(snapshot)
         # Two passes over floats are cheaper than one with three cases in it.
         least = min(costs)
-        ties = [at for at, cost in enumerate(costs) if cost <= least + _TIE_S]
+        bound = least + _TIE * least + _TIE_S
+        ties = [at for at, cost in enumerate(costs) if cost <= bound]
         best = ties[int(self._random() * len(ties))] if len(ties) > 1 else ties[0]
         costs[best] = float("inf")
         second = costs.index(min(costs))
