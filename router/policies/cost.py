@@ -3,7 +3,7 @@
 For each replica::
 
     cost = wait + batch + answer * step                      this request's own time there
-         + prefill * (1 + price + running * pressure^2)      computing its prompt, and what that takes from others
+         + prefill * (1 + price + interference * running * pressure^3)      computing its prompt, and what that takes from others
 
 `docs/policies.md` explains the terms. Its one rule is that of all time-sharing: work is not cheap because a replica is
 idle now, it is dear in proportion to how many others will wait for it.
@@ -31,13 +31,13 @@ class Cost:
     """Sends a request where it costs least."""
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        price: NonNegative = 1.0
+        price: NonNegative = 0.5
         """What a second of prompt computation costs those who come after it, in seconds, on a fleet without queues."""
-        queue_price: NonNegative = 2.0
+        queue_price: NonNegative = 3.0
         """How much that price rises per second that requests wait on average over the fleet."""
-        interference: NonNegative = 1.0
-        """Share of a running request's delay that counts when the fleet's KV caches are full."""
-        answer_tokens: NonNegative = 30.0
+        interference: NonNegative = 6.0
+        """Weight of a running request's delay when the fleet's KV caches are full; it falls with the cube of their use."""
+        answer_tokens: NonNegative = 15.0
         """Output tokens whose time counts as much as the wait for the first one."""
         crowd_factor: Annotated[float, msgspec.Meta(ge=1)] = 1.5
         """A replica with more than so many times the mean number of requests, and `crowd_slack` more, gets none."""
@@ -77,7 +77,7 @@ class Cost:
             usage += load.kv_usage
         mean_wait = sum(waits) / count
         pressure = usage / count
-        share = options.interference * pressure * pressure
+        share = options.interference * pressure**3
         price = 1.0 + options.price + options.queue_price * mean_wait
         # Where all queue, numbers say little: many short requests may wait beside few long ones.
         crowd = (options.crowd_factor + 2.0 * mean_wait) * sum(requests) / count + options.crowd_slack
