@@ -302,16 +302,15 @@ class _Steps:
         return StepLogger
 
     def _record(self, stats: Any, iteration: Any, core: int) -> None:
-        now = time.perf_counter()
-        if self._cache.work is not None:
-            # The first step after a pause began when its first request came.
-            self.step_ms = (now - max(self._last, self._cache.work.busy_since)) * 1e3
-        self._last = now
         if stats is not None:
             self._cores[core] = stats
             self.running = sum(each.num_running_reqs for each in self._cores.values())
             self.kv_usage = sum(each.kv_cache_usage for each in self._cores.values()) / len(self._cores)
-        self._cache.stepped(stats, iteration)
+        if self._cache.stepped(stats, iteration):
+            # The first step after a pause began when its first request came.
+            now = time.perf_counter()
+            self.step_ms = (now - max(self._last, self._cache.busy_since)) * 1e3
+            self._last = now
         self.tell()
 
     def tell(self, _: object = None) -> None:

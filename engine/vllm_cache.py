@@ -179,10 +179,18 @@ class VllmCache:
 
     # -- events
 
-    def stepped(self, scheduler_stats: Any, iteration_stats: Any) -> None:
-        """A step is over: its events, then what its requests say. Called before the step's output is rendered."""
+    @property
+    def busy_since(self) -> float:
+        """When the engine last got a request after it had none, on the performance counter."""
+        return self.work.busy_since if self.work is not None else 0.0
+
+    def stepped(self, scheduler_stats: Any, iteration_stats: Any) -> bool:
+        """vLLM has news: its events first, then what its requests say. Called before the news are rendered.
+
+        Returns whether a step was behind it: vLLM also tells by itself of requests that have ended.
+        """
         if self.work is None:
-            return
+            return False
         self._socket.drain()
         details = None
         if scheduler_stats is not None:
@@ -190,6 +198,7 @@ class VllmCache:
             if not self._shows_details:
                 scheduler_stats.iteration_details = None  # Else vLLM's own logger writes a line per step.
         self.work.step(details, iteration_stats.num_generation_tokens if iteration_stats is not None else 0)
+        return details is not None
 
     def _received(self, number: int, payload: bytes) -> None:
         self._events.receive(number, payload)

@@ -108,16 +108,17 @@ class VllmWork:
     def step(self, details: Any, produced: int) -> None:
         """A step is over and its output is in vLLM's states.
 
-        `details` are vLLM's `SchedulerIterationDetails`, None for a step that computed nothing; `produced` is how many
-        tokens all requests got.
+        `details` are vLLM's `SchedulerIterationDetails`, None where nothing was computed, which leaves the last step's
+        figures as they are; `produced` is how many tokens all requests got.
         """
         self._steps += 1
         self._queued = None
         first = [running for running in self._waiting.values() if not running.state.is_prefilling]
-        self.step_prefill_tokens = details.num_ctx_tokens if details is not None else 0
-        self.step_decodes = details.num_generation_requests if details is not None else 0
-        self.step_context_tokens = self._context_read(self.step_decodes)
-        self.step_prefill_pairs = self._pairs_computed(self.step_prefill_tokens, first)
+        if details is not None:
+            self.step_prefill_tokens = details.num_ctx_tokens
+            self.step_decodes = details.num_generation_requests
+            self.step_context_tokens = self._context_read(self.step_decodes)
+            self.step_prefill_pairs = self._pairs_computed(self.step_prefill_tokens, first)
         before = len(self._all) - len(self._waiting)
         for running in first:
             del self._waiting[running.id]

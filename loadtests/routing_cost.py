@@ -62,7 +62,7 @@ class HostileRow(msgspec.Struct):
 
 
 class DecisionRow(msgspec.Struct):
-    """Whole decisions under one policy; microseconds."""
+    """Whole decisions under one policy; microseconds, medians over rounds."""
 
     policy: str
     replicas: int
@@ -251,15 +251,11 @@ def measure_hostile(block_bytes: int) -> list[HostileRow]:
 
 
 def measure_decision(policies: str, replicas: int, blocks: int) -> list[DecisionRow]:
-    options = argparse.Namespace(
-        policies=policies, replicas=replicas, blocks=blocks, prompt_bytes=4096, requests=3000, stepping=8, in_flight=200
-    )
-    options.seed = 1
+    setup = decision.Setup(policies=policies, replicas=replicas, blocks=blocks)
     rows = []
-    for policy, took in asyncio.run(decision.measure(options)).items():
-        took.sort()
-        p50, p90, p99 = (round(took[int(len(took) * share)], 1) for share in (0.5, 0.9, 0.99))
-        rows.append(DecisionRow(policy, replicas, blocks, p50, p90, p99))
+    for policy, rounds in asyncio.run(decision.measure(setup)).items():
+        usual = decision.medians(rounds)
+        rows.append(DecisionRow(policy, replicas, blocks, usual.p50_us, usual.p90_us, usual.p99_us))
     return rows
 
 

@@ -92,7 +92,7 @@ class StaticReplica(Options, frozen=True, kw_only=True):
 class PolicyOptions(Options, frozen=True):
     """Which policy routes, and its own options (see `kvlane policies`)."""
 
-    name: Name = "power-of-two"  # Spreads load well and needs no tuning.
+    name: Name = "cost"  # Least expected cost; learns what it needs, needs no tuning.
     options: dict[str, Any] = {}
     stall_ms: Annotated[float, msgspec.Meta(gt=0)] = 5.0  # All streams wait meanwhile; later answers are not taken.
     shadow: str = ""  # Another policy that decides too, without effect; metrics compare the two.

@@ -1,9 +1,10 @@
 """Ray Serve's request routers without Ray Serve: asked for one choice at a time, and answering at once.
 
-Such a router is written for Ray's event loop, its replicas and its actors. Here it gets replicas whose queue lengths are
-known already, a loop that runs each task on the spot, and, where it keeps a prefix tree in an actor, Ray's own tree in
-this process. The rule: nothing waits. A router that awaits what is not there yet fails the request at hand, and none of
-them may start a Ray cluster. Holds to what Ray 2.56 to 2.60 have in common; importing it imports Ray.
+Such a router is written for Ray's event loop, its replicas and its actors. Here it gets replicas whose queue lengths
+are known already, a loop that runs each task on the spot, and, where it keeps a prefix tree in an actor, Ray's own tree
+in this process. The rule: nothing waits. A router that awaits what is not there yet fails the request at hand, and none
+of them may start a Ray cluster. Much of this is Ray API that is not public; see `router.ray_private`. Importing it
+imports Ray.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from importlib import import_module
 from itertools import count
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, Final, TypeVar
-from urllib.parse import quote
 
 import ray
 from ray._private import auto_init_hook
@@ -28,8 +30,9 @@ from ray.serve._private.common import (
 )
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from router import ray_private
 from router.ray_requests import ask_of
-from router.types import ReplicaView, Request, Rpc
+from router.types import Load, ReplicaView, Request, Rpc
 
 T = TypeVar("T")
 
@@ -43,7 +46,11 @@ _PREFIX_MODULE: Final = "ray.llm._internal.serve.routing_policies.prefix_aware.p
 
 
 def load(path: str) -> type[Any]:
-    """The request router class at ``module:name`` or ``module.name``. Raises `ValueError`."""
+    """The request router class at ``module:name`` or ``module.name``.
+
+    Raises `ValueError`, and `ConfigError` for a Ray version that this was not tried with.
+    """
+    ray_private.check_version()
     module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     try:
         found = getattr(import_module(module), name)
@@ -62,13 +69,13 @@ class Driver:
 
         Raises what `initialize_state` raises.
         """
-        self._pool = quote(pool, safe="")
+        self._deployment = DeploymentID(_quoted(pool), APPLICATION)
         self._stand_ins: dict[Any, _StandIn] = {}
-        self._names: set[str] = set()
+        self._by_name: dict[str, _StandIn] = {}
         self._ids = count()
         with _no_cluster():
             self._router = _answering(router_class)(
-                deployment_id=DeploymentID(self._pool, APPLICATION),
+                deployment_id=self._deployment,
                 handle_source=DeploymentHandleSource.UNKNOWN,
                 use_replica_queue_len_cache=True,
             )
@@ -87,7 +94,7 @@ class Driver:
             chosen, ranks = _at_once(self._decide(pending))
             self._router.on_send_request(chosen.replica_id)
             self._router.on_request_routed(pending, chosen.replica_id, None)
-        named = [each.name for rank in ranks for each in sorted(rank, key=_queue_length)]
+        named = [each.name for rank in ranks for each in sorted(rank, key=_queue)]
         return list(dict.fromkeys([chosen.name, *named]))
 
     async def _decide(self, pending: Any) -> tuple[_StandIn, list[list[_StandIn]]]:
@@ -108,20 +115,19 @@ class Driver:
         A replica that failed a request is missing while that request is retried, and the router forgets it: Ray's
         routers have no other way to be kept off it.
         """
-        stand_ins = {self._replica_id(view.replica): view for view in views}
-        came = [(replica_id, view) for replica_id, view in stand_ins.items() if replica_id not in self._stand_ins]
-        if came or len(stand_ins) != len(self._stand_ins):
-            for replica_id in [gone for gone in self._stand_ins if gone not in stand_ins]:
-                del self._stand_ins[replica_id]
-            for replica_id, view in came:
-                self._stand_ins[replica_id] = _StandIn(replica_id, view)
-            self._router.update_replicas(list(self._stand_ins.values()))
-        for replica_id, view in stand_ins.items():
-            self._stand_ins[replica_id].view = view
+        now = {view.replica: view for view in views}
+        if now.keys() != self._by_name.keys():
+            self._by_name = {name: self._by_name.get(name) or self._stand_in(name) for name in now}
+            self._stand_ins.clear()
+            self._stand_ins.update({each.replica_id: each for each in self._by_name.values()})
+            self._router.update_replicas(list(self._by_name.values()))
+        for name, view in now.items():
+            stand_in, load = self._by_name[name], view.load
+            stand_in.load = load
+            stand_in.queue = load.running + load.waiting + view.unacked
 
-    def _replica_id(self, name: str) -> Any:
-        # Quoted, since Ray writes and reads such an identity with "#" between its parts.
-        return ReplicaID(quote(name, safe=""), DeploymentID(self._pool, APPLICATION))
+    def _stand_in(self, name: str) -> _StandIn:
+        return _StandIn(ReplicaID(_quoted(name), self._deployment), name)
 
     def _pending(self, request: Request) -> Any:
         ask = ask_of(request)
@@ -142,31 +148,44 @@ class Driver:
 class _StandIn(RunningReplica):  # type: ignore[misc]
     """A replica as Ray's routers know them, without an actor; its queue is that of the snapshot."""
 
-    def __init__(self, replica_id: Any, view: ReplicaView) -> None:
-        self.name = view.replica
-        self.view = view
+    # What all routers look at: plain attributes, where Ray has properties.
+    replica_id: Any = None
+    max_ongoing_requests = UNLIMITED
+
+    def __init__(self, replica_id: Any, name: str) -> None:
+        self.replica_id = replica_id
+        self.name = name
+        self.load = Load()
+        self.queue = 0
+        """Requests running or waiting there, those on their way included."""
         self._multiplexed_model_ids: set[str] = set()
-        self._replica_info = RunningReplicaInfo(
-            replica_id=replica_id,
+
+    @cached_property
+    def _replica_info(self) -> Any:
+        return RunningReplicaInfo(
+            replica_id=self.replica_id,
             node_id=None,
             node_ip=None,
             availability_zone=None,
-            actor_name=view.replica,
+            actor_name=self.name,
             max_ongoing_requests=UNLIMITED,
         )
 
     @property
     def routing_stats(self) -> dict[str, Any]:
         """The replica's load after its last step, by the names of `router.types.Load`: fresher than Ray's own."""
-        load = self.view.load
-        return {name: getattr(load, name) for name in load.__struct_fields__}
+        return {name: getattr(self.load, name) for name in self.load.__struct_fields__}
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
-        return self.view.queue_depth
+        return self.queue
 
 
-def _queue_length(stand_in: _StandIn) -> int:
-    return stand_in.view.queue_depth
+_queue: Final = attrgetter("queue")
+
+
+def _quoted(name: str) -> str:
+    """A part of an identity, between which Ray writes "#"; different names stay different."""
+    return name.replace("%", "%25").replace("#", "%23")
 
 
 class _QueueLengths:
@@ -177,7 +196,7 @@ class _QueueLengths:
 
     def get(self, replica_id: Any) -> int | None:
         found = self._stand_ins.get(replica_id)
-        return None if found is None else found.view.queue_depth
+        return None if found is None else found.queue
 
     def update(self, replica_id: Any, queue_len: int) -> None: ...
     def invalidate_key(self, replica_id: Any) -> None: ...
@@ -188,7 +207,7 @@ def _answering(router_class: type[Any]) -> type[Any]:
     """The class with probes that are answered from the snapshot; Ray's own asks actors and waits."""
 
     async def probe(router: Any, replicas: list[_StandIn], backoff_index: int) -> list[tuple[_StandIn, int]]:
-        return [(replica, replica.view.queue_depth) for replica in replicas]
+        return [(replica, replica.queue) for replica in replicas]
 
     return type(router_class.__name__, (router_class,), {"_probe_queue_lens": probe})
 
@@ -237,12 +256,28 @@ def _state(router_class: type[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]
     return {"tree_actor": _Actor(_tree()), "do_eviction": True, **kwargs}
 
 
+def shared_prefix(one: str, other: str) -> int:
+    """Characters at the beginning that two texts have in common."""
+    same, most = 0, min(len(one), len(other))
+    if one[:most] == other[:most]:
+        return most
+    while same < most:
+        middle = (same + most + 1) // 2
+        if one[same:middle] == other[same:middle]:
+            same = middle
+        else:
+            most = middle - 1
+    return same
+
+
 def _tree() -> Any:
-    """Ray's prefix tree; instead of a thread that looks every few seconds, each insertion sees to the limit."""
+    """Ray's prefix tree, fit for an event loop: instead of a thread that looks every few seconds, each insertion sees
+    to the limit, and texts are compared in C. Ray goes character by character, which takes a millisecond for 4 KB."""
     from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_tree import PrefixTree
 
     class Tree(PrefixTree):  # type: ignore[misc]
         limit = target = UNLIMITED
+        _shared_prefix_count = staticmethod(shared_prefix)
 
         def start_eviction_loop(self, eviction_threshold: int, eviction_target: int, interval_secs: float) -> bool:
             self.limit, self.target = eviction_threshold, eviction_target

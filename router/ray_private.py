@@ -1,9 +1,10 @@
-"""The one module with Ray API that is not public: running functions inside actors whose class is not ours.
+"""Ray API that is not public: running functions inside actors whose class is not ours, and parts of request routers.
 
 A Serve replica is an actor of Serve's own class, so a lane over actor calls and the watch for an actor's death need
 functions that run there beside Serve's methods. `__ray_call__` does that, and Serve neither counts nor queues such
 calls, so they do not hold a replica back from draining. Its form with a stream of results has no public name yet.
-Ray 2.56 to 2.60 agree on all of it; `check_version` refuses others.
+The one other module with such API is `router.ray_driver`. Ray 2.56 to 2.60 agree on all of it; `check_version` refuses
+others.
 """
 
 from __future__ import annotations
@@ -51,6 +52,24 @@ def stream(
     return method._remote(
         args=(function, *args), kwargs=kwargs, num_returns="streaming", max_task_retries=0, enable_task_events=False
     )
+
+
+def power_of_two() -> Any:
+    """Serve's own request router. Its `choose_replicas` works on any router with the mixins for locality and
+    multiplexing, and Ray's others call it so too."""
+    from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
+
+    return PowerOfTwoChoicesRequestRouter
+
+
+def last_queue_length(router: Any, replica_id: Any) -> int:
+    """The replica's queue as the request router last heard of it; 0 where it never did.
+
+    The public `replica_queue_len_cache.get` forgets after 10 s without news. The router counts its own requests as they
+    go, so what it heard last is still a better guess than none.
+    """
+    entry = router.replica_queue_len_cache._cache.get(replica_id)
+    return entry.queue_len if entry is not None else 0
 
 
 def reason(error: Exception) -> str:

@@ -155,6 +155,7 @@ def _word(argument: Any, name: str) -> str:
 
 def _field(argument: Any, name: str) -> Any:
     """An item or attribute; None where there is none."""
-    if isinstance(argument, Mapping):
-        return argument.get(name)
-    return getattr(argument, name, None)
+    try:
+        return argument.get(name) if isinstance(argument, Mapping) else getattr(argument, name, None)
+    except Exception:  # a deployment's own object may raise anything when looked at; it is then no OpenAI request
+        return None

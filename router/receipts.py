@@ -82,5 +82,4 @@ def _expected_s(view: ReplicaView, prefix: PrefixView, now: float) -> float:
     held = prefix.held.get(view.replica)
     # Both are estimates, from different sources: what is held may seem to be more than there is.
     cached = min(held.tokens, tokens) if held is not None else 0
-    waits_s = outlook.wait_s - (now - outlook.as_of)  # The queue has been worked on since the last report.
-    return (waits_s if waits_s > 0.0 else 0.0) + outlook.batch_s + outlook.prefill_s(tokens, cached)
+    return outlook.begins_s(now) + outlook.batch_s + outlook.prefill_s(tokens, cached)

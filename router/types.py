@@ -115,7 +115,7 @@ class Outlook(msgspec.Struct, frozen=True, gc=False):
     """What the load model expects of a replica; learned from its steps, in seconds."""
 
     wait_s: float = 0.0
-    """From `as_of` until the engine would have begun to compute the prompt of a request that is sent now."""
+    """Prompt work that was queued there at `as_of`; it has been worked on since."""
     step_s: float = 0.0
     """A step with the present batch and no prompt in it: the time per output token when nobody disturbs."""
     token_s: float = 0.0
@@ -125,7 +125,14 @@ class Outlook(msgspec.Struct, frozen=True, gc=False):
     batch_s: float = 0.0
     """What a step with prompt tokens takes beside them: the least that any prompt waits for its first token."""
     as_of: float = 0.0
-    """When the replica's load was reported, on the router's clock; the queue has been worked on since."""
+    """When the step under way began, or else when the load was reported, on the router's clock."""
+    sent_s: float = 0.0
+    """Prompt work of requests that are on their way there, or that the load does not count yet."""
+
+    def begins_s(self, now: float) -> float:
+        """From `now` until the engine would begin to compute the prompt of a request that is sent now."""
+        wait = self.wait_s - (now - self.as_of)
+        return (wait if wait > 0.0 else 0.0) + self.sent_s
 
     def prefill_s(self, tokens: float, cached: float) -> float:
         """Time to compute a prompt of `tokens` tokens whose first `cached` ones are in the KV cache."""

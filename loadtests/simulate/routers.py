@@ -38,6 +38,10 @@ class Mistaken:
         self._prefill = prefill
         self._step = step
 
+    @property
+    def version(self) -> int:
+        return self._true.version
+
     def observe(self, load: Load, now: float) -> None:
         self._true.observe(load, now)
 
@@ -46,6 +50,7 @@ class Mistaken:
         return msgspec.structs.replace(
             true,
             wait_s=true.wait_s * self._prefill,
+            sent_s=true.sent_s * self._prefill,
             token_s=true.token_s * self._prefill,
             pair_s=true.pair_s * self._prefill,
             step_s=true.step_s * self._step,

@@ -30,6 +30,9 @@ _FACTOR_MEMORY: Final = 0.9
 _FACTOR_RANGE: Final = (0.1, 10.0)
 _CHANCE: Final = 1.25
 """A factor nearer to 1 is noise: believed, it would send all requests of a quiet fleet to one replica."""
+_HALF_LIFE_S: Final = 2.0
+"""Of what a factor says once its replica makes no steps any more: who is thought slow gets no requests, so that nothing
+but time could ever show that it was only warming up or disturbed."""
 _LEARN_EVERY: Final = 4
 _LEARNED_STEPS: Final = 256
 _MEAN_GAIN: Final = 0.01
@@ -119,6 +122,8 @@ class FleetModel:
         """Most prompt tokens in one step that were seen: how many steps a long prompt takes."""
         self.version = 0
         """Rises with each new fit."""
+        self.now = 0.0
+        """When the last step was reported."""
         self.mean_factor = 1.0
         """Of the replicas' factors: they say who is slower than the others, not how slow all are."""
 
@@ -135,6 +140,8 @@ class ReplicaModel:
         self._seen = self._expected = 0.0
         self._as_of = 0.0
         self._steps = 0
+        self._last: tuple[float, int, int, int] | None = None
+        self._queued = False
         self.factor = 1.0
         """How much longer its steps take than the fleet's; exactly 1 where that may be chance."""
 
@@ -143,10 +150,16 @@ class ReplicaModel:
         return self._fleet.version
 
     def observe(self, load: Load, now: float) -> None:
-        self._as_of = now
+        self._fleet.now = now
         prompt, decodes = load.step_prefill_tokens, load.step_decodes
-        if load.step_ms <= 0.0 or not (prompt or decodes):
-            return  # an engine that does not say what its step did
+        step = (load.step_ms, prompt, decodes, load.step_context_tokens)
+        again, self._last = step == self._last, step
+        if not again or not self._queued:
+            self._as_of = now
+        self._queued = load.queued_prefill_tokens > 0
+        if again or load.step_ms <= 0.0 or not (prompt or decodes):
+            # News in the middle of a step repeat what the last one did; some engines do not say what a step did.
+            return
         fleet = self._fleet
         if prompt > fleet.budget or fleet.prefill.steps == 0:
             fleet.budget = float(max(prompt, 1))
@@ -167,25 +180,36 @@ class ReplicaModel:
             self._expected = self._expected * _FACTOR_MEMORY + expected
             factor = min(max(self._seen / self._expected, _FACTOR_RANGE[0]), _FACTOR_RANGE[1])
             fleet.mean_factor += (factor - fleet.mean_factor) * _MEAN_GAIN
-            self.factor = 1.0 if 1 / _CHANCE < factor < _CHANCE else factor
+            self.factor = _told_apart(factor)
         ms *= fleet.mean_factor / factor
         if fit.learn(tokens, load.step_prefill_pairs, load.step_context_tokens, ms):
             fleet.version += 1
 
     def outlook(self, load: Load, unacked_tokens: int, unacked_pairs: float, unacked: int) -> Outlook:
         fleet = self._fleet
-        scale = self.factor * 1e-3
+        scale = self._faded() * 1e-3
         batch, token, pair, read = fleet.prefill.coefficients
         decodes, context = load.step_decodes, load.step_context_tokens
         beside = batch + token * decodes + read * context
         per_token = token + beside / fleet.budget
-        queued = load.queued_prefill_tokens + unacked_tokens
-        work = per_token * queued + pair * (load.queued_prefill_pairs + unacked_pairs)
+        queued_ms = per_token * load.queued_prefill_tokens + pair * load.queued_prefill_pairs
         return Outlook(
-            wait_s=work * scale,
+            wait_s=queued_ms * scale,
             step_s=fleet.decode.expect_ms(decodes, 0.0, context) * scale,
             token_s=per_token * scale,
             pair_s=pair * scale,
             batch_s=beside * scale,
             as_of=self._as_of,
+            sent_s=(per_token * unacked_tokens + pair * unacked_pairs) * scale,
         )
+
+    def _faded(self) -> float:
+        """The factor as far as it is still believed."""
+        quiet_s = self._fleet.now - self._as_of
+        if self.factor == 1.0 or quiet_s <= 0.0:
+            return self.factor
+        return _told_apart(1.0 + (self.factor - 1.0) * 0.5 ** (quiet_s / _HALF_LIFE_S))
+
+
+def _told_apart(factor: float) -> float:
+    return 1.0 if 1 / _CHANCE < factor < _CHANCE else factor

@@ -72,7 +72,7 @@ class Cost:
         for view in replicas:
             load, outlook = view.load, view.outlook
             wait = outlook.wait_s - now + outlook.as_of
-            waits.append(wait if wait > 0.0 else 0.0)
+            waits.append(outlook.sent_s + wait if wait > 0.0 else outlook.sent_s)
             requests.append(load.running + load.waiting + view.unacked)
             usage += load.kv_usage
         mean_wait = sum(waits) / count

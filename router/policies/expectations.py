@@ -13,8 +13,7 @@ def first_token_s(view: ReplicaView, prefix: PrefixView, now: float) -> float:
     held = prefix.held.get(view.replica)
     # Both are estimates, from different sources: what is held may seem to be more than there is.
     cached = min(held.tokens, prefix.tokens) if held else 0
-    waits = outlook.wait_s - (now - outlook.as_of)
-    return (waits if waits > 0.0 else 0.0) + outlook.batch_s + outlook.prefill_s(prefix.tokens, cached)
+    return outlook.begins_s(now) + outlook.batch_s + outlook.prefill_s(prefix.tokens, cached)
 
 
 def first_tokens_s(snapshot: Snapshot) -> list[float]:
@@ -35,5 +34,5 @@ def first_tokens_s(snapshot: Snapshot) -> list[float]:
             new_pairs -= cached * cached * 0.5
         waits = outlook.wait_s - (now - outlook.as_of)
         prefill = new * outlook.token_s + new_pairs * outlook.pair_s
-        expected.append((waits if waits > 0.0 else 0.0) + outlook.batch_s + prefill)
+        expected.append((waits if waits > 0.0 else 0.0) + outlook.sent_s + outlook.batch_s + prefill)
     return expected

@@ -34,9 +34,8 @@ class RayPolicy:
 
     def __init__(self, options: Options, random: random.Random) -> None:
         """Raises `ValueError` for a class that is no request router or does not take the `kwargs`."""
-        from router import ray_driver, ray_private  # Ray takes a second to import
+        from router import ray_driver  # Ray takes a second to import
 
-        ray_private.check_version()
         self._new = ray_driver.Driver
         self._class = ray_driver.load(options.router)
         self._kwargs = options.kwargs

@@ -13,8 +13,9 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import chain as joined
 from itertools import repeat
-from typing import Final
+from typing import Any, Final
 
 from router.prefix.blocks import LONG_BLOCKS, Blocks, Slot
 from router.prefix.pages import Page, ones
@@ -22,8 +23,6 @@ from router.types import Held
 
 _TANGLED: Final = 64
 """Most chains that wait to be laid side by side; one that finds no place comes again with its next lookup."""
-_EVERYWHERE: Final = 64
-"""Answers for all replicas at once that are remembered; of 64 replicas each takes some 5 KB."""
 _CHUNK: Final = 64
 
 
@@ -67,8 +66,8 @@ class PrefixIndex:
         """Bits that left with the blocks from which they are still to be taken in `_soon`."""
         self._tangled: deque[Sequence[int]] = deque()
         """Chains that a lookup found scattered over many pages."""
-        self._everywhere: dict[tuple[int, int], dict[str, Held]] = {}
-        """All live replicas with so many blocks and tokens."""
+        self._named: dict[int, tuple[str, ...]] = {}
+        """Names of up to eight neighbouring bits (see `_name`); at most 256 entries for eight replicas."""
 
     def __len__(self) -> int:
         """Blocks that are stored anywhere."""
@@ -116,13 +115,13 @@ class PrefixIndex:
         slot = slots[bit] = Slot(bit)
         self._names[bit] = replica
         self._live |= bit
-        self._everywhere.clear()
+        self._named.clear()
         return slot
 
     def _retire(self, slot: Slot) -> None:
         self._live &= ~slot.bit
         del self._names[slot.bit]
-        self._everywhere.clear()
+        self._named.clear()
         self._leaving.append(slot)
 
     def sweep(self, budget: int = 1024) -> bool:
@@ -272,22 +271,19 @@ class PrefixIndex:
             self._record(found, mask, at, depth)
 
     def _record(self, found: dict[str, Held], mask: int, blocks: int, tokens: int) -> None:
-        others = self._live ^ mask
-        if found or others.bit_count() * 4 > mask.bit_count():
-            held = Held(blocks, tokens)
-            for bit in ones(mask):
-                found[self._names[1 << bit]] = held
-            return
-        # A system prompt: all hold it but the few that hold more. A copy is much faster than naming each.
-        everywhere = self._everywhere.get((blocks, tokens))
-        if everywhere is None:
-            if len(self._everywhere) >= _EVERYWHERE:
-                self._everywhere.clear()
-            everywhere = dict.fromkeys(self._names.values(), Held(blocks, tokens))
-            self._everywhere[blocks, tokens] = everywhere
-        found.update(everywhere)
-        for bit in ones(others):
-            del found[self._names[1 << bit]]
+        # Eight at a time, since a system prompt is held by all.
+        names, parts = self._named, []
+        for at, bits in enumerate(mask.to_bytes((mask.bit_length() + 7) // 8, "little")):
+            if bits:
+                key = at << 8 | bits
+                parts.append(names.get(key) or self._name(key))
+        found.update(dict.fromkeys(joined.from_iterable(parts), Held(blocks, tokens)))
+
+    def _name(self, key: int) -> tuple[str, ...]:
+        """The replicas of up to eight bits: those of the low byte, counted from eight times what is above it."""
+        first = key >> 8 << 3
+        names = self._named[key] = tuple(self._names[1 << first + bit] for bit in ones(key & 0xFF))
+        return names
 
     def _go_on(
         self,
@@ -298,31 +294,45 @@ class PrefixIndex:
         tokens_per_block: float,
     ) -> None:
         """To the replicas in `mask` requests in flight will bring the block after the `stored` (blocks, tokens)."""
-        waits = dict.fromkeys(ones(mask), 0)
         at, end = stored[0], len(chain)
+        already: dict[int, int] = {}  # How many of the blocks from there on a replica stores.
         while mask:
-            both, here, size = self._coming(chain, at) if at < end else (0, 0, 0)
+            both, here, size = self._coming(chain, at, mask) if at < end else (0, 0, 0)
             left = mask & ~both
             if left:
                 tokens = self._blocks.depth(chain[at - 1])
                 if tokens is None:
                     tokens = stored[1] + round((at - stored[0]) * tokens_per_block)
                 for bit in ones(left):
-                    found[self._names[1 << bit]] = Held(at, tokens, waits[bit])
+                    found[self._names[1 << bit]] = Held(at, tokens, at - stored[0] - already.get(bit, 0))
                 mask &= both
-            for bit in ones(mask & ~here):
-                waits[bit] += size
+            if here:
+                for bit in ones(here):
+                    already[bit] = already.get(bit, 0) + size
             at += size
 
-    def _coming(self, chain: Sequence[int], at: int) -> tuple[int, int, int]:
-        """Masks of the replicas that hold a block now or soon, and of those that hold it now, and for how many blocks
-        from there on both are the same."""
-        part = chain[at : at + _CHUNK]
-        coming = list(map(self._soon.get, part, repeat(0)))
-        if coming.count(coming[0]) == len(part) == list(map(self._blocks.table.get, part)).count(None):
-            return coming[0], 0, len(part)
-        here = self._blocks.holders(chain[at])
-        return coming[0] | here, here, 1
+    def _coming(self, chain: Sequence[int], at: int, mask: int) -> tuple[int, int, int]:
+        """Of the replicas in `mask`, those that hold a block now or soon, and those that hold it now, and for how many
+        blocks from there on both are the same."""
+        page = self._blocks.table.get(chain[at])
+        here = 0
+        if page is None:
+            part = chain[at : at + _CHUNK]
+            size = _equal(list(map(self._blocks.table.get, part)))
+        else:
+            place = page.place(chain[at])
+            size = page.follows(place, chain, at)
+            for pattern, holders in page.holders.items():
+                holders &= mask
+                if holders:
+                    held = pattern >> place
+                    if held & 1:
+                        here |= holders
+                        held = ~held
+                    if held:
+                        size = min(size, (held & -held).bit_length() - 1)
+        coming = list(map(self._soon.get, chain[at : at + size], repeat(0)))
+        return coming[0] & mask | here, here, _equal(coming)
 
     # -- figures
 
@@ -339,6 +349,17 @@ class PrefixIndex:
     def bytes(self) -> int:
         """Estimated size in memory; costs a walk over all pages."""
         return self._blocks.bytes() + sys.getsizeof(self._soon)
+
+
+def _equal(items: list[Any]) -> int:
+    """How many of the first ones are the same."""
+    first, size = items[0], len(items)
+    if items.count(first) == size:
+        return size
+    at = 1
+    while items[at] == first:
+        at += 1
+    return at
 
 
 def _depth(last: tuple[Page, int] | None) -> int:

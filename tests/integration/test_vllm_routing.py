@@ -34,8 +34,8 @@ REPLICAS = 4
 BLOCK_TOKENS = 32
 KV_BLOCKS = 512
 """Of each replica: about half of what the load below computes, so that no replica can hold all of it."""
-BLOCK_BYTES = 64
-"""A prefix block of the tiny model's text is shorter than a KV block."""
+BLOCK_BYTES = 32
+"""A token is at least one byte, so a prefix block is never longer than a KV block."""
 ENGINE_ARGS: dict[str, Any] = {
     "max_num_seqs": 16,
     "block_size": BLOCK_TOKENS,

@@ -116,7 +116,7 @@ def test_queued_work_makes_for_the_wait() -> None:
     busy = replica.outlook(Load(queued_prefill_tokens=10_000, queued_prefill_pairs=5e7), 0, 0.0, 0)
     ours = replica.outlook(Load(), 10_000, 5e7, 1)
     assert idle.wait_s == 0.0
-    assert busy.wait_s == ours.wait_s == pytest.approx(busy.prefill_s(10_000, 0), rel=1e-6)
+    assert busy.wait_s == ours.sent_s == pytest.approx(busy.prefill_s(10_000, 0), rel=1e-6)
 
 
 def test_a_submit_is_charged_until_a_step_counts_it() -> None:

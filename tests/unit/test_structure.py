@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "router.ingress": WORDS | SEAMS | {"kvlane.v1"},  # gRPC's messages.
     "router.prefix": WORDS | SEAMS | {"kvlane.v1"},  # gRPC's prompts.
     "router.policies": WORDS | SEAMS | {"router.fields"},  # The registry checks options.
+    "router.policies.ray_policy": WORDS | SEAMS | {"router.ray_driver"},
     "router.membership": WORDS | SEAMS | {"router.ray_private"},
     "router.lane": WORDS
     | SEAMS
@@ -59,6 +60,11 @@ ALLOWED: dict[str, set[str]] = {
     "router.receipts": WORDS | SEAMS,
     "router.dispatch": WORDS | SEAMS | {"router.admission", "router.prefix", "router.receipts", "router.replicas"},
     "router.app": {"router"},
+    # Where policies and Ray Serve's request routers meet.
+    "router.ray_requests": WORDS | {"kvlane.v1"},
+    "router.ray_driver": WORDS | {"router.ray_requests", "router.ray_private"},
+    "router.ray_pool": WORDS | {"router.fields", "router.policies", "router.prefix.prefixes", "router.ray_requests"},
+    "router.ray_router": {"router.ray_pool", "router.ray_private"},
     # Around the router.
     "router.config": WORDS | {"router.fields", "router.policies.registry"},
     "router.reference": {"router.config", "router.fields"},

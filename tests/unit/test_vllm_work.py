@@ -133,14 +133,16 @@ def test_what_decodes_read_is_their_prompts_and_answers() -> None:
     assert core.work.step_context_tokens == round((104 + 204) / 2)  # b was preempted
 
 
-def test_a_step_that_computed_nothing_says_so() -> None:
+def test_news_without_a_step_leave_the_last_steps_figures() -> None:
     core = Core()
     core.add("a", 100)
     core.token("a")
     core.step(prefill=100, produced=1)
+    core.leave("a")
     core.work.step(None, 0)
     work = core.work
-    assert (work.step_prefill_tokens, work.step_prefill_pairs, work.step_decodes) == (0, 0.0, 0)
+    assert (work.step_prefill_tokens, work.step_prefill_pairs, work.step_decodes) == (100, pairs(0, 100), 0)
+    assert not work.knows("a")
 
 
 def test_whoever_has_left_is_told_of_once_however_it_left() -> None:
