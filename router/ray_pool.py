@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final
 
@@ -24,8 +24,8 @@ from router.prefix.prefixes import Prefixes
 from router.ray_requests import request_of
 from router.types import EngineInfo, Load, ModelCard, Reason, ReplicaView, Request, Snapshot
 
-UNSENT_S: Final = 5.0
-"""How long a choice counts that Ray does not act on: the request was cancelled before it was sent."""
+UNTAKEN_S: Final = 5.0
+"""How long a choice counts that no replica confirms: the request was cancelled before it was sent."""
 _UNDECIDED: Final = frozenset({Reason.POLICY_FAILED, Reason.POLICY_STALLED})
 
 
@@ -61,56 +61,58 @@ class Seen(msgspec.Struct, frozen=True):
 
     name: str
     queue: int
-    """Requests running or waiting there, of all routers, as last heard; this router's own are counted as they go."""
+    """Requests running or waiting there, of all routers, as last heard; 0 where nothing was heard for long."""
     limit: int
     """Serve's `max_ongoing_requests`."""
 
 
-class Unsent:
-    """Requests whose replica is chosen and that Ray's router has not sent yet, so that no queue counts them.
+class InFlight:
+    """This router's requests by replica, from the choice to the end.
 
-    Ray says that it sent something to a replica, but not what; so the oldest one counts as sent.
+    Ray's own count is that of the replica at the last request it took, which leaves out those on their way there. It
+    never says that a request was cancelled before it was sent, so one that no replica took in time is forgotten.
     """
 
     def __init__(self) -> None:
-        self._by_replica: dict[str, OrderedDict[str, float]] = {}
-        """Ids with the time of the choice, oldest first."""
         self._place: dict[str, str] = {}
+        self._count: Counter[str] = Counter()
+        self._pending: OrderedDict[str, float] = OrderedDict()
+        """Those that no replica took yet, with the time of the choice, oldest first."""
 
     def chosen(self, request_id: str, replica: str, now: float) -> None:
         """A request is to go there; a choice made for it before is void."""
-        self.drop(request_id)
+        self.ended(request_id)
         self._place[request_id] = replica
-        self._by_replica.setdefault(replica, OrderedDict())[request_id] = now
+        self._count[replica] += 1
+        self._pending[request_id] = now
 
-    def sent(self, replica: str) -> None:
-        """Something was sent there."""
-        if waiting := self._by_replica.get(replica):
-            self._drop_oldest(waiting)
+    def taken(self, request_id: str, replica: str) -> None:
+        """That replica took it, be it the chosen one or not. It may have ended already."""
+        if request_id in self._place:
+            self.ended(request_id)
+            self._place[request_id] = replica
+            self._count[replica] += 1
 
-    def drop(self, request_id: str) -> None:
-        """The request counts no longer, wherever it was to go."""
+    def ended(self, request_id: str) -> None:
+        """It is done, or was refused."""
         replica = self._place.pop(request_id, None)
         if replica is not None:
-            del self._by_replica[replica][request_id]
+            self._count[replica] -= 1
+            self._pending.pop(request_id, None)
 
     def left(self, replica: str) -> None:
         """The replica is gone."""
-        for request_id in self._by_replica.pop(replica, ()):
-            del self._place[request_id]
+        for request_id in [each for each, place in self._place.items() if place == replica]:
+            self.ended(request_id)
+        del self._count[replica]
 
-    def count(self, replica: str, now: float) -> int:
-        """Requests on their way there."""
-        waiting = self._by_replica.get(replica)
-        if not waiting:
-            return 0
-        while waiting and now - next(iter(waiting.values())) > UNSENT_S:
-            self._drop_oldest(waiting)
-        return len(waiting)
+    def expire(self, now: float) -> None:
+        """Forgets those that nobody took in time."""
+        while self._pending and now - next(iter(self._pending.values())) > UNTAKEN_S:
+            self.ended(next(iter(self._pending)))
 
-    def _drop_oldest(self, waiting: OrderedDict[str, float]) -> None:
-        request_id, _ = waiting.popitem(last=False)
-        del self._place[request_id]
+    def count(self, replica: str) -> int:
+        return self._count[replica]
 
 
 class Pool:
@@ -134,7 +136,7 @@ class Pool:
         self._kv_tokens = options.kv_tokens
         self._clock = clock
         self._prefixes = Prefixes(options.prefix, clock)
-        self._unsent = Unsent()
+        self._in_flight = InFlight()
         self._replicas: set[str] = set()
         policy = registry.create(options.policy, options.options, rng, _PLACE)
         fallback = registry.create("least-queue", {}, rng)
@@ -153,7 +155,7 @@ class Pool:
         """A replica is gone."""
         self._replicas.discard(replica)
         self._prefixes.lost(replica)
-        self._unsent.left(replica)
+        self._in_flight.left(replica)
 
     def choose(
         self, seen: Sequence[Seen], args: Iterable[Any], kwargs: Mapping[str, Any], metadata: Any
@@ -164,12 +166,13 @@ class Pool:
         """
         now = self._clock()
         self._prefixes.sweep()
+        self._in_flight.expire(now)
         request, has_prompt = request_of(args, kwargs, metadata, default_model=self._model)
         snapshot = self._snapshot(seen, request, has_prompt, now)
         decision = self._guard.choose(request, snapshot)
         if decision.reason in _UNDECIDED:
             return ()
-        self._unsent.chosen(metadata.internal_request_id, decision.replica, now)
+        self._in_flight.chosen(metadata.internal_request_id, decision.replica, now)
         # Replicas without reports have a mirror, which remembers the prompt; there is no hold to be released.
         self._prefixes.hold(decision.replica, snapshot.prefix.chain)
         names = {each.name for each in seen}
@@ -177,28 +180,28 @@ class Pool:
 
     def _snapshot(self, seen: Sequence[Seen], request: Request, has_prompt: bool, now: float) -> Snapshot:
         chain = self._prefixes.chain(request) if has_prompt else None
-        views = tuple([self._view(each, now) for each in seen])
+        views = tuple([self._view(each) for each in seen])
         return Snapshot(request.model, views, self._prefixes.view(request.model, chain), now)
 
-    def _view(self, seen: Seen, now: float) -> ReplicaView:
-        unsent = self._unsent.count(seen.name, now)
+    def _view(self, seen: Seen) -> ReplicaView:
+        own = self._in_flight.count(seen.name)
         return ReplicaView(
             seen.name,
-            Load(running=seen.queue),
-            unacked=unsent,
-            leases=unsent,
+            Load(running=max(seen.queue, own)),
+            unacked=0,
+            leases=own,
             max_num_seqs=seen.limit,
             kv_tokens=self._kv_tokens,
             cache=self._prefixes.mode(seen.name),
         )
 
-    def sent(self, replica: str) -> None:
-        """Ray's router sent a request there, and counts it from now on."""
-        self._unsent.sent(replica)
-
     def routed(self, replica: str, args: Iterable[Any], kwargs: Mapping[str, Any], metadata: Any) -> None:
         """The replica took that call; it may be another one than was chosen."""
-        self._unsent.drop(metadata.internal_request_id)
+        self._in_flight.taken(metadata.internal_request_id, replica)
         request, has_prompt = request_of(args, kwargs, metadata, default_model=self._model)
         if has_prompt:
             self._prefixes.hold(replica, self._prefixes.chain(request))
+
+    def ended(self, request_id: str) -> None:
+        """That call, by its internal id, is done."""
+        self._in_flight.ended(request_id)

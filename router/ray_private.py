@@ -62,16 +62,6 @@ def power_of_two() -> Any:
     return PowerOfTwoChoicesRequestRouter
 
 
-def last_queue_length(router: Any, replica_id: Any) -> int:
-    """The replica's queue as the request router last heard of it; 0 where it never did.
-
-    The public `replica_queue_len_cache.get` forgets after 10 s without news. The router counts its own requests as they
-    go, so what it heard last is still a better guess than none.
-    """
-    entry = router.replica_queue_len_cache._cache.get(replica_id)
-    return entry.queue_len if entry is not None else 0
-
-
 def reason(error: Exception) -> str:
     """One line that says why a Ray call failed; Ray's own texts hold whole tracebacks."""
     lines = str(getattr(error, "cause", None) or error).strip().splitlines()

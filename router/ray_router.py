@@ -97,7 +97,7 @@ class KvlaneRequestRouter(LocalityMixin, MultiplexMixin, RequestRouter):  # type
         free = self.select_available_replicas(candidates) or candidates
         by_name = {each.replica_id.unique_id: each for each in free}
         seen = [
-            Seen(name, ray_private.last_queue_length(self, each.replica_id), each.max_ongoing_requests)
+            Seen(name, self.replica_queue_len_cache.get(each.replica_id) or 0, each.max_ongoing_requests)
             for name, each in by_name.items()
         ]
         chosen = self._pool.choose(seen, pending.args, pending.kwargs, pending.metadata)
@@ -117,9 +117,8 @@ class KvlaneRequestRouter(LocalityMixin, MultiplexMixin, RequestRouter):  # type
         super().on_replica_actor_died(replica_id)
         self._pool.left(replica_id.unique_id)
 
-    def on_send_request(self, replica_id: Any) -> None:
-        super().on_send_request(replica_id)
-        self._pool.sent(replica_id.unique_id)
-
     def on_request_routed(self, pending_request: PendingRequest, replica_id: Any, result: Any) -> None:
         self._pool.routed(replica_id.unique_id, pending_request.args, pending_request.kwargs, pending_request.metadata)
+
+    def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
+        self._pool.ended(internal_request_id)

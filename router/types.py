@@ -11,6 +11,8 @@ from typing import Final, Protocol
 
 import msgspec
 
+_set: Final = msgspec.structs.force_setattr
+
 Headers = Sequence[tuple[str, str]]
 """Header names (lower case) and values, in order; a name may come more than once."""
 
@@ -158,11 +160,20 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     kv_tokens: int = 0
     """Size of its KV cache in tokens; 0 where it does not say."""
     cache: CacheMode = CacheMode.OFF
+    # Worked out of the others, once, since every decision reads them of every replica; what is given here is ignored.
+    running: int = 0
+    """Requests in its batch, those on their way included."""
+    queue_depth: int = 0
+    """Requests running or waiting there, those on their way included."""
+    free_at: float = 0.0
+    """When it will have computed the prompts before a new one, on the clock of `Outlook.as_of`."""
 
-    @property
-    def queue_depth(self) -> int:
-        """Requests running or waiting there, those on their way included."""
-        return self.load.running + self.load.waiting + self.unacked
+    def __post_init__(self) -> None:
+        load, outlook = self.load, self.outlook
+        running = load.running + self.unacked
+        _set(self, "running", running)
+        _set(self, "queue_depth", running + load.waiting)
+        _set(self, "free_at", outlook.as_of + outlook.wait_s)
 
 
 class Chain(msgspec.Struct, frozen=True, gc=False):

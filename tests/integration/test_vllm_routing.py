@@ -134,8 +134,8 @@ class Traffic:
 
     def __init__(self, seed: int, conversations: int = CONVERSATIONS, prompts: int = PROMPTS) -> None:
         self._random = random.Random(seed)
-        self._conversations = [Conversation(1000 * seed + i, 120, 40, 24) for i in range(conversations)]
-        self._shared = [Shared(2000 * seed + i, 250, 12, 8) for i in range(prompts)]
+        self._conversations = [Conversation(1000 * seed + i, 200, 60, 24) for i in range(conversations)]
+        self._shared = [Shared(2000 * seed + i, 400, 12, 8) for i in range(prompts)]
 
     def rounds(self, turns: int = TURNS, users: int = USERS) -> Iterator[list[Ask]]:
         """In each a turn of each conversation and some of the users, in any order."""
