@@ -18,6 +18,7 @@ from itertools import count
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 import ray
 from ray._private import auto_init_hook
@@ -122,9 +123,8 @@ class Driver:
             self._stand_ins.update({each.replica_id: each for each in self._by_name.values()})
             self._router.update_replicas(list(self._by_name.values()))
         for name, view in now.items():
-            stand_in, load = self._by_name[name], view.load
-            stand_in.load = load
-            stand_in.queue = load.running + load.waiting + view.unacked
+            stand_in = self._by_name[name]
+            stand_in.load, stand_in.queue = view.load, view.queue_depth
 
     def _stand_in(self, name: str) -> _StandIn:
         return _StandIn(ReplicaID(_quoted(name), self._deployment), name)
@@ -184,8 +184,13 @@ _queue: Final = attrgetter("queue")
 
 
 def _quoted(name: str) -> str:
-    """A part of an identity, between which Ray writes "#"; different names stay different."""
+    """A part of an identity: Ray writes "#" between such parts, and its metrics take ASCII. Different names stay so."""
+    if not name.isascii():
+        return quote(name, _KEPT, errors="surrogatepass")
     return name.replace("%", "%25").replace("#", "%23")
+
+
+_KEPT: Final = "".join(each for each in map(chr, range(128)) if each not in "%#")
 
 
 class _QueueLengths:

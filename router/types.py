@@ -166,7 +166,7 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     queue_depth: int = 0
     """Requests running or waiting there, those on their way included."""
     free_at: float = 0.0
-    """When it will have computed the prompts before a new one, on the clock of `Outlook.as_of`."""
+    """When the prompt work that was queued there will be done, on the clock of `Outlook.as_of`."""
 
     def __post_init__(self) -> None:
         load, outlook = self.load, self.outlook

@@ -46,7 +46,9 @@ class Setup(msgspec.Struct, frozen=True):
     staleness_s: float = 0.0
     """How long a replica's report is on its way."""
     model_error: float = 0.0
-    """The routers' cost models are wrong by up to this share, per router and replica."""
+    """Each term of a router's cost model is wrong by up to this share, for all replicas alike."""
+    replica_error: float = 0.0
+    """Beyond that, it takes each replica to be faster or slower by up to this share, for good."""
     token_error: float = 0.05
     """Their estimates of a prompt's tokens are wrong by up to this share, at random."""
     slow_factor: float = 1.0
@@ -131,6 +133,7 @@ class Cluster:
                 setup.profile,
                 random.Random(f"router/{setup.seed}/{number}"),
                 model_error=setup.model_error,
+                replica_error=setup.replica_error,
                 token_error=setup.token_error,
                 index=setup.index,
             )

@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         staleness_s=args.staleness_ms / 1000,
         routers=args.routers,
         model_error=args.model_error,
+        replica_error=args.replica_error,
         token_error=args.token_error,
         slow_factor=args.slow_replica,
         joins=tuple(args.join),
@@ -96,7 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--goodput", action="store_true", help="search for the highest rate instead of using --load")
     parser.add_argument("--staleness-ms", type=float, default=0.0, help="how late replicas' reports come")
     parser.add_argument("--routers", type=int, default=1)
-    parser.add_argument("--model-error", type=float, default=0.0, help="0.3: cost models are wrong by up to 30%%")
+    parser.add_argument("--model-error", type=float, default=0.0, help="0.3: each term of a router's cost model is wrong by up to 30%%")
+    parser.add_argument(
+        "--replica-error", type=float, default=0.0, help="and each replica is taken for up to so much faster or slower"
+    )
     parser.add_argument("--token-error", type=float, default=0.05, help="of the estimated prompt length (default 0.05)")
     parser.add_argument(
         "--slow-replica", type=float, default=1.0, metavar="FACTOR", help="one replica's steps take longer"

@@ -53,6 +53,7 @@ class Result(msgspec.Struct, frozen=True):
     staleness_ms: float
     routers: int
     model_error: float
+    replica_error: float = 0.0
     seconds: float = 0.0
     """Processor time that the run took."""
 

@@ -67,6 +67,7 @@ class Conditions(msgspec.Struct, frozen=True, order=True):
     staleness_ms: float
     routers: int
     model_error: float
+    replica_error: float
 
     @classmethod
     def of(cls, result: Result) -> Conditions:

@@ -11,7 +11,7 @@ import msgspec
 from engine.simulated_cache import CacheEvent, Evicted
 from loadtests.simulate.perf import KV_BLOCK_TOKENS, Profile
 from loadtests.simulate.traces import TraceRequest
-from router.load.account import Account, Foresight
+from router.load.account import Account, Foresight, News
 from router.load.model import FleetModel
 from router.policies.base import Policy
 from router.prefix.index import PrefixIndex
@@ -33,14 +33,15 @@ class Report(msgspec.Struct, frozen=True, gc=False):
 class Mistaken:
     """A load model that is wrong by constant factors."""
 
-    def __init__(self, true: Foresight, prefill: float, step: float) -> None:
+    def __init__(self, true: Foresight, token: float, pair: float, step: float) -> None:
         self._true = true
-        self._prefill = prefill
+        self._token = token
+        self._pair = pair
         self._step = step
 
     @property
-    def version(self) -> int:
-        return self._true.version
+    def news(self) -> News:
+        return self._true.news
 
     def observe(self, load: Load, now: float) -> None:
         self._true.observe(load, now)
@@ -49,10 +50,10 @@ class Mistaken:
         true = self._true.outlook(load, unacked_tokens, unacked_pairs, unacked)
         return msgspec.structs.replace(
             true,
-            wait_s=true.wait_s * self._prefill,
-            sent_s=true.sent_s * self._prefill,
-            token_s=true.token_s * self._prefill,
-            pair_s=true.pair_s * self._prefill,
+            wait_s=true.wait_s * self._token,
+            sent_s=true.sent_s * self._token,
+            token_s=true.token_s * self._token,
+            pair_s=true.pair_s * self._pair,
             step_s=true.step_s * self._step,
             batch_s=true.batch_s * self._step,
         )
@@ -68,6 +69,7 @@ class SimRouter:
         random_: random.Random,
         *,
         model_error: float = 0.0,
+        replica_error: float = 0.0,
         token_error: float = 0.05,
         index: bool = True,
     ) -> None:
@@ -75,7 +77,9 @@ class SimRouter:
         self.policy: Policy
         """Set once the replicas are there."""
         self._random = random_
-        self._model_error = model_error
+        # The cost model is the fleet's, so a router is wrong about all replicas alike; each term of it by its own share.
+        self._model_errors = [random_.uniform(1 - model_error, 1 + model_error) for _ in range(3)]
+        self._replica_error = replica_error
         self._token_error = token_error
         self._model = FleetModel()
         self._accounts: dict[str, Account] = {}
@@ -89,10 +93,11 @@ class SimRouter:
         self._depths = tuple(KV_BLOCK_TOKENS * block for block in range(1, options.kv_blocks + 1))
 
     def join(self, replica: str) -> None:
-        error = self._model_error
+        error = self._replica_error
+        factor = self._random.uniform(1 - error, 1 + error)
+        factors = [each * factor for each in self._model_errors]
         foresight: Foresight = self._model.foresight()
-        if error:
-            factors = [self._random.uniform(1 - error, 1 + error) for _ in range(2)]
+        if any(each != 1.0 for each in factors):
             foresight = Mistaken(foresight, *factors)
         account = self._accounts[replica] = Account(replica, self._info, Load(), foresight)
         account.caches(CacheMode.EXACT if self._info.prefix_caching else CacheMode.OFF)

@@ -49,6 +49,7 @@ class Knobs(msgspec.Struct, frozen=True):
     staleness_s: float = 0.0
     routers: int = 1
     model_error: float = 0.0
+    replica_error: float = 0.0
     token_error: float = 0.05
     slow_factor: float = 1.0
     joins: tuple[float, ...] = ()
@@ -117,6 +118,7 @@ def _run(
         staleness_ms=knobs.staleness_s * 1000,
         routers=knobs.routers,
         model_error=knobs.model_error,
+        replica_error=knobs.replica_error,
         seconds=time.process_time() - began,
         **figures,
     )
@@ -140,6 +142,7 @@ def replay(
         routers=1 if truthful else knobs.routers,
         staleness_s=0.0 if truthful else knobs.staleness_s,
         model_error=0.0 if truthful else knobs.model_error,
+        replica_error=0.0 if truthful else knobs.replica_error,
         token_error=0.0 if truthful else knobs.token_error,
         slow_factor=knobs.slow_factor,
         changes=tuple(

@@ -12,12 +12,20 @@ from typing import Protocol
 from router.types import NO_CHARGE, CacheMode, Charge, EngineInfo, Load, Outlook, ReplicaView
 
 
-class Foresight(Protocol):
-    """What the load model has learned of one replica (`router.load.model`)."""
+class News(Protocol):
+    """What foresights that learn together have in common."""
 
     @property
     def version(self) -> int:
         """Rises when outlooks made before are out of date, whatever the replica itself said since."""
+
+
+class Foresight(Protocol):
+    """What the load model has learned of one replica (`router.load.model`)."""
+
+    @property
+    def news(self) -> News:
+        """Always the same object: accounts keep it, since they read its version at each decision."""
 
     def observe(self, load: Load, now: float) -> None:
         """Learns from a step whose report came at `now`."""
@@ -27,9 +35,13 @@ class Foresight(Protocol):
 
 
 class Blind:
-    """Learns and expects nothing."""
+    """Learns and expects nothing, so its news are that there are none."""
 
     version = 0
+
+    @property
+    def news(self) -> News:
+        return self
 
     def observe(self, load: Load, now: float) -> None: ...
 
@@ -50,6 +62,7 @@ class Account:
         """Requests of this router that hold a lease there."""
         self.cache = CacheMode.APPROXIMATE if info.prefix_caching else CacheMode.OFF
         self._foresight = foresight or Blind()
+        self._news = self._foresight.news
         self._max_num_seqs = info.max_num_seqs
         self._kv_tokens = info.kv_blocks * info.kv_block_tokens
         self._charges: deque[tuple[int, Charge]] = deque()
@@ -87,7 +100,8 @@ class Account:
     def leased(self, change: int) -> None:
         """One lease more or less."""
         self.leases += change
-        self._view = None
+        if self._view is not None:
+            self._view = self._seen(self._view.outlook)  # What to expect does not change.
 
     def caches(self, mode: CacheMode) -> None:
         """What is known of its KV cache changed."""
@@ -97,23 +111,26 @@ class Account:
     def view(self) -> ReplicaView:
         """The replica as policies see it; the same object until something changes."""
         view = self._view
-        if view is None or self._version != self._foresight.version:
+        if view is None or self._version != self._news.version:
             return self._look()
         return view
 
     def _look(self) -> ReplicaView:
-        unacked = len(self._charges)
-        self._version = self._foresight.version
-        view = self._view = ReplicaView(
+        self._version = self._news.version
+        outlook = self._foresight.outlook(self.load, self._tokens, self._pairs, len(self._charges))
+        view = self._view = self._seen(outlook)
+        return view
+
+    def _seen(self, outlook: Outlook) -> ReplicaView:
+        return ReplicaView(
             self.replica,
             self.load,
-            unacked,
+            len(self._charges),
             self.leases,
             self._max_num_seqs,
-            self._foresight.outlook(self.load, self._tokens, self._pairs, unacked),
+            outlook,
             self._tokens,
             self._pairs,
             self._kv_tokens,
             self.cache,
         )
-        return view

@@ -35,6 +35,8 @@ _HALF_LIFE_S: Final = 2.0
 but time could ever show that it was only warming up or disturbed."""
 _LEARN_EVERY: Final = 4
 _LEARNED_STEPS: Final = 256
+_FRESH_S: Final = 0.5
+"""How old an idle replica's outlook may be; to make all of them anew takes as long as several decisions."""
 _MEAN_GAIN: Final = 0.01
 _GUESS_TOKEN_MS: Final = 0.05
 """Before anything is known; the first steps override it."""
@@ -121,7 +123,8 @@ class FleetModel:
         self.budget = _GUESS_BUDGET
         """Most prompt tokens in one step that were seen: how many steps a long prompt takes."""
         self.version = 0
-        """Rises with each new fit."""
+        """Rises with new fits, once they are good at most every `_FRESH_S`."""
+        self._stale_at = 0.0
         self.now = 0.0
         """When the last step was reported."""
         self.mean_factor = 1.0
@@ -130,6 +133,12 @@ class FleetModel:
     def foresight(self) -> ReplicaModel:
         """For one replica's account."""
         return ReplicaModel(self)
+
+    def fitted(self, early: bool) -> None:
+        """A fit came out anew. Replicas that step look at it by themselves, so that it is news for idle ones only."""
+        if early or self.now >= self._stale_at:
+            self.version += 1
+            self._stale_at = self.now + _FRESH_S
 
 
 class ReplicaModel:
@@ -146,8 +155,8 @@ class ReplicaModel:
         """How much longer its steps take than the fleet's; exactly 1 where that may be chance."""
 
     @property
-    def version(self) -> int:
-        return self._fleet.version
+    def news(self) -> FleetModel:
+        return self._fleet
 
     def observe(self, load: Load, now: float) -> None:
         self._fleet.now = now
@@ -183,7 +192,7 @@ class ReplicaModel:
             self.factor = _told_apart(factor)
         ms *= fleet.mean_factor / factor
         if fit.learn(tokens, load.step_prefill_pairs, load.step_context_tokens, ms):
-            fleet.version += 1
+            fleet.fitted(early=fit.steps <= _LEARNED_STEPS)
 
     def outlook(self, load: Load, unacked_tokens: int, unacked_pairs: float, unacked: int) -> Outlook:
         fleet = self._fleet

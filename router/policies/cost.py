@@ -24,6 +24,8 @@ _TIE_S: Final = 1e-4
 _CROWDED: Final = 1e6
 """Added to the cost of a crowded replica: it is taken only where all are."""
 
+_TAKEN: Final = float("inf")
+
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 
 
@@ -52,14 +54,20 @@ class Cost:
         if len(replicas) == 1:
             return Decision(replicas[0].replica, Reason.ONLY_REPLICA)
         costs = self._costs(snapshot)
-        # Two passes over floats are cheaper than one with three cases in it.
+        # Passes that run in C are cheaper than one with three cases in it.
         least = min(costs)
+        best = costs.index(least)
+        costs[best] = _TAKEN
+        second = min(costs)
         bound = least + _TIE * least + _TIE_S
-        ties = [at for at, cost in enumerate(costs) if cost <= bound]
-        best = ties[int(self._random() * len(ties))] if len(ties) > 1 else ties[0]
-        costs[best] = float("inf")
-        second = costs.index(min(costs))
-        return Decision(replicas[best].replica, Reason.LEAST_COST, (replicas[second].replica,), least)
+        if second <= bound:
+            costs[best] = least
+            ties = [at for at, cost in enumerate(costs) if cost <= bound]
+            best = ties[int(self._random() * len(ties))]
+            costs[best] = _TAKEN
+            second = min(costs)
+        fallback = replicas[costs.index(second)].replica
+        return Decision(replicas[best].replica, Reason.LEAST_COST, (fallback,), least)
 
     def explain(self, request: Request, snapshot: Snapshot) -> dict[str, float]:
         """The cost at each replica, in seconds."""
@@ -68,30 +76,29 @@ class Cost:
     def _costs(self, snapshot: Snapshot) -> list[float]:
         options, replicas, prefix, now = self._options, snapshot.replicas, snapshot.prefix, snapshot.now
         count = len(replicas)
-        waits, requests, usage = [], [], 0.0
-        for view in replicas:
-            load, outlook = view.load, view.outlook
-            wait = outlook.wait_s - now + outlook.as_of
-            waits.append(outlook.sent_s + wait if wait > 0.0 else outlook.sent_s)
-            requests.append(load.running + load.waiting + view.unacked)
-            usage += load.kv_usage
+        outlooks = [view.outlook for view in replicas]
+        waits = [
+            outlook.sent_s + view.free_at - now if view.free_at > now else outlook.sent_s
+            for view, outlook in zip(replicas, outlooks, strict=True)
+        ]
+        depths = [view.queue_depth for view in replicas]
         mean_wait = sum(waits) / count
-        pressure = usage / count
+        pressure = sum([view.load.kv_usage for view in replicas]) / count
         share = options.interference * pressure**3
         price = 1.0 + options.price + options.queue_price * mean_wait
         # Where all queue, numbers say little: many short requests may wait beside few long ones.
-        crowd = (options.crowd_factor + 2.0 * mean_wait) * sum(requests) / count + options.crowd_slack
-        held, tokens, answer = prefix.held, prefix.tokens, options.answer_tokens
+        crowd = (options.crowd_factor + 2.0 * mean_wait) * sum(depths) / count + options.crowd_slack
+        held, tokens, answer = prefix.held.get, prefix.tokens, options.answer_tokens
         half = 0.5 * tokens * tokens
+        last, new, pairs = None, tokens, half
         costs = []
-        for view, wait, there in zip(replicas, waits, requests, strict=True):
-            outlook = view.outlook
-            new, pairs = tokens, half
-            if view.replica in held:
-                cached = min(held[view.replica].tokens, tokens)
-                new, pairs = tokens - cached, half - 0.5 * cached * cached
+        for view, outlook, wait in zip(replicas, outlooks, waits, strict=True):
+            found = held(view.replica)
+            if found is not last:  # Most hold the same, and then share it.
+                cached = min(found.tokens, tokens) if found is not None else 0
+                last, new, pairs = found, tokens - cached, half - 0.5 * cached * cached
             prefill = new * outlook.token_s + pairs * outlook.pair_s
-            running = view.load.running + view.unacked
-            cost = wait + outlook.batch_s + answer * outlook.step_s + prefill * (price + share * running)
-            costs.append(cost if there <= crowd else cost + _CROWDED)
+            costs.append(wait + outlook.batch_s + answer * outlook.step_s + prefill * (price + share * view.running))
+        if max(depths) > crowd:
+            costs = [cost if there <= crowd else cost + _CROWDED for cost, there in zip(costs, depths, strict=True)]
         return costs

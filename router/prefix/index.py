@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import chain as joined
 from itertools import repeat
 from typing import Any, Final
 
@@ -23,7 +22,12 @@ from router.types import Held
 
 _TANGLED: Final = 64
 """Most chains that wait to be laid side by side; one that finds no place comes again with its next lookup."""
+_KNOWN: Final = 64
+"""Answers for all replicas at once that are remembered; of 64 replicas each takes some 5 KB."""
 _CHUNK: Final = 64
+
+_Part = tuple[int, int, int]
+"""Mask of replicas that store so many blocks of a prompt, those blocks, and their tokens."""
 
 
 class _Member:
@@ -66,8 +70,8 @@ class PrefixIndex:
         """Bits that left with the blocks from which they are still to be taken in `_soon`."""
         self._tangled: deque[Sequence[int]] = deque()
         """Chains that a lookup found scattered over many pages."""
-        self._named: dict[int, tuple[str, ...]] = {}
-        """Names of up to eight neighbouring bits (see `_name`); at most 256 entries for eight replicas."""
+        self._known: dict[tuple[int, int], dict[str, Held]] = {}
+        """Answers for all live replicas at once."""
 
     def __len__(self) -> int:
         """Blocks that are stored anywhere."""
@@ -115,13 +119,13 @@ class PrefixIndex:
         slot = slots[bit] = Slot(bit)
         self._names[bit] = replica
         self._live |= bit
-        self._named.clear()
+        self._known.clear()
         return slot
 
     def _retire(self, slot: Slot) -> None:
         self._live &= ~slot.bit
         del self._names[slot.bit]
-        self._named.clear()
+        self._known.clear()
         self._leaving.append(slot)
 
     def sweep(self, budget: int = 1024) -> bool:
@@ -177,14 +181,14 @@ class PrefixIndex:
         bit, soon = member.slot.bit, self._soon
         blocks = blocks[self._blocks.first(member.slot, blocks) :]
         masks = list(map(soon.get, blocks, repeat(0)))
-        if not any(masks):
-            soon.update(dict.fromkeys(blocks, bit))
-        else:
+        ours = dict.fromkeys(blocks, bit)
+        if any(masks):
             for block, mask in zip(blocks, masks, strict=True):
-                if mask & bit:
-                    member.again[block] = member.again.get(block, 0) + 1
-                else:
-                    soon[block] = mask | bit
+                if mask:
+                    ours[block] = mask | bit
+                    if mask & bit:
+                        member.again[block] = member.again.get(block, 0) + 1
+        soon.update(ours)
         hold = Hold(member, blocks)
         member.holds.add(hold)
         return hold
@@ -222,7 +226,8 @@ class PrefixIndex:
 
         `tokens_per_block` estimates the tokens of blocks whose depth nobody has reported.
         """
-        found: dict[str, Held] = {}
+        stored: list[_Part] = []
+        coming: dict[str, Held] = {}
         end = len(chain)
         table, soon = self._blocks.table, self._soon
         alive = self._live  # The replicas that hold all blocks up to here.
@@ -245,45 +250,69 @@ class PrefixIndex:
                         stay |= mask
                     elif run:
                         alive ^= mask
-                        self._part(found, mask, chain, at + run, page.depths[place + run - 1], tokens_per_block)
+                        part = mask, at + run, page.depths[place + run - 1]
+                        self._part(stored, coming, part, chain, tokens_per_block)
             left = alive ^ stay
             if left and (last or soon):
-                self._part(found, left, chain, at, _depth(last), tokens_per_block)
+                self._part(stored, coming, (left, at, _depth(last)), chain, tokens_per_block)
             alive = stay
             last = page, place + size - 1
             at += size
         if alive and (last or soon):
-            self._part(found, alive, chain, at, _depth(last), tokens_per_block)
+            self._part(stored, coming, (alive, at, _depth(last)), chain, tokens_per_block)
         if pages > 4 + at // LONG_BLOCKS and len(self._tangled) < _TANGLED:
             self._tangled.append(chain)
+        found = self._named(stored)
+        found.update(coming)
         return found
 
     def _part(
-        self, found: dict[str, Held], mask: int, chain: Sequence[int], at: int, depth: int, tokens_per_block: float
+        self,
+        stored: list[_Part],
+        coming: dict[str, Held],
+        part: _Part,
+        chain: Sequence[int],
+        tokens_per_block: float,
     ) -> None:
-        """The replicas in `mask` store the first `at` blocks, of `depth` tokens, and not the next one."""
+        """The replicas of `part` do not store the next block; it may come with requests in flight."""
+        mask, at, tokens = part
         if self._soon and at < len(chain):
-            coming = self._soon.get(chain[at], 0) & mask
-            if coming:
-                self._go_on(found, coming, chain, (at, depth), tokens_per_block)
-                mask ^= coming
+            some = self._soon.get(chain[at], 0) & mask
+            if some:
+                self._go_on(coming, some, chain, (at, tokens), tokens_per_block)
+                mask ^= some
         if at and mask:
-            self._record(found, mask, at, depth)
+            stored.append((mask, at, tokens))
 
-    def _record(self, found: dict[str, Held], mask: int, blocks: int, tokens: int) -> None:
-        # Eight at a time, since a system prompt is held by all.
-        names, parts = self._named, []
-        for at, bits in enumerate(mask.to_bytes((mask.bit_length() + 7) // 8, "little")):
-            if bits:
-                key = at << 8 | bits
-                parts.append(names.get(key) or self._name(key))
-        found.update(dict.fromkeys(joined.from_iterable(parts), Held(blocks, tokens)))
+    def _named(self, stored: list[_Part]) -> dict[str, Held]:
+        """The same by name."""
+        if not stored:
+            return {}
+        found: dict[str, Held] = {}
+        most = max(stored, key=_size)
+        others = self._live ^ most[0]
+        if 2 * others.bit_count() < self._live.bit_count():
+            # A system prompt: all hold it but the few that hold more. A copy is much faster than naming each.
+            found = self._everywhere(most[1], most[2])
+            stored.remove(most)
+            for mask, _, _ in stored:
+                others ^= mask
+            for bit in ones(others):
+                del found[self._names[1 << bit]]
+        for mask, blocks, tokens in stored:
+            held = Held(blocks, tokens)
+            for bit in ones(mask):
+                found[self._names[1 << bit]] = held
+        return found
 
-    def _name(self, key: int) -> tuple[str, ...]:
-        """The replicas of up to eight bits: those of the low byte, counted from eight times what is above it."""
-        first = key >> 8 << 3
-        names = self._named[key] = tuple(self._names[1 << first + bit] for bit in ones(key & 0xFF))
-        return names
+    def _everywhere(self, blocks: int, tokens: int) -> dict[str, Held]:
+        """All live replicas with so much."""
+        found = self._known.get((blocks, tokens))
+        if found is None:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            found = self._known[blocks, tokens] = dict.fromkeys(self._names.values(), Held(blocks, tokens))
+        return found.copy()
 
     def _go_on(
         self,
@@ -360,6 +389,10 @@ def _equal(items: list[Any]) -> int:
     while items[at] == first:
         at += 1
     return at
+
+
+def _size(part: _Part) -> int:
+    return part[0].bit_count()
 
 
 def _depth(last: tuple[Page, int] | None) -> int:

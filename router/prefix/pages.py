@@ -33,8 +33,8 @@ class Page(msgspec.Struct, gc=False, eq=False):
     64 holders of a system prompt cost a lookup as much as one."""
     live: int = 0
     """Pattern of the places that are not dead."""
-    chained: bool = False
-    """Known to hold consecutive blocks of one chain and nothing else."""
+    chained: int = 0
+    """So many of the first ones are known to be consecutive blocks of one chain."""
 
     def place(self, block: int) -> int:
         """Where a block lies that is in this page."""
@@ -60,26 +60,32 @@ class Page(msgspec.Struct, gc=False, eq=False):
     def follows(self, place: int, chain: Sequence[int], at: int) -> int:
         """As `agrees`, for the blocks of one chain.
 
-        There a hash stands for all blocks before it too: once a page is known to be a piece of a chain, two pieces
-        that are equal somewhere are equal up to there, and nothing between has to be read.
+        There a hash stands for all blocks before it too: once a page is known to begin with a piece of a chain, two
+        pieces that are equal somewhere are equal up to there, and nothing between has to be read.
         """
         hashes = self.hashes
-        if self.chained:
-            size = min(len(hashes) - place, len(chain) - at)
-            if hashes[place + size - 1] == chain[at + size - 1]:
-                return size
-            same, differs = 1, size
-            while differs - same > 1:
-                middle = (same + differs) // 2
-                if hashes[place + middle - 1] == chain[at + middle - 1]:
-                    same = middle
-                else:
-                    differs = middle
-            return same
+        known = min(self.chained - place, len(chain) - at)
+        if known > 0:
+            if hashes[place + known - 1] != chain[at + known - 1]:
+                return self._parts(place, chain, at, known)
+            whole = place + known == len(hashes) or at + known == len(chain)
+            if whole or hashes[place + known] != chain[at + known]:
+                return known
         size = self.agrees(place, chain, at)
-        if size == len(hashes):
-            self.chained = True
+        if place < self.chained or not place:
+            self.chained = max(self.chained, place + size)
         return size
+
+    def _parts(self, place: int, chain: Sequence[int], at: int, differs: int) -> int:
+        """Up to where two pieces are equal whose first blocks are, and whose `differs`-th ones are not."""
+        hashes, same = self.hashes, 1
+        while differs - same > 1:
+            middle = (same + differs) // 2
+            if hashes[place + middle - 1] == chain[at + middle - 1]:
+                same = middle
+            else:
+                differs = middle
+        return same
 
     def append(self, hashes: Sequence[int], depths: Sequence[int]) -> int:
         """Adds new blocks at the end; returns their pattern."""
@@ -87,7 +93,6 @@ class Page(msgspec.Struct, gc=False, eq=False):
         self.hashes.extend(hashes)
         self.depths.extend(depths)
         self.live |= pattern
-        self.chained = False
         return pattern
 
     def pattern_of(self, bit: int) -> int:
@@ -151,10 +156,9 @@ class Page(msgspec.Struct, gc=False, eq=False):
         # Engines evict a prompt's last blocks first: mostly the page just gets shorter.
         del self.hashes[size:], self.depths[size:]
         holes = dead & ((1 << size) - 1)
-        if holes:
-            self.chained = False
-            for place in ones(holes):
-                self.hashes[place] = DEAD
+        for place in ones(holes):
+            self.hashes[place] = DEAD
+        self.chained = min(self.chained, (holes & -holes).bit_length() - 1 if holes else size)
 
 
 def new_page() -> Page:

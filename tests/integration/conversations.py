@@ -22,11 +22,11 @@ Ask = Callable[["Load"], Awaitable[None]]
 
 DEADLINE_S = 120.0
 _ROUTE = re.compile(r"replica=([^;]+);policy=[^;]+;reason=[^;]+;queue=\d+;matched=(\d+)/\d+;cached=(\d+)/\d+")
-_WORDS = (
+_TEXT = (
     "the old harbour town wakes before sun boats come back with their nets full and people on quay call out prices of "
     "morning a router sends each request to server that will answer it first how many requests are running what still "
     "remembers words that came before is capital of France moon from earth please write short story about cat"
-).split()
+)
 _ODD = (
     "naïve Straße",
     "東京は夜",
@@ -56,17 +56,28 @@ class Answered(msgspec.Struct, frozen=True):
     ended: int
 
 
+class Record:
+    """All requests with one cache salt, whichever routers they went through."""
+
+    def __init__(self, salt: str) -> None:
+        self.salt = salt
+        self.answered: list[Answered] = []
+        self.clock = itertools.count()
+
+
 class Load:
     """Asks one router, a few requests at a time, and keeps what became of each."""
 
-    def __init__(self, url: str, model: str, salt: str, at_once: int) -> None:
-        self.answered: list[Answered] = []
+    def __init__(self, url: str, model: str, record: Record, at_once: int) -> None:
+        self._record = record
         self._client = httpx.AsyncClient(base_url=url, timeout=DEADLINE_S)
-        self._fixed = {"model": model, "cache_salt": salt, "temperature": 0, "return_token_ids": True}
+        self._fixed = {"model": model, "cache_salt": record.salt, "temperature": 0, "return_token_ids": True}
         self._places = asyncio.Semaphore(at_once)
-        self._clock = itertools.count()
 
-    async def close(self) -> None:
+    async def __aenter__(self) -> Load:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
     async def run(self, asks: Iterable[Ask]) -> None:
@@ -85,7 +96,7 @@ class Load:
         body: dict[str, Any] = {**self._fixed, "messages": messages, "max_tokens": max_tokens}
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        sent = next(self._clock)
+        sent = next(self._record.clock)
         response = await self._client.post("/v1/chat/completions", json=body)
         assert response.status_code == 200, response.text
         text, prompt, answer, usage = _streamed(response.text) if stream else _whole(response.json())
@@ -93,8 +104,9 @@ class Load:
         assert route is not None, response.headers
         details = usage["prompt_tokens_details"]
         cached = details["cached_tokens"] if details else 0
-        self.answered.append(
-            Answered(route[1], int(route[2]), int(route[3]), cached or 0, prompt, answer, sent, next(self._clock))
+        expected = route[1], int(route[2]), int(route[3])
+        self._record.answered.append(
+            Answered(*expected, cached or 0, prompt, answer, sent, next(self._record.clock)),
         )
         return text
 
@@ -152,7 +164,8 @@ def said(role: str, content: str) -> Message:
 
 def words(chosen: random.Random, count: int) -> str:
     """Text of so many words, some of them odd."""
-    return " ".join(chosen.choice(_ODD if chosen.random() < 0.03 else _WORDS) for _ in range(count))
+    plain = _TEXT.split()
+    return " ".join(chosen.choice(_ODD if chosen.random() < 0.03 else plain) for _ in range(count))
 
 
 def keys(token_ids: Sequence[int], block_tokens: int) -> Iterator[int]:
@@ -185,9 +198,10 @@ def reachable(answered: Sequence[Answered], block_tokens: int) -> list[int]:
     return most
 
 
-def computed_blocks(answered: Iterable[Answered], block_tokens: int) -> dict[str, int]:
-    """How many different KV blocks each replica had to hold at one time or another."""
-    blocks: dict[str, set[int]] = {}
-    for one in answered:
-        blocks.setdefault(one.replica, set()).update(keys((*one.prompt, *one.answer[:-1]), block_tokens))
-    return {replica: len(found) for replica, found in blocks.items()}
+def reachable_there(answered: Sequence[Answered], block_tokens: int) -> list[tuple[Answered, int]]:
+    """The same as if each replica were alone: where less was found, it was evicted or is still to be computed."""
+    found = list[tuple[Answered, int]]()
+    for replica in {one.replica for one in answered}:
+        own = [one for one in answered if one.replica == replica]
+        found += zip(own, reachable(own, block_tokens), strict=True)
+    return found

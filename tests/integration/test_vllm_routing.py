@@ -24,7 +24,16 @@ import pytest
 
 from engine import deployment
 from engine.tiny_model import make_tiny_model
-from tests.integration.conversations import Answered, Ask, Conversation, Load, Shared, computed_blocks, reachable
+from tests.integration.conversations import (
+    Answered,
+    Ask,
+    Conversation,
+    Load,
+    Record,
+    Shared,
+    reachable,
+    reachable_there,
+)
 from tests.integration.ray_local import DEADLINE_S, NAMESPACE, cluster, wait_until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -32,7 +41,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.t
 MODEL = "tiny"
 REPLICAS = 4
 BLOCK_TOKENS = 32
-KV_BLOCKS = 512
+KV_BLOCKS = 640
 """Of each replica: about half of what the load below computes, so that no replica can hold all of it."""
 BLOCK_BYTES = 32
 """A token is at least one byte, so a prefix block is never longer than a KV block."""
@@ -123,7 +132,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             deployment.undeploy([MODEL])
 
 
-# -- the loads
+# -- the load
 
 CONVERSATIONS, TURNS = 16, 5
 PROMPTS, USERS = 8, 8
@@ -147,15 +156,17 @@ class Traffic:
             yield asks
 
 
-async def send(router: Router, salt: str, rounds: Iterable[list[Ask]], into: list[Answered]) -> list[Answered]:
-    load = Load(router.url, MODEL, salt, AT_ONCE)
-    try:
-        for asks in rounds:
-            await load.run(asks)
-    finally:
-        await load.close()
-    into += load.answered
-    return load.answered
+def send(router: Router, record: Record, rounds: Iterable[list[Ask]], at_once: int = AT_ONCE) -> list[Answered]:
+    """Round by round; what became of each request."""
+    known = len(record.answered)
+
+    async def ask() -> None:
+        async with Load(router.url, MODEL, record, at_once) as load:
+            for asks in rounds:
+                await load.run(asks)
+
+    asyncio.run(ask())
+    return record.answered[known:]
 
 
 def off(answered: Sequence[Answered]) -> list[Answered]:
@@ -163,13 +174,101 @@ def off(answered: Sequence[Answered]) -> list[Answered]:
     return [one for one in answered if abs(one.expected // BLOCK_TOKENS - one.cached // BLOCK_TOKENS) > 1]
 
 
-def tell(what: str, answered: Sequence[Answered]) -> None:
-    cached, prompt = sum(one.cached for one in answered), sum(len(one.prompt) for one in answered)
-    bound = sum(reachable(answered, BLOCK_TOKENS))
+def evicted(record: Record) -> list[Answered]:
+    """Those that found less than their replica had computed before."""
+    return [one for one, most in reachable_there(record.answered, BLOCK_TOKENS) if one.cached < most]
+
+
+def cached_tokens(answered: Sequence[Answered]) -> int:
+    return sum(one.cached for one in answered)
+
+
+def check_expectations(what: str, router: Router, answered: Sequence[Answered]) -> None:
+    """At most one in a hundred was off, by the receipts and by the replicas' own comparison."""
+    wait_until(lambda: router.predictions()[0] >= len(answered), "the replicas have told of every comparison")
+    compared, wrong = router.predictions()
     gaps = Counter(one.cached // BLOCK_TOKENS - one.expected // BLOCK_TOKENS for one in answered)
     print(
-        f"{what}: {len(answered)} requests, {prompt} prompt tokens, cached {cached} of {bound} reachable "
-        f"({cached / max(bound, 1):.1%}), {len(off(answered))} expected wrong; gaps {sorted(gaps.items())}; "
-        f"served {sorted(Counter(one.replica for one in answered).values())}, "
-        f"blocks {sorted(computed_blocks(answered, BLOCK_TOKENS).values())}"
+        f"{what}: {len(off(answered))} of {len(answered)} expected wrong, {wrong} of {compared} by the replicas; "
+        f"KV blocks found beyond those expected: {dict(sorted(gaps.items()))}"
     )
+    assert len(off(answered)) <= len(answered) // 100, off(answered)
+    assert compared == len(answered)
+    assert wrong <= compared // 100
+    assert router.metric("kvlane_cache_gaps_total") == 0
+
+
+def report(what: str, answered: Sequence[Answered]) -> None:
+    cached, prompt = cached_tokens(answered), sum(len(one.prompt) for one in answered)
+    served = sorted(Counter(one.replica for one in answered).values())
+    print(f"{what}: {len(answered)} requests, {prompt} prompt tokens, {cached} cached; by replica {served}")
+
+
+# -- the tests, in the order in which the caches fill
+
+
+class Measured:
+    """The load under one policy."""
+
+    def __init__(self, fleet: Fleet, policy: str) -> None:
+        self.record = Record(policy)
+        self.traffic = Traffic(1)
+        with fleet.router(policy) as router:
+            self.answered = send(router, self.record, self.traffic.rounds())
+            report(policy, self.answered)
+            check_expectations(policy, router, self.answered)
+
+
+@pytest.fixture(scope="module")
+def by_cost(fleet: Fleet) -> Measured:
+    with fleet.router("cost") as router:
+        send(router, Record("warm-up"), Traffic(9, 8, 4).rounds(2, 4))
+    return Measured(fleet, "cost")
+
+
+@pytest.fixture(scope="module")
+def in_turn(fleet: Fleet) -> Measured:
+    return Measured(fleet, "round-robin")
+
+
+def test_nearly_all_is_cached_that_an_all_knowing_assignment_could_have_found(by_cost: Measured) -> None:
+    most = sum(reachable(by_cost.answered, BLOCK_TOKENS))
+    found = cached_tokens(by_cost.answered)
+    print(f"cached {found} of {most} tokens that were within reach: {found / most:.1%}")
+    assert found >= 0.95 * most
+    assert len({one.replica for one in by_cost.answered}) == REPLICAS
+
+
+def test_twice_as_much_is_cached_as_under_round_robin(by_cost: Measured, in_turn: Measured) -> None:
+    ours, theirs = cached_tokens(by_cost.answered), cached_tokens(in_turn.answered)
+    print(f"cached {ours} tokens, under round-robin {theirs}: {ours / theirs:.2f} times as many")
+    assert ours >= 2 * theirs
+
+
+def test_expectations_hold_for_a_new_router_while_blocks_are_evicted(fleet: Fleet, by_cost: Measured) -> None:
+    record = by_cost.record
+    with fleet.router("cost") as router:
+        # It has seen nothing of these conversations, and goes on with them at once.
+        first = send(router, record, by_cost.traffic.rounds(1, 2))
+        print(
+            f"a new router's first requests: {[f'{one.cached} cached, {one.expected} expected' for one in first[:4]]}"
+        )
+        assert cached_tokens(first) > 0.5 * sum(len(one.prompt) for one in first)
+        before = len(evicted(record))
+        more = [*first, *send(router, record, Traffic(2, 3 * CONVERSATIONS).rounds(3), REPLICAS)]
+        # What the first conversations left is gone in part.
+        more += send(router, record, by_cost.traffic.rounds(1, 2), REPLICAS)
+        report("overflow", more)
+        print(f"{len(evicted(record)) - before} found less than their replica had computed before")
+        check_expectations("overflow", router, more)
+        assert len(evicted(record)) - before > CONVERSATIONS // 2
+
+
+def test_a_router_that_starts_after_evictions_expects_rightly_from_its_first_request(
+    fleet: Fleet, by_cost: Measured
+) -> None:
+    with fleet.router("cost") as router:
+        answered = send(router, by_cost.record, by_cost.traffic.rounds(2, 4), REPLICAS)
+        report("restart", answered)
+        check_expectations("restart", router, answered)
+        assert all(one.expected for one in answered if one.cached > BLOCK_TOKENS)
