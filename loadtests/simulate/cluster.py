@@ -234,6 +234,8 @@ class Cluster:
         replica.flights[request.index] = flight
         if replica.alone:
             self._begin(replica)
+        if len(self._routers) > 1:
+            self._report(replica, self.now, [], [])  # as a replica does, so that the other routers know of it
 
     def settle(self, replica: SimReplica) -> None:
         """Does what is over of a replica's stretch, so that a request can be added or the core be read."""

@@ -12,6 +12,7 @@ weak guess stands in. `FleetModel` owns what was learned.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from router.types import Load, Outlook
@@ -25,19 +26,18 @@ _RIDGE: Final = 1e-3
 _REFIT_STEPS: Final = 32
 _OUTLIER: Final = 5.0
 """Steps that take this much longer than expected (a pause of the machine) count as if they took only so much longer."""
-_FACTOR_MEMORY: Final = 0.9
-"""A replica's own factor follows its last ten steps or so."""
 _FACTOR_RANGE: Final = (0.1, 10.0)
 _CHANCE: Final = 1.25
 """A factor nearer to 1 is noise: believed, it would send all requests of a quiet fleet to one replica."""
-_HALF_LIFE_S: Final = 2.0
-"""Of what a factor says once its replica makes no steps any more: who is thought slow gets no requests, so that nothing
-but time could ever show that it was only warming up or disturbed."""
+_HALF_LIFE_S: Final = 5.0
+"""Of the evidence that a replica is slower or faster than the others. Who is thought slow gets no requests, so that
+nothing but time could ever show that it was only warming up or disturbed."""
+_PRIOR_MS: Final = 500.0
+"""As much time in steps speaks for every replica being like the others."""
 _LEARN_EVERY: Final = 4
 _LEARNED_STEPS: Final = 256
 _FRESH_S: Final = 0.5
 """How old an idle replica's outlook may be; to make all of them anew takes as long as several decisions."""
-_MEAN_GAIN: Final = 0.01
 _GUESS_TOKEN_MS: Final = 0.05
 """Before anything is known; the first steps override it."""
 _GUESS_BUDGET: Final = 2048.0
@@ -114,6 +114,31 @@ class StepFit:
         return solution
 
 
+class Pace:
+    """How long steps took beside how long they were expected to take; what is long ago counts little."""
+
+    __slots__ = ("_at", "_expected", "_took")
+
+    def __init__(self) -> None:
+        self._took = self._expected = self._at = 0.0
+
+    def stepped(self, now: float, took_ms: float, expected_ms: float) -> None:
+        left = self._left(now)
+        self._took = self._took * left + took_ms
+        self._expected = self._expected * left + expected_ms
+        self._at = now
+
+    def factor(self, now: float, otherwise: float) -> float:
+        """The one over the other; near to `otherwise` where little is known."""
+        left = self._left(now)
+        factor = (self._took * left + _PRIOR_MS * otherwise) / (self._expected * left + _PRIOR_MS)
+        return min(max(factor, _FACTOR_RANGE[0]), _FACTOR_RANGE[1])
+
+    def _left(self, now: float) -> float:
+        passed = now - self._at
+        return 0.5 ** (passed / _HALF_LIFE_S) if passed > 0.0 else 1.0
+
+
 class FleetModel:
     """What all replicas of one model have in common."""
 
@@ -127,8 +152,8 @@ class FleetModel:
         self._stale_at = 0.0
         self.now = 0.0
         """When the last step was reported."""
-        self.mean_factor = 1.0
-        """Of the replicas' factors: they say who is slower than the others, not how slow all are."""
+        self.pace = Pace()
+        """Of all replicas."""
 
     def foresight(self) -> ReplicaModel:
         """For one replica's account."""
@@ -146,13 +171,11 @@ class ReplicaModel:
 
     def __init__(self, fleet: FleetModel) -> None:
         self._fleet = fleet
-        self._seen = self._expected = 0.0
+        self._pace = Pace()
         self._as_of = 0.0
         self._steps = 0
         self._last: tuple[float, int, int, int] | None = None
         self._queued = False
-        self.factor = 1.0
-        """How much longer its steps take than the fleet's; exactly 1 where that may be chance."""
 
     @property
     def news(self) -> FleetModel:
@@ -163,15 +186,17 @@ class ReplicaModel:
         prompt, decodes = load.step_prefill_tokens, load.step_decodes
         step = (load.step_ms, prompt, decodes, load.step_context_tokens)
         again, self._last = step == self._last, step
-        if not again or not self._queued:
+        silent = load.step_ms <= 0.0 or not (prompt or decodes)  # An engine that does not say what its steps do.
+        if silent or not again or not self._queued:
             self._as_of = now
         self._queued = load.queued_prefill_tokens > 0
-        if again or load.step_ms <= 0.0 or not (prompt or decodes):
-            # News in the middle of a step repeat what the last one did; some engines do not say what a step did.
+        if silent or again:  # News in the middle of a step repeat what the last one did.
             return
+        if not (math.isfinite(load.step_ms) and math.isfinite(load.step_prefill_pairs)):
+            return  # Sums would never be rid of it.
         fleet = self._fleet
-        if prompt > fleet.budget or fleet.prefill.steps == 0:
-            fleet.budget = float(max(prompt, 1))
+        if prompt > fleet.budget:
+            fleet.budget = float(prompt)
         fit = fleet.prefill if prompt else fleet.decode
         self._steps += 1
         if self._steps % _LEARN_EVERY and fit.steps >= _LEARNED_STEPS:
@@ -181,30 +206,29 @@ class ReplicaModel:
     def _learn(self, fit: StepFit, tokens: int, load: Load) -> None:
         fleet, ms = self._fleet, load.step_ms
         expected = fit.expect_ms(tokens, load.step_prefill_pairs, load.step_context_tokens)
-        factor = 1.0
         if fit.steps >= _REFIT_STEPS and expected > 0.0:
-            factor = self._seen / self._expected if self._expected else 1.0
+            common = fleet.pace.factor(fleet.now, 1.0)
+            factor = self._pace.factor(fleet.now, common)
             ms = min(ms, _OUTLIER * expected * factor)
-            self._seen = self._seen * _FACTOR_MEMORY + ms
-            self._expected = self._expected * _FACTOR_MEMORY + expected
-            factor = min(max(self._seen / self._expected, _FACTOR_RANGE[0]), _FACTOR_RANGE[1])
-            fleet.mean_factor += (factor - fleet.mean_factor) * _MEAN_GAIN
-            self.factor = _told_apart(factor)
-        ms *= fleet.mean_factor / factor
+            self._pace.stepped(fleet.now, ms, expected)
+            fleet.pace.stepped(fleet.now, ms, expected)
+            ms *= common / factor
         if fit.learn(tokens, load.step_prefill_pairs, load.step_context_tokens, ms):
             fleet.fitted(early=fit.steps <= _LEARNED_STEPS)
 
     def outlook(self, load: Load, unacked_tokens: int, unacked_pairs: float, unacked: int) -> Outlook:
         fleet = self._fleet
-        scale = self._faded() * 1e-3
+        scale = self._factor() * 1e-3
         batch, token, pair, read = fleet.prefill.coefficients
-        decodes, context = load.step_decodes, load.step_context_tokens
+        decodes, context = load.step_decodes, float(load.step_context_tokens)
+        if decodes > load.running:  # What has ended since, and will not be in the next step.
+            decodes, context = load.running, context * load.running / decodes
         beside = batch + token * decodes + read * context
         per_token = token + beside / fleet.budget
         queued_ms = per_token * load.queued_prefill_tokens + pair * load.queued_prefill_pairs
         return Outlook(
             wait_s=queued_ms * scale,
-            step_s=fleet.decode.expect_ms(decodes, 0.0, context) * scale,
+            step_s=fleet.decode.expect_ms(decodes + unacked, 0.0, context) * scale,
             token_s=per_token * scale,
             pair_s=pair * scale,
             batch_s=beside * scale,
@@ -212,13 +236,9 @@ class ReplicaModel:
             sent_s=(per_token * unacked_tokens + pair * unacked_pairs) * scale,
         )
 
-    def _faded(self) -> float:
-        """The factor as far as it is still believed."""
-        quiet_s = self._fleet.now - self._as_of
-        if self.factor == 1.0 or quiet_s <= 0.0:
-            return self.factor
-        return _told_apart(1.0 + (self.factor - 1.0) * 0.5 ** (quiet_s / _HALF_LIFE_S))
-
-
-def _told_apart(factor: float) -> float:
-    return 1.0 if 1 / _CHANCE < factor < _CHANCE else factor
+    def _factor(self) -> float:
+        """How much longer its steps take than the fit says; the same as for all others where that may be chance."""
+        now = self._fleet.now
+        common = self._fleet.pace.factor(now, 1.0)
+        factor = self._pace.factor(now, common)
+        return common if common / _CHANCE < factor < common * _CHANCE else factor

@@ -16,7 +16,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from router.types import Decision, Reason, Request, Snapshot
+from router.types import Decision, Reason, ReplicaView, Request, Snapshot
 
 _TIE: Final = 0.02
 _TIE_S: Final = 1e-4
@@ -25,6 +25,10 @@ _CROWDED: Final = 1e6
 """Added to the cost of a crowded replica: it is taken only where all are."""
 
 _TAKEN: Final = float("inf")
+
+_ALONE: Final = 0.1
+"""Requests that this router does not know as its own may just be ending."""
+_MOST_LEANS: Final = 4096
 
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -44,10 +48,14 @@ class Cost:
         crowd_factor: Annotated[float, msgspec.Meta(ge=1)] = 1.5
         """A replica with more than so many times the mean number of requests, and `crowd_slack` more, gets none."""
         crowd_slack: NonNegative = 4.0
+        lean_s: NonNegative = 0.4
+        """How much this router prefers some replicas, its own choice for good, where all requests are other routers'."""
 
     def __init__(self, options: Options, random: random.Random) -> None:
         self._options = options
         self._random = random.random
+        self._leans: dict[str, float] = {}
+        """For each replica between 0 and 1."""
 
     def choose(self, request: Request, snapshot: Snapshot) -> Decision:
         replicas = snapshot.replicas
@@ -62,8 +70,9 @@ class Cost:
         bound = least + _TIE * least + _TIE_S
         if second <= bound:
             costs[best] = least
-            ties = [at for at, cost in enumerate(costs) if cost <= bound]
-            best = ties[int(self._random() * len(ties))]
+            # Estimates cannot tell these apart. Where an engine says nothing of its steps, that is all of them.
+            ties = [(replicas[at].queue_depth, self._random(), at) for at, cost in enumerate(costs) if cost <= bound]
+            best = min(ties)[2]
             costs[best] = _TAKEN
             second = min(costs)
         fallback = replicas[costs.index(second)].replica
@@ -87,7 +96,8 @@ class Cost:
         share = options.interference * pressure**3
         price = 1.0 + options.price + options.queue_price * mean_wait
         # Where all queue, numbers say little: many short requests may wait beside few long ones.
-        crowd = (options.crowd_factor + 2.0 * mean_wait) * sum(depths) / count + options.crowd_slack
+        everyone = sum(depths)
+        crowd = (options.crowd_factor + 2.0 * mean_wait) * everyone / count + options.crowd_slack
         held, tokens, answer = prefix.held.get, prefix.tokens, options.answer_tokens
         half = 0.5 * tokens * tokens
         last, new, pairs = None, tokens, half
@@ -99,6 +109,21 @@ class Cost:
                 last, new, pairs = found, tokens - cached, half - 0.5 * cached * cached
             prefill = new * outlook.token_s + pairs * outlook.pair_s
             costs.append(wait + outlook.batch_s + answer * outlook.step_s + prefill * (price + share * view.running))
+        if everyone and options.lean_s:
+            others = 1.0 - sum([view.leases for view in replicas]) / everyone
+            if others > _ALONE:
+                self._lean(costs, replicas, options.lean_s * others)
         if max(depths) > crowd:
             costs = [cost if there <= crowd else cost + _CROWDED for cost, there in zip(costs, depths, strict=True)]
         return costs
+
+    def _lean(self, costs: list[float], replicas: tuple[ReplicaView, ...], most_s: float) -> None:
+        """Other routers' requests show only in the next reports, so all would take what looks idle at once."""
+        leans = self._leans
+        if len(leans) > _MOST_LEANS:
+            leans.clear()
+        for at, view in enumerate(replicas):
+            lean = leans.get(view.replica)
+            if lean is None:
+                lean = leans[view.replica] = self._random()
+            costs[at] += lean * most_s
