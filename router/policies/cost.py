@@ -2,8 +2,9 @@
 
 For each replica::
 
-    cost = wait + batch + answer * step                      this request's own time there
-         + prefill * (1 + price + interference * running * pressure^3)      computing its prompt, and what that takes from others
+    cost = wait + batch + answer_tokens * step                                  the request's own time there
+         + prefill * (1 + price + queue_price * mean wait                       its prompt, and what that takes from
+                        + interference * running * pressure^3)                  those who come later or run there
 
 `docs/policies.md` explains the terms. Its one rule is that of all time-sharing: work is not cheap because a replica is
 idle now, it is dear in proportion to how many others will wait for it.
@@ -42,14 +43,14 @@ class Cost:
         queue_price: NonNegative = 3.0
         """How much that price rises per second that requests wait on average over the fleet."""
         interference: NonNegative = 6.0
-        """Weight of a running request's delay when the fleet's KV caches are full; it falls with the cube of their use."""
+        """Weight of a running request's delay where the fleet's KV caches are full; the cube of their use scales it."""
         answer_tokens: NonNegative = 15.0
         """Output tokens whose time counts as much as the wait for the first one."""
         crowd_factor: Annotated[float, msgspec.Meta(ge=1)] = 1.5
         """A replica with more than so many times the mean number of requests, and `crowd_slack` more, gets none."""
         crowd_slack: NonNegative = 4.0
         lean_s: NonNegative = 0.4
-        """How much this router prefers some replicas, its own choice for good, where all requests are other routers'."""
+        """How much this router prefers some replicas, drawn once for all, where all requests are other routers'."""
 
     def __init__(self, options: Options, random: random.Random) -> None:
         self._options = options

@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.t
 MODEL = "tiny"
 REPLICAS = 4
 BLOCK_TOKENS = 32
-KV_BLOCKS = 640
+KV_BLOCKS = 576
 """Of each replica: about half of what the load below computes, so that no replica can hold all of it."""
 BLOCK_BYTES = 32
 """A token is at least one byte, so a prefix block is never longer than a KV block."""

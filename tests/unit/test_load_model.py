@@ -58,7 +58,7 @@ def test_the_time_of_an_undisturbed_output_token_is_learned() -> None:
     replica = FleetModel().foresight()
     for load in steps(1000):
         replica.observe(load, 0.0)
-    outlook = replica.outlook(Load(step_decodes=40, step_context_tokens=400_000), 0, 0.0, 0)
+    outlook = replica.outlook(Load(running=40, step_decodes=40, step_context_tokens=400_000), 0, 0.0, 0)
     assert outlook.step_s == pytest.approx(h200_ms(0, 0, 40, 400_000) / 1e3, rel=0.1)
 
 
@@ -106,6 +106,54 @@ def test_an_engine_that_says_nothing_of_its_steps_teaches_nothing() -> None:
     before = fleet.prefill.coefficients, fleet.decode.coefficients
     fleet.foresight().observe(Load(running=3, step_ms=20.0), 0.0)
     assert (fleet.prefill.coefficients, fleet.decode.coefficients) == before
+
+
+def test_requests_that_have_ended_are_not_in_the_next_step() -> None:
+    """An idle replica steps no more, so the figures of its last step stay with its load."""
+    replica = FleetModel().foresight()
+    for load in steps(500):
+        replica.observe(load, 0.0)
+    after = Load(running=0, step_decodes=64, step_context_tokens=600_000)
+    assert replica.outlook(after, 0, 0.0, 0) == replica.outlook(Load(), 0, 0.0, 0)
+
+
+@pytest.mark.parametrize("figure", [math.nan, math.inf, -math.inf])
+def test_figures_that_are_no_numbers_teach_nothing(figure: float) -> None:
+    fleet = FleetModel()
+    broken, sound = fleet.foresight(), fleet.foresight()
+    for load in steps(500):
+        broken.observe(Load(step_ms=figure, step_prefill_tokens=10, step_prefill_pairs=figure), 0.0)
+        broken.observe(Load(step_ms=5.0, step_prefill_tokens=10, step_prefill_pairs=figure), 0.0)
+        sound.observe(load, 0.0)
+    assert sound.outlook(Load(), 0, 0.0, 0).prefill_s(8_000, 0) == pytest.approx(
+        h200_ms(8_000, 3.2e7, 0, 0) / 1e3, rel=0.15
+    )
+
+
+def test_small_prompts_do_not_make_long_ones_look_as_if_they_took_a_step_per_token() -> None:
+    fleet = FleetModel()
+    replica = fleet.foresight()
+    for tokens in range(1, 300):
+        replica.observe(Load(step_ms=20.0 + tokens * 1e-3, step_prefill_tokens=1 + tokens % 20), float(tokens))
+    assert fleet.budget >= 2048
+    assert replica.outlook(Load(), 0, 0.0, 0).prefill_s(30_000, 0) < 3.0
+
+
+def test_a_queue_is_worked_on_from_the_last_step_and_not_from_news_in_between() -> None:
+    replica = FleetModel().foresight()
+    step = Load(running=1, queued_prefill_tokens=8_000, step_ms=100.0, step_prefill_tokens=2_000)
+    replica.observe(step, 1.0)
+    replica.observe(step, 1.5)
+    assert replica.outlook(step, 0, 0.0, 0).as_of == 1.0
+
+
+def test_an_engine_without_step_figures_is_as_busy_as_it_last_said() -> None:
+    replica = FleetModel().foresight()
+    for now in (1.0, 50.0, 100.0):
+        load = Load(running=1, queued_prefill_tokens=100_000)
+        replica.observe(load, now)
+    outlook = replica.outlook(load, 0, 0.0, 0)
+    assert outlook.begins_s(100.0) == outlook.wait_s > 0.0
 
 
 def test_queued_work_makes_for_the_wait() -> None:

@@ -6,9 +6,11 @@ import random
 
 import pytest
 
+from router.load.account import Account
+from router.load.model import FleetModel
 from router.policies.cost import Cost
 from router.testing import make_prefix, make_replica, make_request
-from router.types import NO_PREFIX, Held, Outlook, PrefixView, ReplicaView, Snapshot
+from router.types import NO_PREFIX, Charge, EngineInfo, Held, Load, Outlook, PrefixView, ReplicaView, Snapshot
 
 
 def costs(options: Cost.Options, snapshot: Snapshot) -> dict[str, float]:
@@ -65,7 +67,7 @@ def test_costs_are_those_of_the_formula() -> None:
     chance = random.Random(11)
     crowded = 0
     for _ in range(500):
-        options = Cost.Options(price=chance.random(), interference=chance.random() * 10)
+        options = Cost.Options(price=chance.random(), interference=chance.random() * 10, lean_s=0.0)
         snapshot = a_snapshot(chance)
         expected = costs(options, snapshot)
         crowded += max(expected.values()) > 1e6
@@ -90,3 +92,55 @@ def test_equal_costs_are_all_chosen() -> None:
     policy = Cost(Cost.Options(), random.Random(13))
     snapshot = Snapshot("model", tuple(make_replica(f"replica-{i}") for i in range(4)))
     assert {policy.choose(make_request(), snapshot).replica for _ in range(100)} == {f"replica-{i}" for i in range(4)}
+
+
+def test_among_equal_costs_the_shorter_queue_wins() -> None:
+    policy = Cost(Cost.Options(lean_s=0.0), random.Random(14))
+    snapshot = Snapshot("model", tuple(make_replica(f"replica-{i}", depth) for i, depth in enumerate((3, 0, 2, 4))))
+    assert {policy.choose(make_request(), snapshot).replica for _ in range(50)} == {"replica-1"}
+
+
+def four(leases: int) -> Snapshot:
+    outlook = Outlook(wait_s=0.0, step_s=0.01, token_s=1e-4)
+    return Snapshot("model", tuple(make_replica(f"replica-{i}", 4, leases=leases, outlook=outlook) for i in range(4)))
+
+
+def test_routers_that_see_the_same_lean_to_different_replicas() -> None:
+    """Twenty routers, none of which sent what runs: each keeps to its own, all together use all."""
+    favourites = set()
+    for seed in range(20):
+        policy = Cost(Cost.Options(), random.Random(seed))
+        chosen = {policy.choose(make_request(), four(leases=0)).replica for _ in range(20)}
+        assert len(chosen) <= 2  # It may like two of them alike.
+        favourites |= chosen
+    assert len(favourites) == 4
+
+
+def test_a_router_that_is_alone_does_not_lean() -> None:
+    policy = Cost(Cost.Options(), random.Random(15))
+    assert len({policy.choose(make_request(), four(leases=4)).replica for _ in range(100)}) == 4
+
+
+def test_a_lean_is_given_up_for_less_than_its_most() -> None:
+    policy = Cost(Cost.Options(), random.Random(16))
+    costs = policy.explain(make_request(), four(leases=0))
+    assert max(costs.values()) - min(costs.values()) <= 0.4
+
+
+def test_forty_requests_at_once_with_one_prefix_do_not_all_follow_it() -> None:
+    """No step comes in between; the router's own charges are all that changes."""
+    chance = random.Random(17)
+    policy = Cost(Cost.Options(), chance)
+    fleet = FleetModel()
+    accounts = {name: Account(name, EngineInfo("sim", ()), Load(), fleet.foresight()) for name in "abcd"}
+    holders: set[str] = set()
+    for stream in range(1, 41):
+        held = {name: Held(16, 1000, 16) for name in holders}
+        prefix = PrefixView(None, 1020, held)
+        views = tuple(account.view() for account in accounts.values())
+        name = policy.choose(make_request(), Snapshot("model", views, prefix)).replica
+        cached = 1000 if name in holders else 0
+        accounts[name].submitted(stream, Charge(1020 - cached))
+        accounts[name].leased(1)
+        holders.add(name)
+    assert max(account.unacked for account in accounts.values()) <= 20
