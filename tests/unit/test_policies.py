@@ -148,7 +148,7 @@ def test_the_page_on_policies_tells_of_each_built_in_and_its_options(kind: str, 
     for spec in getattr(registry, kind).installed():
         if spec.dist.startswith("kvlane "):
             (row,) = [line for line in section.splitlines() if line.startswith(f"| `{spec.name}`")]
-            assert all(f"`{field.name}`" in row for field in msgspec.structs.fields(spec.options))
+            assert all(f"`{field.encode_name}`" in row for field in msgspec.structs.fields(spec.options))
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_and_all_installed() -> None:
