@@ -34,7 +34,16 @@ _SURE_BYTES: Final = 16
 """A text this long is hardly met by chance before its place."""
 _EDGE_BYTES: Final = 32
 _NEAR_BYTES: Final = 544
-"""How far behind the piece before a changed text's edge is looked for."""
+"""How far behind the piece before a text's beginning is looked for, unless it is sure to be met nowhere else."""
+_PROBE_BYTES: Final = 128
+_PROBES_TRIED: Final = 16
+"""A text is looked for by its first bytes and compared where they are met: a search for all of a long text takes time
+by its length too where it repeats itself."""
+_PASSES: Final = 4
+_LEAST_SEARCHED: Final = 65_536
+_MAX_CHANGED: Final = 256
+"""Bytes searched and texts found otherwise than written per prompt, before the rest is an estimate. A prompt whose
+texts are copied takes one pass."""
 _TAIL_TOKENS: Final = 16
 _SAME_TOKENS: Final = 2
 
@@ -156,6 +165,8 @@ class Aligner:
         """Prompts whose texts were all found."""
         self.estimated = 0
         """The others; all of them where there is no table of the tokens' bytes."""
+        self.searched = 0
+        """Bytes of rendered prompts that texts were looked for in; up to four times the prompt where texts changed."""
         self._leads: dict[bytes, bytes] = {}
         self._trims: bool | None = None
 
@@ -212,11 +223,13 @@ class Aligner:
             return _in_proportion(len(data), len(token_ids), block_bytes, blocks)
         rendered, token_ends = joined
         search = _Search(data, rendered, self._leads, self.tokens)
-        texts = 0
+        texts, media = 0, False
         for piece in pieces:
+            media = media or piece.kind == PieceKind.MEDIA
             if piece.kind == PieceKind.TEXT and piece.length:
-                search.text(piece.start, piece.start + piece.length)
-                texts += piece.length
+                search.text(piece.start, piece.start + piece.length, media)
+                texts, media = texts + piece.length, False
+        self.searched += search.searched
         if search.headless and len(rendered) < texts:
             return Aligned((), False)  # Truncated: nothing says how much of the beginning is missing.
         self._learn(search)
@@ -263,59 +276,108 @@ class _Search:
         self.headless = False
         """The first text was not found, nor its beginning."""
         self.leads: dict[bytes, bytes] = {}
+        self.searched = 0
+        self._most = _PASSES * len(rendered) + _LEAST_SEARCHED
+        self._changes = 0
         self._known = leads
         self._tokens = tokens
+        self._mark = b""
+        """What is before the text in the canonical bytes."""
         self._end = 0
 
-    def text(self, start: int, end: int) -> None:
-        """The next text: canonical bytes `start` to `end`."""
-        text = self.data[start:end]
-        mark = self.data[self._end : start][-_LEAD_BYTES:]
+    def text(self, start: int, end: int, media: bool) -> None:
+        """The next text: canonical bytes `start` to `end`. `media`: there are placeholders of any length before it."""
+        self._mark = self.data[self._end : start][-_LEAD_BYTES:]
         self._end = end
-        after = self.ys[-1]
-        lead = self._known.get(mark)
-        inner = text.strip()
+        if self._changes >= _MAX_CHANGED or self.searched >= self._most:
+            self.exact = False
+        elif not self._whole(self.data[start:end], start, media):
+            self.exact = False
+            self._changes += 1
+
+    def _whole(self, text: bytes, start: int, media: bool) -> bool:
+        """Finds the text as it was written; failing that, its edges."""
+        lead = self._known.get(self._mark)
+        near, anywhere = self._near(start), len(self.rendered)
+        sure = len(text) >= _SURE_BYTES
         if lead is not None:
-            if (place := self.rendered.find(lead + text, after)) >= 0:
-                self.edges = self.edges or len(inner) < len(text)
-                return self._found(text, start, place + len(lead))
-            if inner and len(inner) < len(text) and (place := self.rendered.find(lead + inner, after)) >= 0:
-                return self._trimmed(text, inner, start, place + len(lead))
-        if (place := self.rendered.find(text, after)) >= 0:
-            if len(text) >= _SURE_BYTES and self.exact:
-                self.leads[mark] = self._tokens.lead(self.rendered[after:place][-_LEAD_BYTES:])
-            return self._found(text, start, place)
-        if inner and len(inner) < len(text) and (place := self.rendered.find(inner, after)) >= 0:
-            return self._trimmed(text, inner, start, place)
-        return self._changed(text, inner, start)
+            if self._written(lead, text, start, near):
+                return True
+            # The lead makes a short text sure; by itself it would be met somewhere before its place.
+            if not sure and len(lead) + len(text) >= _SURE_BYTES and self._written(lead, text, start, anywhere):
+                return True
+        if self._written(b"", text, start, near):
+            return True
+        if self._edges(text, start, near):
+            return False
+        if (sure or media) and self._written(b"", text, start, anywhere):
+            return True
+        self.headless = self.headless or len(self.xs) == 1
+        return False
 
     def last(self, end: int) -> int:
         """The rendered place of the canonical end."""
         return self.ys[-1] if self.xs[-1] == end else len(self.rendered)
 
+    def _near(self, start: int) -> int:
+        """Where the text at `start` begins at the latest, if nothing but marks and changed texts is before it."""
+        return self.ys[-1] + 2 * (start - self.xs[-1]) + _NEAR_BYTES
+
+    def _written(self, lead: bytes, text: bytes, start: int, end: int) -> bool:
+        """Finds the text behind `lead`, as it is or without the white space around it, beginning before `end`."""
+        after, inner = self.ys[-1], text.strip()
+        edges = len(inner) < len(text)
+        if (place := self._seek(lead + text, end)) >= 0:
+            if lead:
+                self.edges = self.edges or edges
+            elif len(text) >= _SURE_BYTES and self.exact:
+                self.leads[self._mark] = self._tokens.lead(self.rendered[after:place][-_LEAD_BYTES:])
+            self._found(text, start, place + len(lead))
+        elif inner and edges and (place := self._seek(lead + inner, end)) >= 0:
+            self.trimmed = True
+            self._found(inner, start + text.index(inner), place + len(lead))
+        return place >= 0
+
+    def _seek(self, needle: bytes, end: int) -> int:
+        """The first place of `needle` behind what was found last and before `end`; -1 where it is not to be had."""
+        rendered, after = self.rendered, self.ys[-1]
+        probe = needle[:_PROBE_BYTES]
+        end = min(end + len(probe), len(rendered), after + self._most - self.searched)
+        place = rendered.find(probe, after, end)
+        for _ in range(_PROBES_TRIED):
+            if place < 0 or rendered.startswith(needle, place):
+                break
+            place = rendered.find(probe, place + 1, end)
+        else:
+            self.searched += end - after
+            return -1
+        self.searched += max((place + len(probe) if place >= 0 else end) - after, 0)
+        return place
+
     def _found(self, text: bytes, start: int, place: int) -> None:
         self._anchor(start, place)
         self._anchor(start + len(text), place + len(text))
 
-    def _trimmed(self, text: bytes, inner: bytes, start: int, place: int) -> None:
-        self.trimmed = True
-        self._found(inner, start + text.index(inner), place)
-
-    def _changed(self, text: bytes, inner: bytes, start: int) -> None:
-        """The template or the tokenizer wrote the text otherwise; its first and last bytes may be there still."""
-        self.exact = False
-        self.headless = self.headless or len(self.xs) == 1
+    def _edges(self, text: bytes, start: int, near: int) -> bool:
+        """Finds the first and last bytes of a text that the template or the tokenizer wrote otherwise."""
+        inner = text.strip()
         if len(inner) < 2 * _EDGE_BYTES:
-            return
+            return False
         head, tail = inner[:_EDGE_BYTES], inner[-_EDGE_BYTES:]
+        headless = self.headless or len(self.xs) == 1
+        first, end = self._seek(head, near), min(near + len(text), len(self.rendered))
+        if first >= 0:
+            headless = False
+            self._anchor(start + text.index(head), first)
         after = self.ys[-1]
-        place = self.rendered.find(head, after, after + _NEAR_BYTES)
-        if place >= 0:
-            self.headless = False
-            self._anchor(start + text.index(head), place)
-        place = self.rendered.rfind(tail, self.ys[-1], after + len(text) + _NEAR_BYTES)
-        if place >= 0:
-            self._anchor(start + text.rindex(tail) + len(tail), place + len(tail))
+        last = self.rendered.rfind(tail, after, end)
+        self.searched += max(end - max(last, after), 0)
+        if last >= 0:
+            self._anchor(start + text.rindex(tail) + len(tail), last + len(tail))
+        if first < 0 and last < 0:
+            return False
+        self.headless = headless
+        return True
 
     def _anchor(self, x: int, y: int) -> None:
         if x > self.xs[-1]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Final, Protocol
 
 from router.types import Chain
@@ -16,6 +17,8 @@ from router.types import Chain
 MAX_TIES: Final = 250_000
 """About 90 MB where all are used. A KV cache of 820,000 tokens needs 13,000 at 256 bytes a prefix block; the rest is
 for prompts that wait, and for prefixes that are shared by prompts whose KV blocks differ."""
+MAX_TIES_PER_KEY: Final = 64
+"""Prompts with namespaces of their own and the same tokens each tie blocks of their own to the same KV blocks."""
 _MAX_CLAIMS: Final = 65_536
 _RETRY_PROMPTS: Final = 16
 _FORGETTING: Final = 0.2
@@ -39,19 +42,21 @@ class CacheLedger:
     prefix, each prompt has its own. The prefix block is held while any of them is.
     """
 
-    def __init__(self, block_tokens: int, max_ties: int = MAX_TIES) -> None:
+    def __init__(self, block_tokens: int, max_ties: int = MAX_TIES, max_ties_per_key: int = MAX_TIES_PER_KEY) -> None:
         self.block_tokens = block_tokens
         """Tokens in a KV block."""
         self.dropped = 0
-        """Ties of held KV blocks given up because there were too many; their prefix blocks are said to be evicted."""
+        """Ties given up though their KV block is held, or because that one KV block had too many: their prefix blocks
+        are said to be evicted, or not said to be held."""
         self.confirmed = 0
         """Prefix blocks over generated text that a later prompt found in the KV block they were tied to."""
         self.refuted = 0
         """Those that it found elsewhere: the text was rendered or tokenized otherwise than it was generated."""
         self._max_ties = max_ties
+        self._max_ties_per_key = max_ties_per_key
         self._held: set[int] = set()
-        self._warm: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # Held key -> hash, depth, hash, depth …
-        self._cold: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # The same of keys not held; least recent first.
+        self._warm: OrderedDict[int, dict[int, int]] = OrderedDict()  # Held key -> hash -> depth, oldest first.
+        self._cold: OrderedDict[int, dict[int, int]] = OrderedDict()  # The same of keys not held; least recent first.
         self._ties = 0
         self._holders: dict[int, int] = {}  # Hash -> how many held keys it is tied to; only held ones.
         self._depths: dict[int, int] = {}  # Of the same.
@@ -111,8 +116,9 @@ class CacheLedger:
         ties = self._cold.pop(key, None)
         if ties is not None:
             self._warm[key] = ties
-            for i in range(0, len(ties), 2):
-                self._hold(ties[i], ties[i + 1])
+            for block, depth in ties.items():
+                self._holders[block] = self._holders.get(block, 0) + 1
+                self._deepen(block, depth)
 
     def evicted(self, key: int) -> None:
         """The engine holds a KV block no more; its ties stay for a while, since a waiting prompt may store it again."""
@@ -122,7 +128,7 @@ class CacheLedger:
         ties = self._warm.pop(key, None)
         if ties is not None:
             self._cold[key] = ties
-            for block in ties[::2]:
+            for block in ties:
                 self._release(block)
 
     def cleared(self) -> None:
@@ -178,7 +184,7 @@ class CacheLedger:
 
     def _tie(self, blocks: Sequence[int], keys: Sequence[int], ends: Sequence[int]) -> None:
         size, count = self.block_tokens, len(keys)
-        position, new = -1, list[int]()
+        position, new = -1, dict[int, int]()
         for block, end in zip(blocks, ends, strict=False):
             place = (end - 1) // size if end > 0 else 0
             if place >= count:
@@ -186,51 +192,50 @@ class CacheLedger:
             if place != position:
                 if new:
                     self._add(keys[position], new)
-                position, new = place, []
-            new += (block, end)
+                position, new = place, {}
+            new[block] = end
         if new:
             self._add(keys[position], new)
         self._trim()
 
-    def _add(self, key: int, new: list[int]) -> None:
-        """Adds ties to one key; `new` is hash, depth, hash, depth …"""
+    def _add(self, key: int, new: dict[int, int]) -> None:
+        """Adds ties to one key; `new` is hash -> depth."""
         held = key in self._held
         ties = self._warm if held else self._cold
-        known = ties.get(key, ())
-        if known:
-            ties.move_to_end(key)
-            if known == tuple(new):
-                return
-            known = self._differing(known, new, held)
-        self._ties += len(new) // 2
-        ties[key] = (*known, *new)
-        if held:
-            for i in range(0, len(new), 2):
-                self._hold(new[i], new[i + 1])
-
-    def _differing(self, known: tuple[int, ...], new: list[int], held: bool) -> tuple[int, ...]:
-        """The ties among `known` that `new` does not replace."""
-        again = set(new[::2])
-        kept = list[int]()
-        for i in range(0, len(known), 2):
-            if known[i] in again:
-                self._ties -= 1
+        known = ties.setdefault(key, {})
+        ties.move_to_end(key)
+        for block, depth in new.items():
+            before = known.pop(block, None)
+            known[block] = depth
+            if before is None:
+                self._ties += 1
                 if held:
-                    # The hold that replaces it follows at once: nobody needs to hear of it.
-                    self._holders[known[i]] -= 1
-            else:
-                kept += known[i : i + 2]
-        return tuple(kept)
+                    self._holders[block] = self._holders.get(block, 0) + 1
+            if held and before != depth:
+                self._deepen(block, depth)
+        # One prompt's own ties stay together: routers match without a gap.
+        over = len(known) - max(self._max_ties_per_key, len(new))
+        if over > 0:
+            self._drop(known, over, held)
+
+    def _drop(self, known: dict[int, int], over: int, held: bool) -> None:
+        """Gives up the oldest ties of a key."""
+        for block in list(islice(known, over)):
+            del known[block]
+            if held:
+                self._release(block)
+        self._ties -= over
+        self.dropped += over
 
     def _trim(self) -> None:
         while self._ties > self._max_ties:
             if self._cold:
-                self._ties -= len(self._cold.popitem(last=False)[1]) // 2
+                self._ties -= len(self._cold.popitem(last=False)[1])
                 continue
             ties = self._warm.popitem(last=False)[1]
-            self._ties -= len(ties) // 2
-            self.dropped += len(ties) // 2
-            for block in ties[::2]:
+            self._ties -= len(ties)
+            self.dropped += len(ties)
+            for block in ties:
                 self._release(block)
 
     def _judge(self, blocks: Sequence[int], keys: Sequence[int], ends: Sequence[int]) -> None:
@@ -255,21 +260,16 @@ class CacheLedger:
     def _untie(self, key: int, block: int) -> None:
         held = key in self._held
         ties = self._warm if held else self._cold
-        known = ties.get(key, ())
-        at = next((i for i in range(0, len(known), 2) if known[i] == block), None)
-        if at is None:
+        known = ties.get(key)
+        if known is None or known.pop(block, None) is None:
             return
-        rest = known[:at] + known[at + 2 :]
-        if rest:
-            ties[key] = rest
-        else:
+        if not known:
             del ties[key]
         self._ties -= 1
         if held:
             self._release(block)
 
-    def _hold(self, block: int, depth: int) -> None:
-        self._holders[block] = self._holders.get(block, 0) + 1
+    def _deepen(self, block: int, depth: int) -> None:
         if self._depths.get(block) != depth:
             self._depths[block] = depth
             self._tell(block)

@@ -55,12 +55,11 @@ class CacheFeed:
 
     @property
     def cause(self) -> str:
-        """Why the mode is not exact; empty where it is."""
+        """Why the mode is not exact. Where it is: what else routers should know, such as that places are estimates."""
         return self._cause
 
     def set_mode(self, mode: CacheMode, cause: str = "") -> None:
-        """Changes the mode; back in `EXACT`, every cursor starts with a snapshot. `cause` is for people to read."""
-        cause = "" if mode is CacheMode.EXACT else cause
+        """Changes the mode; every cursor starts with a snapshot. `cause` is for people to read."""
         if (mode, cause) == (self._mode, self._cause):
             return
         self._mode, self._cause = mode, cause

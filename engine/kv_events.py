@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import msgspec
 import xxhash
@@ -29,6 +29,9 @@ _FULL: Final = frozenset({"full_attention", "mla_attention", "sink_full_attentio
 Media = Sequence[tuple[str, int, int]]
 """A prompt's images and the like in order: vLLM's identifier, the first placeholder token, how many of them."""
 
+_Extra: TypeAlias = str | bytes | tuple[str, int]
+"""An adapter's name or a salt, a digest, a medium with its place."""
+
 
 def root_key(lora_name: str | None) -> int:
     """What a prompt's first key is seeded with."""
@@ -42,27 +45,25 @@ def block_keys(
     lora_name: str | None = None,
     cache_salt: str | None = None,
     media: Media = (),
+    known: Sequence[int] = (),
 ) -> list[int]:
     """The keys of a prompt's full KV blocks: 64-bit hashes, each over its block's tokens and extras and all before it.
 
-    The names are those of the request as vLLM has it; wrong ones give keys that no event matches. 85 µs for 2,048
-    tokens in blocks of 16.
+    The names are those of the request as vLLM has it; wrong ones give keys that no event matches. `known` are the keys
+    that were given for these tokens' beginning under the same names: only those behind them are computed. 85 µs for
+    2,048 tokens in blocks of 16.
     """
-    data = _packed(token_ids)
+    last = len(token_ids) // block_tokens
+    first = min(len(known), last)
+    keys = list(known[:first])
+    key = keys[-1] if keys else root_key(lora_name)
+    data = _packed(token_ids[first * block_tokens : last * block_tokens])
     size = 4 * block_tokens
-    key = root_key(lora_name)
     digest = xxhash.xxh3_64_intdigest
-    keys = list[int]()
-    if not cache_salt and not media:
-        for start in range(0, len(data) - size + 1, size):
-            key = digest(data[start : start + size], key)
-            keys.append(key)
-        return keys
-    for i in range(len(token_ids) // block_tokens):
-        extras = list[Any](_media_in(media, i * block_tokens, (i + 1) * block_tokens))
-        if i == 0 and cache_salt:
-            extras.append(cache_salt)
-        key = digest(data[i * size : (i + 1) * size] + _extra_bytes(extras), key)
+    extras = _extras(media, cache_salt, block_tokens, first, last)
+    for i, start in enumerate(range(0, len(data), size), first):
+        block = data[start : start + size]
+        key = digest(block + extras[i] if i in extras else block, key)
         keys.append(key)
     return keys
 
@@ -74,17 +75,41 @@ def _packed(token_ids: Sequence[int]) -> bytes:
     return packed.tobytes()
 
 
-def _media_in(media: Media, start: int, end: int) -> Iterator[tuple[str, int]]:
-    """Those with a token between `start` and `end`, with their place relative to `start`, as vLLM keys its blocks."""
-    for identifier, offset, length in media:
-        if offset < end and start < offset + length:
-            yield identifier, offset - start
+def _extras(media: Media, cache_salt: str | None, size: int, first: int, last: int) -> dict[int, bytes]:
+    """What distinguishes the KV blocks from `first` to `last` beside their tokens; only of those that have any."""
+    found = {block: list[_Extra](places) for block, places in _media_blocks(media, size, first, last)} if media else {}
+    if cache_salt and first == 0 < last:
+        found.setdefault(0, []).append(cache_salt)
+    return {block: _extra_bytes(extras) for block, extras in found.items()}
 
 
-def _extra_bytes(extras: Sequence[Any]) -> bytes:
+def _media_blocks(media: Media, size: int, first: int, last: int) -> Iterator[tuple[int, list[tuple[str, int]]]]:
+    """The blocks with media in them, each medium with its place relative to the block.
+
+    Where media lie over each other, a block has those that vLLM sees as it goes through them once: none behind one that
+    reaches past the block's end.
+    """
+    _, offset, length = media[-1]
+    last = min(last, -(-(offset + length) // size))
+    block, at = first, 0
+    while block < last and at < len(media):
+        start, places = block * size, list[tuple[str, int]]()
+        while at < len(media):
+            identifier, offset, length = media[at]
+            if offset >= start + size:
+                break
+            if offset + length > start:
+                places.append((identifier, offset - start))
+            if offset + length > start + size:
+                break
+            at += 1
+        if places:
+            yield block, places
+        block = max(block + 1, offset // size)
+
+
+def _extra_bytes(extras: Sequence[_Extra]) -> bytes:
     """What distinguishes a block beside its tokens; each part marked by its kind, its length before it."""
-    if not extras:
-        return b""
     parts = list[bytes]()
     for extra in extras:
         if isinstance(extra, str):
@@ -92,7 +117,7 @@ def _extra_bytes(extras: Sequence[Any]) -> bytes:
         elif isinstance(extra, bytes):
             kind, data = b"e", extra
         else:
-            kind, data = b"m", repr(tuple(extra)).encode()
+            kind, data = b"m", repr(extra).encode("utf-8", "surrogatepass")
         parts.append(kind + len(data).to_bytes(4, "little") + data)
     return b"".join(parts)
 
@@ -189,8 +214,10 @@ class KvIdentity:
         self._reports_reuse = reports_reuse
         self._keys: dict[int | bytes, int] = {}
         self._copies: dict[int | bytes, int] = {}  # Only of hashes with more than one.
-        self._hashes: dict[int, int] = {}  # Per key how many hashes; only where there is more than one.
+        self._hashes: dict[int, int] = {}  # Per key how many hashes.
         self._orphans: dict[int | bytes, int] = {}  # Hash -> copies.
+        self._loras: dict[int | bytes, str] = {}  # Hash -> adapter's name; only of hashes with a key.
+        self._forgotten = set[int | bytes]()  # Hashes of adapters that were replaced.
         self._group: int | None = None
         self.defect = ""
         """What cannot be put right: the engine's cache is of another kind than is understood here."""
@@ -226,7 +253,9 @@ class KvIdentity:
         size = len(data) // len(hashes) if hashes else 0
         for i, block in enumerate(hashes):
             key = xxhash.xxh3_64_intdigest(data[i * size : (i + 1) * size] + _event_extras(event, i), key)
-            self._enter(block, key, parent is None)
+            key = self._enter(block, key, parent is None)
+            if event.lora_name and block not in self._forgotten:
+                self._loras[block] = event.lora_name
 
     def removed(self, event: _Removed) -> None:
         """Takes over removals, each of one copy."""
@@ -248,24 +277,43 @@ class KvIdentity:
         self._copies.clear()
         self._hashes.clear()
         self._orphans.clear()
+        self._loras.clear()
+        self._forgotten.clear()
         self._ledger.cleared()
 
-    def _enter(self, block: int | bytes, key: int, from_start: bool) -> None:
+    def forget_lora(self, name: str) -> int:
+        """The adapter of this name is another one from now on: no prompt finds what was stored under it before.
+
+        vLLM tells the adapters apart but says only the name in its events. Its blocks of the old one stay known, under
+        keys of no prompt, until it removes them. To be called before the first request with the new adapter; a request
+        of the old one that shares no block with earlier ones and is stored later is taken for the new one's. Gives how
+        many hashes were known.
+        """
+        old = [block for block, lora in self._loras.items() if lora == name]
+        for block in old:
+            del self._loras[block]
+            key = self._keys[block]
+            self._release(key)
+            self._keys[block] = key = xxhash.xxh3_64_intdigest(b"forgotten", key)
+            self._hold(key)
+        self._forgotten.update(old)
+        return len(old)
+
+    def _enter(self, block: int | bytes, key: int, from_start: bool) -> int:
+        """Takes over one block; gives its key, which is another where its adapter was replaced."""
         self._orphans.pop(block, None)
         known = self._keys.get(block)
         if known is None:
             self._keys[block] = key
-            if key in self._hashes:
-                self._hashes[key] += 1
-            else:
-                self._hashes[key] = 1
-                self._ledger.stored(key)
-        elif known != key:
+            self._hold(key)
+            return key
+        if known != key and block not in self._forgotten:
             self.fault = "a KV block's hash came back with other tokens"
         else:
             self.counts.repeats += from_start
             if not (from_start and self._reports_reuse):
                 self._copies[block] = self._copies.get(block, 1) + 1
+        return known
 
     def _leave(self, block: int | bytes) -> None:
         copies = self._copies.get(block, 1)
@@ -279,6 +327,17 @@ class KvIdentity:
         if key is None:
             self._orphan_left(block)
             return
+        self._loras.pop(block, None)
+        self._forgotten.discard(block)
+        self._release(key)
+
+    def _hold(self, key: int) -> None:
+        hashes = self._hashes.get(key, 0)
+        self._hashes[key] = hashes + 1
+        if not hashes:
+            self._ledger.stored(key)
+
+    def _release(self, key: int) -> None:
         left = self._hashes[key] - 1
         if left:
             self._hashes[key] = left
@@ -337,7 +396,15 @@ def _event_extras(event: _Stored, i: int) -> bytes:
     if not keys:
         return b""
     # vLLM puts the adapter's name first; it is in the root key already.
-    return _extra_bytes(keys[1:] if event.lora_name and keys[0] == event.lora_name else keys)
+    return _extra_bytes([_extra(key) for key in (keys[1:] if event.lora_name and keys[0] == event.lora_name else keys)])
+
+
+def _extra(key: Any) -> _Extra:
+    if isinstance(key, str | bytes):
+        return key
+    if isinstance(key, list) and list(map(type, key)) == [str, int]:
+        return key[0], key[1]
+    raise msgspec.ValidationError(f"an extra key of the unknown form {key!r:.40}")
 
 
 class KvEvents:
@@ -400,14 +467,13 @@ class KvEvents:
 
     def _give_up(self) -> None:
         """Goes on behind the gap, holding nothing: whatever was removed in it would stay for ever."""
-        first = min(self._waiting)
-        self.counts.lost += first - self._next
-        self.lost(f"event batches {self._next} to {first - 1} were lost")
-        self._next = first
-        self._apply(self._waiting.pop(first))
-        self._catch_up()
-        if self._waiting:
-            self._give_up()
+        while self._waiting:
+            first = min(self._waiting)
+            self.counts.lost += first - self._next
+            self.lost(f"event batches {self._next} to {first - 1} were lost")
+            self._next = first
+            self._apply(self._waiting.pop(first))
+            self._catch_up()
 
     def _apply(self, payload: bytes) -> None:
         self.counts.batches += 1
@@ -418,7 +484,7 @@ class KvEvents:
                 return
             for event in batch.events:
                 self._event(bytes(event))
-        except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError, RecursionError) as error:
             self.lost(f"not an event batch: {error}")
 
     def _event(self, event: bytes) -> None:

@@ -5,7 +5,6 @@ Pure functions. The rule: the router's chain counts only where the replica makes
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -16,7 +15,9 @@ from router.prefix.canonical import Piece, PieceKind, canonical
 from router.prefix.hashing import extend
 from router.types import Chain, Rpc
 
-_log = logging.getLogger(__name__)
+
+class ForeignChain(ValueError):
+    """The chain of a submit is none of its body's; says why."""
 
 
 class HashedPrompt(msgspec.Struct, frozen=True):
@@ -35,6 +36,11 @@ class HashedPrompt(msgspec.Struct, frozen=True):
         return bool(self.pieces) and self.pieces[0].kind is PieceKind.TOKENS
 
     @property
+    def has_media(self) -> bool:
+        """It holds images or the like, whose tokens have nothing to do with its bytes."""
+        return any(piece.kind is PieceKind.MEDIA for piece in self.pieces)
+
+    @property
     def rest(self) -> bytes:
         """What is behind the last full prefix block."""
         return self.data[len(self.chain.blocks) * self.chain.block_bytes :]
@@ -48,14 +54,15 @@ class HashedPrompt(msgspec.Struct, frozen=True):
 
 
 def prompt_of(call: Submit) -> HashedPrompt | None:
-    """The prompt of a submit; None where it came without a chain, or with one that its body does not give."""
+    """The prompt of a submit; None where it came without a chain. Raises `ForeignChain`."""
     try:
         chain = unpack_chain(call.chain)
     except FrameError as error:
-        _log.warning("request %s: %s", call.request_id, error)
-        return None
+        raise ForeignChain(str(error)) from error
     if chain is None:
         return None
+    if call.matched < 0:
+        raise ForeignChain(f"{call.matched} blocks of its prompt believed to be held")
     form = canonical(Rpc(call.rpc), call.path, call.body, model="", with_pieces=True)
     if form is not None and form.prompt_bytes == chain.prompt_bytes:
         blocks, _ = extend(chain.seed, b"", form.data, chain.block_bytes)
@@ -63,8 +70,7 @@ def prompt_of(call: Submit) -> HashedPrompt | None:
         if tuple(blocks[:known]) == chain.blocks:
             whole = known == len(blocks) and chain.prompt_bytes == len(form.data)
             return HashedPrompt(chain, form.data, form.pieces, form.answer_prefix if whole else None)
-    _log.warning("request %s: the router made another chain of its prompt", call.request_id)
-    return None
+    raise ForeignChain("the router made another chain of its prompt")
 
 
 def open_blocks(

@@ -2,8 +2,8 @@
 
 Job: take streams that routers submit over their lanes, hand them to the engine, and send each router one step frame per
 turn of the event loop with all its streams' new output and what changed in the KV cache. Rule: a stream that was
-accepted ends on its lane exactly once, unless the router aborted it or the lane is gone. `LaneSession` owns the state of
-one lane, `Replica` the set of them.
+accepted ends on its lane exactly once, unless the router aborted it or the lane is gone. `LaneSession` owns the state
+of one lane, `Replica` the set of them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from engine.cache_report import Cursor
 from router.errors import ClientTooSlow, KvlaneError, ReplicaDraining, ReplicaFailed
 from router.lane import frames
 from router.lane.carriers import tune
-from router.lane.frames import Draining, End, FrameError, Head, Output, Step
-from router.types import Headers, Load
+from router.lane.frames import CacheReport, Draining, End, FrameError, Head, Output, Step
+from router.types import CacheMode, Headers, Load
 
 log = logging.getLogger(__name__)
 
@@ -274,8 +274,7 @@ class LaneSession(asyncio.Protocol):
         self._flush_due = False
         if not self._ready or (self._paused and not even_paused):
             return
-        load, cursor = self._replica.load(), self._cursor
-        report = cursor.take() if cursor is not None else None
+        load, report = self._replica.load(), self._report()
         if not self._pending and report is None and self._told == (self._acked, load):
             return
         self._told = (self._acked, load)
@@ -285,11 +284,25 @@ class LaneSession(asyncio.Protocol):
             self._write(Step(self._seq, self._acked, load, outputs, report))
             if self._paused and not even_paused:
                 break
-            report = cursor.take() if cursor is not None and cursor.pending else None
+            report = self._report() if self._cursor is not None and self._cursor.pending else None
             if not self._pending and report is None:
                 break
         if self._held_back:
             self._count_backlogs()
+
+    def _report(self) -> CacheReport | None:
+        """What the cache has to tell; where that fails, a last word in its place, and the output goes on."""
+        cursor = self._cursor
+        if cursor is None:
+            return None
+        try:
+            return cursor.take()
+        except Exception:
+            log.exception("replica %s: no more cache reports to %s", self._replica.name, self._router)
+            self._cursor = None
+            cursor.close()
+            cause = "the replica failed to report"
+            return CacheReport(cursor.seq + 1, snapshot=True, mode=CacheMode.APPROXIMATE, cause=cause)
 
     def _count_backlogs(self) -> None:
         """Each stream's backlog is what still waits of it."""

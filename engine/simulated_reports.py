@@ -15,7 +15,8 @@ import numpy as np
 from engine.alignment import Aligner, Places, TokenBytes
 from engine.cache_ledger import CacheLedger
 from engine.cache_report import CacheFeed
-from engine.prompts import HashedPrompt, expected_tokens, is_off, open_blocks, prompt_of
+from engine.following import Following
+from engine.prompts import ForeignChain, HashedPrompt, expected_tokens, is_off, open_blocks, prompt_of
 from engine.simulated_ask import Ask
 from engine.simulated_cache import Stored
 from engine.simulated_core import Job, SimulatedOptions, StepResult
@@ -55,20 +56,35 @@ class SimulatedReports:
             self._ledger, CacheMode.EXACT if on else CacheMode.OFF, "prefix caching is off in the simulated engine"
         )
         self._aligner = Aligner(_FourBytes())
+        self._following = Following()
         self._asked: dict[int | str, _Asked] = {}
 
     def asked(self, call: Submit, ask: Ask, job: Job) -> None:
-        """The engine took a request: ties its prompt."""
-        prompt = prompt_of(call) if self.feed.mode is CacheMode.EXACT else None
+        """The engine took a request: ties its prompt. Never raises: the request is served in any case."""
+        if self.feed.mode is CacheMode.OFF:
+            return
+        try:
+            self._tie_prompt(call, ask, job)
+        except ForeignChain as error:
+            self._following.failed(call.request_id, str(error))
+        except Exception as error:
+            self._following.failed(call.request_id, repr(error), error)
+        cause = self._following.cause
+        self.feed.set_mode(CacheMode.APPROXIMATE if cause else CacheMode.EXACT, cause)
+
+    def _tie_prompt(self, call: Submit, ask: Ask, job: Job) -> None:
+        prompt = prompt_of(call)
         if prompt is None:
             return
         chain, size = prompt.chain, self._ledger.block_tokens
         tokens = array("I", pad(ask.text))
-        self.feed.seen(chain.prompt_bytes, len(tokens))
+        if not prompt.has_media:
+            self.feed.seen(chain.prompt_bytes, len(tokens))
         ends = self._aligner.ends(prompt.data, prompt.pieces, tokens, chain.block_bytes, len(chain.blocks)).ends
         self._ledger.prompt(chain, job.prompt.hashes, ends)
         expected = expected_tokens(call.matched, ends, len(tokens), size)
         self._asked[job.id] = _Asked(prompt, ends, expected, not len(ask.text) % TOKEN_BYTES)
+        self._following.followed()
 
     def aborted(self, id: int) -> None:
         """A request left before its answer was whole."""

@@ -88,7 +88,7 @@ class VllmEngine:
             return Load()
         unfinished = self._engine.get_num_unfinished_requests()
         running = min(self._steps.running, unfinished)
-        tokens, pairs = work.queued()
+        tokens, pairs = self._cache.queued()
         return Load(
             running=running,
             waiting=max(len(self._active), unfinished) - running,

@@ -63,6 +63,12 @@ def serve_words(served_model_name: str, args: dict[str, Any], *, cpu: bool) -> l
     wanted = {name.replace("-", "_"): value for name, value in args.items()}
     for name in wanted:
         _check_name(name, tuple(actions))
+    if wanted.get("disable_log_stats"):
+        raise ConfigError(
+            "vLLM's argument 'disable_log_stats' would leave routers without any replica's load and cache: they follow"
+            " from the statistics of each step",
+            param="disable_log_stats",
+        )
     if cpu:
         wanted = _cpu_defaults(wanted) | wanted
     words = ["--served-model-name", served_model_name] if served_model_name else []

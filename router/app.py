@@ -72,7 +72,13 @@ class App:
             config.limits,
             self._metrics,
             time.perf_counter,
-            Explainer(getattr(policy, "explain", None)),
+            Explainer(
+                getattr(policy, "explain", None),
+                self._metrics.policies,
+                time.perf_counter,
+                config.policy.stall_ms * 1e-3,
+                for_clients=config.policy.explain,
+            ),
             self._routes.record if self._routes is not None else None,
         )
         self._membership = _membership(config, joined)

@@ -121,7 +121,7 @@ class Dispatcher:
                 raise lost from None  # what happened to the request says more than that nobody else is there
             if lost is None:
                 chain = self._chain(request)
-            snapshot = self._looked_up(pool, chain)
+            snapshot = self._looked_up(pool, chain, request)
             decision = self._choose(request, snapshot, fallbacks)
             charge = self._prefixes.charge(snapshot.prefix, decision.replica)
             with self._replicas.lease(decision.replica) as lane, self._prefixes.hold(decision.replica, chain):
@@ -161,10 +161,10 @@ class Dispatcher:
         self._observer.hashed(self._clock() - began)
         return chain
 
-    def _looked_up(self, pool: Snapshot, chain: Chain | None) -> Snapshot:
-        """The pool, and who of it holds how much of the prompt now."""
+    def _looked_up(self, pool: Snapshot, chain: Chain | None, request: Request) -> Snapshot:
+        """The pool, and who of it holds how much of the prompt now; without a chain only how long it may be."""
         if chain is None:
-            return pool
+            return Snapshot(pool.model, pool.replicas, self._prefixes.unhashed(request), pool.now)
         began = self._clock()
         prefix = self._prefixes.view(pool.model, chain)
         self._observer.looked_up(self._clock() - began)
@@ -183,10 +183,13 @@ class Dispatcher:
         self, request: Request, snapshot: Snapshot, decision: Decision, charge: Charge, *, retry: bool
     ) -> Receipt:
         receipt = make_receipt(request, snapshot, decision, charge, self._policy_name, retry=retry)
-        if self._record is not None or EXPLAIN_HEADER in request.headers:
+        asked = self._explainer.for_clients and EXPLAIN_HEADER in request.headers
+        if self._record is not None or asked:
             candidates = self._explainer.candidates(request, snapshot, decision.replica)
-            receipt = msgspec.structs.replace(receipt, candidates=candidates)
+            told = msgspec.structs.replace(receipt, candidates=candidates)
             if self._record is not None:
-                self._record(request, receipt)
+                self._record(request, told)
+            if asked:
+                receipt = told
         self._observer.routed(request, receipt)
         return receipt

@@ -95,6 +95,7 @@ class PolicyOptions(Options, frozen=True):
     name: Name = "cost"  # Least expected cost; learns what it needs, needs no tuning.
     options: dict[str, Any] = {}
     stall_ms: Annotated[float, msgspec.Meta(gt=0)] = 5.0  # All streams wait meanwhile; later answers are not taken.
+    explain: bool = True  # Clients may ask for every candidate (`x-kvlane-explain`); false ignores that.
     shadow: str = ""  # Another policy that decides too, without effect; metrics compare the two.
     shadow_options: dict[str, Any] = {}
 

@@ -140,7 +140,15 @@ class Pool:
         self._replicas: set[str] = set()
         policy = registry.create(options.policy, options.options, rng, _PLACE)
         fallback = registry.create("least-queue", {}, rng)
-        self._guard = Guard(policy, options.policy, fallback, observer, timer, options.stall_ms * 1e-3)
+        self._guard = Guard(
+            policy,
+            options.policy,
+            fallback,
+            observer,
+            timer,
+            options.stall_ms * 1e-3,
+            instead="Ray Serve's power-of-two decides instead",
+        )
 
     def listed(self, replicas: Iterable[str]) -> None:
         """Takes all replicas that there are now."""

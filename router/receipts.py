@@ -7,7 +7,9 @@ receipt, only how much of it was held where.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
+from typing import Final, Protocol
 
 from router.types import Candidate, Charge, Decision, PrefixView, Reason, Receipt, ReplicaView, Request, Snapshot
 
@@ -40,11 +42,36 @@ def make_receipt(
     )
 
 
-class Explainer:
-    """Makes the candidates of a receipt; a policy whose `explain` fails is not asked again."""
+REST_S: Final = 60.0
+"""How long an `explain` that failed or took too long is not asked."""
 
-    def __init__(self, explain: Explain | None) -> None:
+
+class ExplainObserver(Protocol):
+    """Who counts (`router.observe.policies.PolicyMetrics`)."""
+
+    def explain_failed(self, kind: str) -> None:
+        """A policy's explain failed, or was not asked; `kind` is raised, stalled or resting."""
+
+
+class Explainer:
+    """Makes the candidates of a receipt; a policy whose `explain` fails or stalls rests for a while."""
+
+    def __init__(
+        self,
+        explain: Explain | None,
+        observer: ExplainObserver,
+        clock: Callable[[], float],
+        stall_s: float,
+        *,
+        for_clients: bool = True,
+    ) -> None:
+        """`clock` and `stall_s` are in seconds, as the guard's. Without `for_clients`, no client is told."""
+        self.for_clients = for_clients
         self._explain = explain
+        self._observer = observer
+        self._clock = clock
+        self._stall_s = stall_s
+        self._rests_until = float("-inf")
 
     def candidates(self, request: Request, snapshot: Snapshot, chosen: str) -> tuple[Candidate, ...]:
         """What was known of each replica: the chosen one first, then by score, then by what they hold."""
@@ -56,12 +83,28 @@ class Explainer:
     def _scores(self, request: Request, snapshot: Snapshot) -> dict[str, float]:
         if self._explain is None:
             return {}
-        try:
-            return {replica: float(score) for replica, score in self._explain(request, snapshot).items()}
-        except Exception:  # a plugin's defect must not cost a request
-            log.exception("the policy's explain failed; it is not asked again")
-            self._explain = None
+        began = self._clock()
+        if began < self._rests_until:
+            self._observer.explain_failed("resting")
             return {}
+        try:
+            scores = {replica: float(score) for replica, score in self._explain(request, snapshot).items()}
+            if not all(map(math.isfinite, scores.values())):
+                raise ValueError("a score that is no finite number")
+        except Exception:  # a plugin's defect must not cost a request
+            self._rest("raised")
+            log.exception("the policy's explain failed; it rests %g s", REST_S)
+            return {}
+        took = self._clock() - began
+        if took > self._stall_s:
+            self._rest("stalled")
+            log.error("the policy's explain took %.1f ms; it rests %g s", took * 1e3, REST_S)
+        return scores
+
+    def _rest(self, kind: str) -> None:
+        """All streams wait while it runs, and any client may ask for it."""
+        self._observer.explain_failed(kind)
+        self._rests_until = self._clock() + REST_S
 
 
 def _candidate(view: ReplicaView, snapshot: Snapshot, score: float | None) -> Candidate:

@@ -36,6 +36,8 @@ SWEEP_INTERVAL_S: Final = 0.1
 """How often what the caches' observer put off is done."""
 SLICE_PAUSE_S: Final = 0.003
 """Between two slices of it; one takes up to a millisecond, so most of the time stays for the traffic."""
+COMPLAIN_INTERVAL_S: Final = 60.0
+"""Slices that fail are logged as seldom."""
 
 
 class CacheNote(Protocol):
@@ -76,11 +78,17 @@ class CacheObserver(Protocol):
     def sweep(self) -> bool:
         """Does a slice of what was put off; whether there is more."""
 
+    on_mode: Callable[[str, CacheMode], None]
+    """Called whenever a replica's mode changes."""
+
 
 class Unobserved:
     """Nobody keeps what replicas hold."""
 
     replicas: Mapping[str, CacheNote] = {}
+
+    def __init__(self) -> None:
+        self.on_mode: Callable[[str, CacheMode], None] = lambda replica, mode: None
 
     def opened(self, replica: str, info: EngineInfo) -> None: ...
     def lost(self, replica: str) -> None: ...
@@ -269,6 +277,7 @@ class Replicas:
         self.reports = 0
         """Cache reports that counted."""
         self._caches = caches or Unobserved()
+        self._caches.on_mode = self._cache_mode
         self._observed: dict[str, Lane] = {}
         """The lane whose reports count; a replica that came back at a new address has two for a while."""
         self._caching: frozenset[str] = frozenset()
@@ -278,6 +287,7 @@ class Replicas:
         """Models that nobody serves, since when in loop time."""
         self._routes: dict[str, tuple[re.Pattern[str], set[str]]] = {}
         self._news = asyncio.Event()
+        self._complain_at = 0.0
         self._retired_steps = self._retired_tokens = 0
 
     # -- for membership
@@ -318,8 +328,9 @@ class Replicas:
     def opened(self, lane: Lane) -> None:
         """A lane opened; what it says of the replica's KV cache counts from now on."""
         assert lane.welcome is not None
-        self._observed[lane.replica] = lane
+        self._observed.pop(lane.replica, None)
         self._caches.opened(lane.replica, lane.welcome.info)
+        self._observed[lane.replica] = lane
         lane.account.caches(self._caches.mode(lane.replica))
 
     def cache_reported(self, lane: Lane, report: CacheReport) -> None:
@@ -329,13 +340,16 @@ class Replicas:
         self.reports += 1
         if not self._caches.reported(lane.replica, report):
             lane.resync()
-        mode = self._caches.mode(lane.replica)
-        if mode is not lane.account.cache:
+
+    def _cache_mode(self, replica: str, mode: CacheMode) -> None:
+        """What is known of a replica's cache is of another kind now."""
+        lane = self._observed.get(replica)
+        if lane is not None and mode is not lane.account.cache:
             lane.account.caches(mode)
             self._caching = _caching(self._pools)
-            note = self._caches.status().replicas.get(lane.replica)
+            note = self._caches.status().replicas.get(replica)
             level = logging.INFO if mode is CacheMode.EXACT else logging.WARNING
-            log.log(level, "replica %s: KV cache %s: %s", lane.replica, mode, note.cause if note is not None else "")
+            log.log(level, "replica %s: KV cache %s: %s", replica, mode, note.cause if note is not None else "")
 
     def retired(self, lane: Lane) -> None:
         """A lane is gone; its counts stay in the totals."""
@@ -373,7 +387,18 @@ class Replicas:
     async def sweep(self) -> None:
         """Does what the caches' observer put off, in slices between which others run, until cancelled."""
         while True:
-            await asyncio.sleep(SLICE_PAUSE_S if self._caches.sweep() else SWEEP_INTERVAL_S)
+            await asyncio.sleep(SLICE_PAUSE_S if self._slice() else SWEEP_INTERVAL_S)
+
+    def _slice(self) -> bool:
+        """One slice of it; whether there is more. A slice that fails must not end all others."""
+        try:
+            return self._caches.sweep()
+        except Exception:
+            now = asyncio.get_running_loop().time()
+            if now >= self._complain_at:
+                self._complain_at = now + COMPLAIN_INTERVAL_S
+                log.exception("what is known of KV caches could not be kept up")
+            return False
 
     async def close(self) -> None:
         """Closes all lanes; streams in flight fail."""

@@ -320,7 +320,7 @@ class Receipt(msgspec.Struct, frozen=True):
     expected_s: float = 0.0
     """When the first output is expected, from the submit; 0 where nobody knows."""
     score: float = 0.0
-    """The policy's own measure of the choice, lower is better: expected seconds under the policy `cost`."""
+    """The policy's own measure of the choice, lower is better; 0 where it names none, and on retries to a fallback."""
     candidates: tuple[Candidate, ...] = ()
     """All replicas that were there, best first; only where somebody asked for them."""
 

@@ -2,9 +2,10 @@
 
 None of this is those projects' code, and a real deployment of theirs differs in what a policy cannot show: how stale
 their metrics are, what their proxies cost, what they do when a replica refuses. Each class names its source, the
-parameters it uses (the source's defaults) and where it deviates. Two rules hold for all, both in the baselines' favour:
+parameters it uses (the source's defaults) and where it deviates. Three rules hold for all, in their favour:
 
 - ties fall at random, where some of the sources take the first replica of a list;
+- none of them uses kvlane's cost model, so the simulator's `--model-error` and `--replica-error` do not touch them;
 - routers that learn the engine's cache from its events see what kvlane's index sees, prompts that are being computed
   included, as fresh as kvlane sees it; and as they tokenize prompts, they know the exact lengths that kvlane estimates.
 
@@ -22,6 +23,7 @@ import struct
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from itertools import repeat
 from random import Random
 from typing import Annotated, ClassVar, Final, TypeAlias
@@ -31,6 +33,7 @@ import xxhash
 
 from loadtests.simulate.bounds import Greedy, Ideal, cheapest
 from loadtests.simulate.context import Context
+from loadtests.simulate.perf import KV_BLOCK_TOKENS
 from router.policies.base import NoOptions, Policy
 from router.types import Decision, Held, Reason, ReplicaView, Request, Snapshot
 
@@ -50,6 +53,14 @@ Tokens: TypeAlias = Callable[[Request, Snapshot], int]
 def estimated(request: Request, snapshot: Snapshot) -> int:
     """The length that kvlane's router estimates."""
     return snapshot.prefix.tokens
+
+
+InFlight: TypeAlias = Callable[[str, Sequence[int]], int]
+"""How many of a prompt's blocks, from its first on, the router's own requests in flight on a replica have."""
+
+
+def nothing(replica: str, blocks: Sequence[int]) -> int:
+    return 0
 
 
 class Remembered:
@@ -329,9 +340,9 @@ class Dynamo:
     """Re-implementation of NVIDIA Dynamo's KV router (`lib/kv-router/src/scheduling/selector.rs`, and its docs).
 
     Least cost = `overlap_weight` x blocks to be computed there, this prompt's uncached ones included + blocks in use
-    there, this prompt's included; temperature 0. Parameters: weight 1, blocks of 16 tokens (the size cancels out).
-    Deviation: Dynamo counts a sequence's blocks as in use from routing on; here those in use are the engine's, and the
-    uncached tokens that still wait for it are added.
+    there, and those of this prompt that no request in flight there has; temperature 0. Parameters: weight 1, blocks of
+    16 tokens (the size cancels out). Deviation: Dynamo counts a sequence's blocks as in use from routing on; here those
+    in use are the engine's, and the uncached tokens that still wait for it are added.
     """
 
     class Options(Options, frozen=True):
@@ -340,19 +351,24 @@ class Dynamo:
 
     affinity: ClassVar[bool] = True
 
-    def __init__(self, options: Options, random: random.Random, tokens: Tokens = estimated) -> None:
+    def __init__(
+        self, options: Options, random: random.Random, tokens: Tokens = estimated, in_flight: InFlight = nothing
+    ) -> None:
         self._options = options
         self._random = random
         self._tokens = tokens
+        self._in_flight = in_flight
 
     def choose(self, request: Request, snapshot: Snapshot) -> Decision:
         options = self._options
         held = snapshot.prefix.held
         tokens = self._tokens(request, snapshot)
+        blocks = _blocks(snapshot)[0]
 
         def cost(view: ReplicaView) -> float:
             queued = view.load.queued_prefill_tokens + view.unacked_tokens
-            in_use = view.load.kv_usage * view.kv_tokens + queued + tokens
+            new = tokens - self._in_flight(view.replica, blocks) * KV_BLOCK_TOKENS
+            in_use = view.load.kv_usage * view.kv_tokens + queued + new
             prefill = queued + _uncached(tokens, held.get(view.replica))
             return (options.overlap_weight * prefill + in_use) / options.block_tokens
 
@@ -403,13 +419,17 @@ def _tokenizing(policy: Callable[..., Policy], options: type[msgspec.Struct]) ->
     return make
 
 
+def _dynamo(context: Context) -> Policy:
+    return _tokenizing(partial(Dynamo, in_flight=context.in_flight), Dynamo.Options)(context)
+
+
 BASELINES: Final[dict[str, Callable[[Context], Policy]]] = {
     "cache-aware": _made(CacheAware, CacheAware.Options),
     "ray-prefix": _made(RayPrefix, RayPrefix.Options),
     "chwbl": _made(Chwbl, Chwbl.Options),
     "aibrix": _made(Aibrix, Aibrix.Options),
     "llm-d": _made(LlmD, LlmD.Options),
-    "dynamo": _tokenizing(Dynamo, Dynamo.Options),
+    "dynamo": _dynamo,
     "lmetric": _tokenizing(LMetric, NoOptions),
     "greedy": Greedy,
     "ideal": Ideal,

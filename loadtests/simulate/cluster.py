@@ -44,7 +44,8 @@ class Setup(msgspec.Struct, frozen=True):
     replicas: int
     routers: int = 1
     staleness_s: float = 0.0
-    """How long a replica's report is on its way."""
+    """How long a replica's report is on its way. What a router does or sees itself, its submits and the ends of its
+    streams, it knows at once."""
     model_error: float = 0.0
     """Each term of a router's cost model is wrong by up to this share, for all replicas alike."""
     replica_error: float = 0.0
@@ -184,6 +185,7 @@ class Cluster:
             router=router,
             routers=setup.routers,
             pooled=setup.pooled,
+            in_flight=self._routers[router].in_flight,
         )
 
     def _at(self, when: float, kind: int, what: Any, detail: Any) -> None:
@@ -199,7 +201,7 @@ class Cluster:
             return
         self.now = max(self.now, when)
         if kind == _REPORT:
-            self._deliver(what, detail)
+            self._deliver(what)
         elif what.joins:
             self._join()
         else:
@@ -229,13 +231,13 @@ class Cluster:
             outcome.error = error.message
             # The refusal travels back with the next report; nothing is left to learn from it.
             router.ended(name, hold)
-            self._report(replica, self.now, [], [])
+            self._report(replica, self.now, [])
             return
         replica.flights[request.index] = flight
         if replica.alone:
             self._begin(replica)
         if len(self._routers) > 1:
-            self._report(replica, self.now, [], [])  # as a replica does, so that the other routers know of it
+            self._report(replica, self.now, [])  # as a replica does, so that the other routers know of it
 
     def settle(self, replica: SimReplica) -> None:
         """Does what is over of a replica's stretch, so that a request can be added or the core be read."""
@@ -289,21 +291,22 @@ class Cluster:
             flight = replica.flights.pop(job.id)  # type: ignore[arg-type]
             flight.outcome.end_s = when
             ended.append(flight)
-        self._report(replica, when, result.cache_events, ended)
+        self._report(replica, when, result.cache_events)
+        for flight in ended:
+            # A router sees the end of its own stream itself, however late reports are.
+            flight.router.ended(replica.name, flight.hold)
 
-    def _report(self, replica: SimReplica, when: float, cache: list[Any], ended: list[_Flight]) -> None:
+    def _report(self, replica: SimReplica, when: float, cache: list[Any]) -> None:
         report = Report(replica.name, replica.core.load(), dict(replica.acked), cache)
         staleness = self._setup.staleness_s
         if staleness:
-            self._at(max(when + staleness, self.now), _REPORT, report, ended)
+            self._at(max(when + staleness, self.now), _REPORT, report, None)
         else:
-            self._deliver(report, ended)
+            self._deliver(report)
 
-    def _deliver(self, report: Report, ended: list[_Flight]) -> None:
+    def _deliver(self, report: Report) -> None:
         for router in self._routers:
             router.reported(report, self.now)
-        for flight in ended:
-            flight.router.ended(report.replica, flight.hold)
 
     def _join(self) -> None:
         name = f"r{self._joined}"

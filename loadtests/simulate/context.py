@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -49,3 +49,5 @@ class Context(msgspec.Struct):
     """The policy's own, from the command line."""
     pooled: bool = False
     """Whether replicas share one pool of KV caches."""
+    in_flight: Callable[[str, Sequence[int]], int] = lambda replica, blocks: 0
+    """How many of a prompt's blocks, from its first on, the router's own requests in flight on a replica have."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -17,6 +18,9 @@ WARM_UP: Final = 0.1
 TTFT_BASE_S: Final = 0.5
 TTFT_PREFILLS: Final = 2.0
 TPOT_LIMIT_S: Final = 0.05
+SHORT_TOKENS: Final = 4_000
+LONG_TOKENS: Final = 20_000
+"""Classes of prompt length: past saturation, short requests may win at the cost of long ones."""
 GOOD_SHARE: Final = 0.9
 """A fleet copes with a rate at which this share of the requests meets both limits."""
 
@@ -54,6 +58,21 @@ class Result(msgspec.Struct, frozen=True):
     routers: int
     model_error: float
     replica_error: float = 0.0
+    token_error: float = 0.05
+    slow_factor: float = 1.0
+    joins: tuple[float, ...] = ()
+    leaves: tuple[float, ...] = ()
+    options: Mapping[str, Any] = {}
+    """Of the policy. These and the errors are what the policy ran under, not what was asked for: no error or delay
+    reaches the bounds."""
+    ttft_short_mean_s: float = 0.0
+    """Mean over prompts of less than `SHORT_TOKENS`; 0 where there are none."""
+    ttft_middle_mean_s: float = 0.0
+    """Over those between."""
+    ttft_long_mean_s: float = 0.0
+    """Over those of `LONG_TOKENS` and more."""
+    unlimited: bool = False
+    """Of a search: no rate is too much for this trace; the goodput is the rate of all requests at once."""
     seconds: float = 0.0
     """Processor time that the run took."""
 
@@ -114,6 +133,12 @@ def imbalance(outcomes: Sequence[Outcome], cluster: Cluster, profile: Profile) -
     return max(work.values()) / mean if mean else 1.0
 
 
+def _mean_ttft_s(outcomes: Sequence[Outcome], least: float, below: float) -> float:
+    """Over prompts of such lengths; 0 where there are none."""
+    times = [outcome.first_s - outcome.at_s for outcome in outcomes if least <= outcome.request.prompt.tokens < below]
+    return fmean(times) if times else 0.0
+
+
 def summary(
     outcomes: Sequence[Outcome], cluster: Cluster, profile: Profile, cold: dict[int, float]
 ) -> dict[str, float]:
@@ -132,6 +157,9 @@ def summary(
         "ttft_p50_s": percentile(ttfts, 0.5),
         "ttft_p90_s": percentile(ttfts, 0.9),
         "ttft_p99_s": percentile(ttfts, 0.99),
+        "ttft_short_mean_s": _mean_ttft_s(whole, 0, SHORT_TOKENS),
+        "ttft_middle_mean_s": _mean_ttft_s(whole, SHORT_TOKENS, LONG_TOKENS),
+        "ttft_long_mean_s": _mean_ttft_s(whole, LONG_TOKENS, math.inf),
         "tpot_p50_s": percentile(tpots, 0.5),
         "tpot_p99_s": percentile(tpots, 0.99),
         "goodput_rps": good / span,

@@ -22,7 +22,18 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from loadtests.simulate.measure import GOOD_SHARE, TPOT_LIMIT_S, TTFT_BASE_S, TTFT_PREFILLS, Result
-from loadtests.simulate.report import BASE, BOUNDS, OURS, Spread, by_conditions, label, policies, significant, spread
+from loadtests.simulate.report import (
+    BASE,
+    BOUNDS,
+    OURS,
+    Spread,
+    by_conditions,
+    label,
+    policies,
+    significant,
+    spread,
+    unlimited,
+)
 
 _SOLID, _DASHED, _DOTTED, _MIXED = "solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (5, 1.5, 1.2, 1.5))
 _BLUE, _GREEN, _PURPLE, _RED, _ORANGE = "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#E69F00"
@@ -284,13 +295,17 @@ def _top(block: Sequence[float], gap: float, room: float) -> float:
 
 
 def _bars(axes: Axes, names: Sequence[str], results: Sequence[Result]) -> None:
-    base = spread(results, BASE, "goodput_rps")
-    most = max(result.goodput_rps for result in results) or 1.0
+    endless = unlimited(results)
+    base = None if BASE in endless else spread(results, BASE, "goodput_rps")
+    most = max([result.goodput_rps for result in results if result.policy not in endless], default=0.0) or 1.0
     axes.set_xlim(0, most * 1.42)
     axes.set_ylim(-0.6, len(names) - 0.4)
     for place, policy in enumerate(names):
         found = spread(results, policy, "goodput_rps")
         if found is None:
+            continue
+        if policy in endless:
+            axes.text(0.02 * most, place, "no limit", va="center", fontsize=7.5, color=_BLACK)
             continue
         is_bound, color = policy in BOUNDS, _of(policy).color
         weight = "bold" if policy == OURS else "normal"

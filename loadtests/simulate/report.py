@@ -10,6 +10,7 @@ Every figure is the median over seeds; where seeds differ, half of their range f
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-from loadtests.simulate.measure import Result
+from loadtests.simulate.measure import LONG_TOKENS, SHORT_TOKENS, Result
 
 OURS: Final = "cost"
 BASE: Final = "least-queue"
@@ -39,6 +40,7 @@ LABELS: Final = {
 }
 """Policies in the order of tables, and what people call them; others follow under their own names."""
 BOUNDS: Final = ("greedy", "ideal")
+USUAL_TOKEN_ERROR: Final = 0.05
 NOTE: Final = (
     "kvlane's own policies (cost, round robin, least queue, power of two) run as they are. All others are "
     "re-implementations of those projects' rules (`loadtests/simulate/baselines.py`), and the bounds know what no "
@@ -68,10 +70,18 @@ class Conditions(msgspec.Struct, frozen=True, order=True):
     routers: int
     model_error: float
     replica_error: float
+    token_error: float
+    slow_factor: float
+    joins: tuple[float, ...]
+    leaves: tuple[float, ...]
+    options: str
+    """As JSON; empty where the policy runs with its defaults."""
 
     @classmethod
     def of(cls, result: Result) -> Conditions:
-        return cls(**{name: getattr(result, name) for name in cls.__struct_fields__})
+        fields = {name: getattr(result, name) for name in cls.__struct_fields__}
+        options = json.dumps(result.options, sort_keys=True) if result.options else ""
+        return cls(**{**fields, "options": options})
 
     def told(self) -> str:
         parts = [f"{self.trace}, {self.replicas} replicas"]
@@ -83,6 +93,16 @@ class Conditions(msgspec.Struct, frozen=True, order=True):
             parts.append(f"{self.routers} routers")
         if self.model_error:
             parts.append(f"±{self.model_error:.0%} model error")
+        if self.replica_error:
+            parts.append(f"±{self.replica_error:.0%} replica error")
+        if self.token_error not in (0.0, USUAL_TOKEN_ERROR):
+            parts.append(f"±{self.token_error:.0%} token error")
+        if self.slow_factor != 1:
+            parts.append(f"one replica {self.slow_factor:g} × slower")
+        parts += [f"a replica joins at {share:.0%}" for share in self.joins]
+        parts += [f"a replica is lost at {share:.0%}" for share in self.leaves]
+        if self.options:
+            parts.append(f"options {self.options}")
         return ", ".join(parts)
 
 
@@ -94,6 +114,8 @@ class Column(msgspec.Struct, frozen=True):
     factor: float = 1.0
     digits: int | None = None
     """After the point; None for three significant ones in all."""
+    absent: bool = False
+    """Whether 0 says that there is no such figure."""
 
 
 def significant(value: float) -> str:
@@ -114,6 +136,9 @@ COLUMNS: Final = (
     Column("ttft_p50_s", "p50 (s)"),
     Column("ttft_p90_s", "p90 (s)"),
     Column("ttft_p99_s", "p99 (s)"),
+    Column("ttft_short_mean_s", f"TTFT mean, prompts < {SHORT_TOKENS:,} (s)", absent=True),
+    Column("ttft_middle_mean_s", "between (s)", absent=True),
+    Column("ttft_long_mean_s", f"≥ {LONG_TOKENS:,} tokens (s)", absent=True),
     Column("tpot_p50_s", "TPOT p50 (ms)", 1000),
     Column("tpot_p99_s", "p99 (ms)", 1000),
     GOODPUT,
@@ -138,10 +163,22 @@ class _File(msgspec.Struct):
 
 
 def by_conditions(results: Iterable[Result]) -> dict[Conditions, list[Result]]:
-    """Results that may be compared, each group in its own list; groups in order."""
+    """Results that may be compared, each group in its own list; groups in order.
+
+    The bounds, which have no use for estimates of prompt lengths, are compared with all that differ only in those.
+    """
     groups: dict[Conditions, list[Result]] = {}
+    bounds: list[Result] = []
     for result in results:
-        groups.setdefault(Conditions.of(result), []).append(result)
+        if result.policy in BOUNDS:
+            bounds.append(result)
+        else:
+            groups.setdefault(Conditions.of(result), []).append(result)
+    for result in bounds:
+        mine = Conditions.of(result)
+        alike = [group for group in groups if msgspec.structs.replace(group, token_error=mine.token_error) == mine]
+        for group in alike or [mine]:
+            groups.setdefault(group, []).append(result)
     return dict(sorted(groups.items()))
 
 
@@ -159,6 +196,11 @@ def spread(results: Iterable[Result], policy: str, field: str, load: float | Non
     """A figure of one policy over the seeds, at one load or at all; None where there is no result."""
     values = [getattr(result, field) for result in results if result.policy == policy and load in (None, result.load)]
     return Spread.of(values) if values else None
+
+
+def unlimited(results: Iterable[Result]) -> set[str]:
+    """The policies for which, at some seed, no rate was too much."""
+    return {result.policy for result in results if result.unlimited}
 
 
 def markdown(curves: Sequence[Result], searches: Sequence[Result], pictures: Sequence[tuple[str, str]] = ()) -> str:
@@ -192,7 +234,11 @@ def goodput_table(results: Sequence[Result]) -> str:
     for policy in policies(results):
         cells = [label(policy)]
         for group in groups.values():
-            found, base = spread(group, policy, "goodput_rps"), spread(group, BASE, "goodput_rps")
+            if policy in unlimited(group):
+                cells.append("no limit")
+                continue
+            found = spread(group, policy, "goodput_rps")
+            base = None if BASE in unlimited(group) else spread(group, BASE, "goodput_rps")
             ratio = f" = {found.middle / base.middle:.2f} ×" if found and base and base.middle else ""
             cells.append(f"{_told(found, GOODPUT)}{ratio}")
         rows.append([_bold(cell) for cell in cells] if policy == OURS else cells)
@@ -201,7 +247,7 @@ def goodput_table(results: Sequence[Result]) -> str:
 
 
 def _told(figure: Spread | None, column: Column) -> str:
-    if figure is None:
+    if figure is None or (column.absent and not figure.high):
         return "–"
     middle = figure.middle * column.factor
     digits = _digits(middle) if column.digits is None else column.digits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ class SimRouter:
         self.policy: Policy
         """Set once the replicas are there."""
         self._random = random_
-        # The cost model is the fleet's, so a router is wrong about all replicas alike; each term of it by its own share.
+        # The cost model is the fleet's: a router is wrong about all replicas alike, in each term by its own share.
         self._model_errors = [random_.uniform(1 - model_error, 1 + model_error) for _ in range(3)]
         self._replica_error = replica_error
         self._token_error = token_error
@@ -85,6 +86,7 @@ class SimRouter:
         self._accounts: dict[str, Account] = {}
         self._streams: dict[str, int] = {}
         self._index = PrefixIndex()
+        self._in_flight: dict[str, Counter[int]] = {}
         self._indexes = index
         options = profile.options
         self._info = EngineInfo(
@@ -102,10 +104,11 @@ class SimRouter:
         account = self._accounts[replica] = Account(replica, self._info, Load(), foresight)
         account.caches(CacheMode.EXACT if self._info.prefix_caching else CacheMode.OFF)
         self._streams[replica] = 0
+        self._in_flight[replica] = Counter()
         self._index.join(replica)
 
     def leave(self, replica: str) -> None:
-        del self._accounts[replica], self._streams[replica]
+        del self._accounts[replica], self._streams[replica], self._in_flight[replica]
         self._index.leave(replica)
         while self._index.sweep():
             pass  # The real router does this in slices between requests.
@@ -130,7 +133,14 @@ class SimRouter:
         stream = self._streams[replica] = self._streams[replica] + 1
         account.submitted(stream, charge)
         account.leased(1)
-        return replica, stream, self._index.hold(replica, chain.blocks if self._indexes else ())
+        blocks = chain.blocks if self._indexes else ()
+        self._in_flight[replica].update(blocks)
+        return replica, stream, (self._index.hold(replica, blocks), blocks)
+
+    def in_flight(self, replica: str, blocks: Sequence[int]) -> int:
+        """How many of a prompt's blocks, from its first on, this router's requests in flight there have."""
+        there = self._in_flight[replica]
+        return next((place for place, block in enumerate(blocks) if not there[block]), len(blocks))
 
     def reported(self, report: Report, now: float) -> None:
         """A step's frame came."""
@@ -147,7 +157,13 @@ class SimRouter:
 
     def ended(self, replica: str, hold: Any) -> None:
         """One of its requests is over, however it ended."""
-        self._index.release(hold)
+        index_hold, blocks = hold
+        self._index.release(index_hold)
+        if there := self._in_flight.get(replica):
+            for block in blocks:
+                there[block] -= 1
+                if not there[block]:
+                    del there[block]
         account = self._accounts.get(replica)
         if account is not None:
             account.leased(-1)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import os
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from math import sqrt
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -35,6 +36,16 @@ FIRST_LOAD: Final = 0.8
 BRACKET: Final = 1.25
 """It goes up or down by this factor until the rate lies between two loads."""
 LEAST_LOAD: Final = 0.01
+AT_ONCE_S: Final = 0.001
+"""And no further up than where all requests come within this time."""
+SOURCES: Final = (
+    "loadtests/simulate/*.py",
+    "engine/simulated_*.py",
+    "router/load/**/*.py",
+    "router/policies/**/*.py",
+    "router/prefix/**/*.py",
+)
+"""The code that decides a saturation rate: a remembered one is good as long as none of it changes."""
 BLIND: Final = frozenset({"least-queue", "power-of-two", "random", "round-robin", "greedy", "ideal"})
 """Policies that do not look at prefixes as routers know them."""
 POOLED: Final = frozenset({"ideal"})
@@ -47,11 +58,18 @@ class Knobs(msgspec.Struct, frozen=True):
     seed: int = 0
     profile: str = "h200-8b"
     staleness_s: float = 0.0
+    """How late replicas' reports come."""
     routers: int = 1
     model_error: float = 0.0
+    """Each term of the fleet's cost model (per token, per attention pair, per step) is wrong by up to this share, drawn
+    once per router and the same for all replicas."""
     replica_error: float = 0.0
+    """Beyond that, each replica is taken to be faster or slower by up to this share, drawn once per router and
+    replica. Policies without a cost model, which most baselines are, are not touched by these two."""
     token_error: float = 0.05
+    """The estimate of a prompt's length is wrong by up to this share, drawn per request."""
     slow_factor: float = 1.0
+    """The first replica's steps take so many times as long."""
     joins: tuple[float, ...] = ()
     """When replicas join, as shares of the run."""
     leaves: tuple[float, ...] = ()
@@ -62,6 +80,15 @@ class Knobs(msgspec.Struct, frozen=True):
 
 TRUTHFUL: Final = frozenset({"greedy", "ideal"})
 """Baselines that know the truth, so that nothing of it is withheld from their accounts either."""
+
+
+def effective(policy: str, knobs: Knobs) -> Knobs:
+    """The conditions that the policy runs under."""
+    if policy not in TRUTHFUL:
+        return knobs
+    return msgspec.structs.replace(
+        knobs, routers=1, staleness_s=0.0, model_error=0.0, replica_error=0.0, token_error=0.0
+    )
 
 
 def run(
@@ -77,7 +104,7 @@ def run(
     """One run at `load` times least-queue's saturation rate. `more` are fields of `Knobs`."""
     knobs = msgspec.structs.replace(knobs or Knobs(), seed=seed, **more)
     if isinstance(trace, str):
-        trace = traces.load(trace)
+        trace = traces.load(trace, knobs.seed)
     rate = load * saturation_rps(trace, replicas, knobs.profile)
     return run_at(trace, replicas, policy, rate, load, knobs)
 
@@ -94,6 +121,7 @@ def _run(
 ) -> Result | None:
     """None where it gave up, being sure that too few requests will meet the limits."""
     began = time.process_time()
+    knobs = effective(policy, knobs)
     profile = PROFILES[knobs.profile]
     cold = cold_prefills(profile, [request.prompt.tokens for request in trace.requests])
     warm_up = int(len(trace.requests) * WARM_UP)
@@ -119,6 +147,11 @@ def _run(
         routers=knobs.routers,
         model_error=knobs.model_error,
         replica_error=knobs.replica_error,
+        token_error=knobs.token_error,
+        slow_factor=knobs.slow_factor,
+        joins=knobs.joins,
+        leaves=knobs.leaves,
+        options=knobs.options,
         seconds=time.process_time() - began,
         **figures,
     )
@@ -135,15 +168,15 @@ def replay(
     """The cluster after a run, and what became of each request; None where it was `hopeless`."""
     arrivals = traces.arrivals(trace, rate_rps, knobs.seed)
     span = arrivals[-1][0]
-    truthful = policy in TRUTHFUL
+    knobs = effective(policy, knobs)
     setup = Setup(
         profile=PROFILES[knobs.profile],
         replicas=replicas,
-        routers=1 if truthful else knobs.routers,
-        staleness_s=0.0 if truthful else knobs.staleness_s,
-        model_error=0.0 if truthful else knobs.model_error,
-        replica_error=0.0 if truthful else knobs.replica_error,
-        token_error=0.0 if truthful else knobs.token_error,
+        routers=knobs.routers,
+        staleness_s=knobs.staleness_s,
+        model_error=knobs.model_error,
+        replica_error=knobs.replica_error,
+        token_error=knobs.token_error,
         slow_factor=knobs.slow_factor,
         changes=tuple(
             [Change(share * span, joins=True) for share in knobs.joins]
@@ -177,29 +210,38 @@ def maker(name: str, options: Mapping[str, Any]) -> Callable[[Context], Policy]:
 
 def check(name: str, options: Mapping[str, Any]) -> None:
     """Raises `ValueError` or `ConfigError` where there is no such policy, or not with these options."""
+    installed = {spec.name for spec in registry.installed()}
+    broken = {spec.name for spec in registry.broken()}
+    if ":" not in name and name not in installed | broken | BASELINES.keys():
+        known = ", ".join(sorted(installed | BASELINES.keys()))
+        raise ValueError(f"no policy {name!r}; there are {known}, and classes as module:Class")
+    if options and name in TRUTHFUL:
+        raise ValueError(f"the policy {name!r} has no options")
     context = Context(random.Random(0), lambda: 0.0, {}, PROFILES["h200-8b"], lambda request: request)
     try:
         maker(name, options)(context)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"no policy {name!r}: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ValueError(f"options of {name!r}: {error}") from error
 
 
 _saturations: dict[str, float] = {}
 
 
 def saturation_rps(trace: Trace, replicas: int, profile: str = "h200-8b") -> float:
-    """Requests per second that least-queue gets done when all of them wait; remembered in memory and in a file."""
+    """Requests per second that least-queue gets done when all of them wait; remembered in memory and in a file.
+
+    Raises `ValueError` where no request fits into a replica.
+    """
     key = _key(trace, replicas, profile)
     if key not in _saturations:
         path = _cache_dir() / f"{key}.json"
-        if path.exists():
-            _saturations[key] = json.loads(path.read_text())["rps"]
-        else:
-            _saturations[key] = _flooded_rps(trace, replicas, profile)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}")  # Several may look for it at once.
-            part.write_text(json.dumps({"rps": _saturations[key]}))
-            part.replace(path)
+        rate = _remembered(path)
+        if rate is None:
+            rate = _flooded_rps(trace, replicas, profile)
+            _remember(path, rate)
+        _saturations[key] = rate
     return _saturations[key]
 
 
@@ -215,45 +257,70 @@ def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvlane" / "saturation"
 
 
+@cache
+def _sources() -> tuple[Path, ...]:
+    root = Path(__file__).resolve().parents[2]
+    found = [path for pattern in SOURCES for path in root.glob(pattern)]
+    return tuple(sorted(found))
+
+
+def _remembered(path: Path) -> float | None:
+    """None where the file is not there, is not whole or cannot be read: then the rate is found anew."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Saturation).rps
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def _remember(path: Path, rps: float) -> None:
+    """Without a place to remember it, the next process just looks for it again."""
+    part = path.with_suffix(f".{os.getpid()}")  # Several may look for it at once.
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(msgspec.json.encode(_Saturation(rps)))
+        part.replace(path)
+
+
+class _Saturation(msgspec.Struct):
+    rps: Annotated[float, msgspec.Meta(gt=0)]
+
+
 def _key(trace: Trace, replicas: int, profile: str) -> str:
-    """Of all that decides a saturation rate: the requests, the fleet and the code that simulates it."""
+    """Of all that decides a saturation rate: the requests, the fleet, the code that simulates it, and the router's."""
     digest = hashlib.sha256()
     for request in trace.requests:
         digest.update(
             repr((request.at_s, request.prompt.tokens, request.answer_tokens, request.prompt.hashes)).encode()
         )
-    root = Path(__file__).resolve().parents[2]
-    for name in (
-        "engine/simulated_core.py",
-        "engine/simulated_cache.py",
-        "loadtests/simulate/perf.py",
-        "loadtests/simulate/cluster.py",
-        "loadtests/simulate/traces.py",
-    ):
-        digest.update((root / name).read_bytes())
+    for path in _sources():
+        digest.update(path.read_bytes())
     return f"{trace.name}-{replicas}-{profile}-{digest.hexdigest()[:16]}"
 
 
 def goodput(trace: Trace | str, replicas: int, policy: str, seed: int = 0, *, knobs: Knobs | None = None) -> Result:
     """The run at the highest rate at which enough requests meet the limits, found by bisection of the load.
 
-    Where there is none down to a hundredth of least-queue's saturation: that run, with a goodput of 0.
+    Where there is none down to a hundredth of least-queue's saturation: that run, with a goodput of 0. Where no rate
+    is too much: the run in which all requests come at once, marked `unlimited`.
     """
     knobs = msgspec.structs.replace(knobs or Knobs(), seed=seed)
     if isinstance(trace, str):
-        trace = traces.load(trace)
+        trace = traces.load(trace, knobs.seed)
     base = saturation_rps(trace, replicas, knobs.profile)
     best: Result | None = None
     low, high = LEAST_LOAD, 0.0  # `high` is the lowest load that is known to be too much; 0: none yet.
     load = FIRST_LOAD
+    greatest = len(trace.requests) / AT_ONCE_S / base
     while not high or high / low > 1 + GOODPUT_STEP:
         result = _run(trace, replicas, policy, load * base, load, knobs, may_give_up=True)
         if result is not None and result.good_share >= GOOD_SHARE:
             low, best = load, result
+            if load >= greatest:
+                return msgspec.structs.replace(best, goodput_rps=best.rate_rps, unlimited=True)
         else:
             high = load
         if not high:
-            load = low * BRACKET
+            load = min(low * BRACKET, greatest)
         elif best is None:
             load = max(high / BRACKET, low)
             if high <= LEAST_LOAD:

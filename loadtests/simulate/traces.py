@@ -9,13 +9,15 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from statistics import median
+from typing import Annotated, Final
 
 import msgspec
 import xxhash
@@ -35,18 +37,18 @@ GENERATED: Final = ("multi-turn", "shared-prefix", "agentic")
 TOKEN_BYTES: Final = 4
 """Canonical prompt bytes per token, on average."""
 BLOCK_BYTES: Final = KV_BLOCK_TOKENS * TOKEN_BYTES
-BUCKET_S: Final = 1.0
-"""Timestamps are taken to be exact to this: within it arrivals are scattered anew for each seed."""
+GRANULARITY_S: Final = 1.0
+"""Timestamps are taken to be exact to this where requests have their own; see `granularity_s`."""
 
 
 class TraceRow(msgspec.Struct):
     """One line of a file in the Mooncake format."""
 
-    timestamp: float
+    timestamp: Annotated[float, msgspec.Meta(ge=0)]
     """Milliseconds."""
-    input_length: int
-    output_length: int
-    hash_ids: list[int] = []
+    input_length: Annotated[int, msgspec.Meta(ge=1)]
+    output_length: Annotated[int, msgspec.Meta(ge=0)]
+    hash_ids: list[Annotated[int, msgspec.Meta(ge=0)]] = []
     session_id: str = ""
 
 
@@ -80,14 +82,36 @@ class Trace(msgspec.Struct, frozen=True):
 
 
 def arrivals(trace: Trace, rate_rps: float, seed: int) -> list[tuple[float, TraceRequest]]:
-    """When each request comes, in seconds and in order: the trace's clock, stretched to the rate."""
-    scatter = random.Random(f"arrivals/{seed}").random
-    stretch = trace.rate_rps / rate_rps
-    start = trace.requests[0].at_s
-    times = [
-        ((request.at_s - start) // BUCKET_S * BUCKET_S + scatter() * BUCKET_S) * stretch for request in trace.requests
-    ]
-    return sorted(zip(times, trace.requests, strict=True), key=lambda pair: pair[0])
+    """When each request comes, in seconds from the first one and in order.
+
+    The trace's clock, scattered within its granularity and then stretched, so that the rate is exactly the one asked
+    for. Requests that all bear the same time come evenly.
+    """
+    requests = trace.requests
+    if requests[0].at_s == requests[-1].at_s:
+        times = [float(place) for place in range(len(requests))]
+    else:
+        scatter = random.Random(f"arrivals/{seed}").random
+        within = granularity_s(trace)
+        times = [request.at_s + scatter() * within for request in requests]
+    ordered = sorted(zip(times, requests, strict=True), key=lambda pair: pair[0])
+    first, last = ordered[0][0], ordered[-1][0]
+    stretch = len(requests) / rate_rps / (last - first) if last > first else 0.0
+    return [((at - first) * stretch, request) for at, request in ordered]
+
+
+def granularity_s(trace: Trace) -> float:
+    """What the trace's timestamps are exact to, in seconds: within it arrivals are scattered anew for each seed.
+
+    Where requests come in batches of one time each, as every three seconds in Mooncake's conversations, the usual gap
+    between batches; a second at most elsewhere.
+    """
+    times = sorted({request.at_s for request in trace.requests})
+    if len(times) < 2:
+        return 0.0
+    gap = median(later - time for time, later in pairwise(times))
+    batched = len(trace.requests) >= 2 * len(times)
+    return max(round(gap, 2), 0.01) if batched else GRANULARITY_S
 
 
 def prefix_hits(trace: Trace) -> float:
@@ -107,9 +131,13 @@ def prefix_hits(trace: Trace) -> float:
     return hits / tokens
 
 
-@lru_cache(maxsize=8)
 def load(name: str, seed: int = 0) -> Trace:
     """A trace by name or file. `seed` is what generated ones are made from. Raises `ValueError`, `OSError`."""
+    return _load(name, seed if name in GENERATED else 0)
+
+
+@lru_cache(maxsize=8)
+def _load(name: str, seed: int) -> Trace:
     if name in GENERATED:
         from loadtests.simulate import generated  # Made only where asked for.
 
@@ -150,8 +178,12 @@ def build(name: str, rows: Iterable[TraceRow]) -> Trace:
 
 
 def _text(path: Path) -> str:
+    """Raises `OSError`, and `ValueError` for what is no text."""
     data = path.read_bytes()
-    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    try:
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    except (EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no text, or not whole: {error}") from error
 
 
 def _mooncake(text: str) -> Iterator[TraceRow]:
@@ -159,9 +191,11 @@ def _mooncake(text: str) -> Iterator[TraceRow]:
         if not line.strip():
             continue
         try:
-            row: dict[str, Any] = json.loads(line)
-            yield msgspec.convert(row, TraceRow)
-        except (ValueError, msgspec.ValidationError) as error:
+            row = msgspec.json.decode(line, type=TraceRow)
+            if max(row.hash_ids, default=0) >> 64:
+                raise ValueError("a hash id is longer than 64 bits")
+            yield row
+        except (ValueError, msgspec.MsgspecError) as error:
             raise ValueError(f"line {number} is not in the Mooncake format: {error}") from error
 
 
@@ -169,8 +203,11 @@ def _azure(text: str) -> Iterator[TraceRow]:
     """No hashes: no prompt shares anything with another."""
     origin: datetime | None = None
     for index, row in enumerate(csv.DictReader(io.StringIO(text))):
-        at = datetime.fromisoformat(row["TIMESTAMP"][:26])
+        try:
+            at = datetime.fromisoformat(row["TIMESTAMP"][:26])
+            tokens, answer = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"line {index + 2} is not in the format of the Azure traces: {error}") from error
         origin = origin or at
-        tokens, answer = int(row["ContextTokens"]), int(row["GeneratedTokens"])
         ids = [(index << 20) + block for block in range(tokens // KV_BLOCK_TOKENS)]
         yield TraceRow((at - origin).total_seconds() * 1000, max(tokens, 1), answer, ids)

@@ -5,9 +5,9 @@ MessagePack: an array whose first item is the frame's tag. Later versions of a f
 what they do not know and give what is missing its default.
 
 The conversation: the replica sends `Challenge`; the router answers `Hello` with proof that it knows the replica's
-secret; the replica answers `Welcome` or `Refused`. Then `Submit`, `Abort`, `Resync` and `Ping` go up, `Step`, `Draining` and
-`Pong` come down. `Challenge`, `Hello` and `Refused` keep their layout in every version, so that two versions can tell
-each other that they differ.
+secret; the replica answers `Welcome` or `Refused`. Then `Submit`, `Abort`, `Resync` and `Ping` go up, `Step`,
+`Draining` and `Pong` come down. `Challenge`, `Hello` and `Refused` keep their layout in every version, so that two
+versions can tell each other that they differ.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ MAX_FRAME_BYTES: Final = 256 << 20
 """Larger than any body limit; a longer frame is a broken or hostile peer."""
 MAX_HANDSHAKE_BYTES: Final = 4096
 """Until the peer has proved that it knows the secret."""
+LEAST_BLOCK_BYTES: Final = 16
+"""Of a chain's prefix blocks; the least that the configuration takes."""
 
 _LENGTH: Final = struct.Struct("<I")
 
@@ -219,6 +221,8 @@ def unpack_chain(packed: bytes) -> Chain | None:
     if len(packed) % 8 or len(packed) < 24:
         raise FrameError(f"a chain of {len(packed)} bytes")
     block_bytes, prompt_bytes, seed, *blocks = struct.unpack(f"<{len(packed) // 8}Q", packed)
+    if block_bytes < LEAST_BLOCK_BYTES:
+        raise FrameError(f"a chain of blocks of {block_bytes} bytes")
     return Chain(block_bytes, seed, tuple(blocks), prompt_bytes)
 
 

@@ -29,6 +29,12 @@ class PolicyMetrics:
             ["policy", "kind"],
             registry=registry,
         )
+        self._explain_failures = Counter(
+            "kvlane_explain_failures",
+            "Requests whose candidates have no score: the policy's explain raised, stalled, or was resting after that.",
+            ["kind"],
+            registry=registry,
+        )
         self._shadow_decisions = Counter(
             "kvlane_shadow_decisions",
             "Requests on which the shadow policy decided too, by whether it chose the same replica.",
@@ -68,6 +74,10 @@ class PolicyMetrics:
     def policy_failed(self, policy: str, kind: str) -> None:
         """The fallback decided instead of the policy."""
         self._failures.labels(policy, kind).inc()
+
+    def explain_failed(self, kind: str) -> None:
+        """A request's candidates were told without scores, or too late."""
+        self._explain_failures.labels(kind).inc()
 
     def shadow_decided(self, agreed: bool, difference_s: float) -> None:
         """The shadow policy decided too; above 0, its choice was the worse one by that much."""

@@ -16,9 +16,9 @@ from router.prefix.prefixes import Prefixes
 from router.replicas import Replicas
 from router.types import Receipt
 
-_BLOCK_BYTES: Final = 132
-"""Of memory per indexed block, as `PrefixIndex.bytes` counted for 180,000 blocks of prompts of 30; to count anew at
-each scrape would hold up the loop for tens of milliseconds."""
+_BLOCK_BYTES: Final = 120
+"""Of memory per indexed block, all told, rounded up from what `loadtests.index_cost` measures; to count anew at each
+scrape would hold up the loop for tens of milliseconds."""
 
 
 class Took:
@@ -61,7 +61,7 @@ class PrefixMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         yield _summary("kvlane_prefix_hash_seconds", "Reading and hashing prompts.", self.hashing)
         yield _summary("kvlane_prefix_lookup_seconds", "Looking up who holds a prompt's prefix.", self.lookup)
-        prompt = CounterMetricFamily("kvlane_prompt_tokens", "Estimated tokens of hashed prompts.", labels=["model"])
+        prompt = CounterMetricFamily("kvlane_prompt_tokens", "Estimated tokens of prompts.", labels=["model"])
         matched = CounterMetricFamily(
             "kvlane_prefix_matched_tokens",
             "Those of them that the chosen replica was believed to hold.",
@@ -96,6 +96,10 @@ def _index(prefixes: Prefixes) -> Iterator[Metric]:
     yield GaugeMetricFamily("kvlane_prefix_blocks", "Prefix blocks indexed, of all replicas together.", status.blocks)
     yield CounterMetricFamily("kvlane_prefix_blocks_refused", "Blocks that the index had no room for.", status.refused)
     yield GaugeMetricFamily("kvlane_prefix_holds", "Requests whose blocks count as soon cached.", status.holds)
+    yield CounterMetricFamily("kvlane_prefix_holds_expired", "Those that outlived their time.", status.expired)
+    yield GaugeMetricFamily(
+        "kvlane_prefix_late_replicas", "Replicas whose cache reports are still being taken in.", status.late
+    )
     yield GaugeMetricFamily("kvlane_prefix_index_bytes", "Estimated memory of the index.", status.blocks * _BLOCK_BYTES)
     yield CounterMetricFamily("kvlane_cache_gaps", "Times that cache reports were missed.", status.gaps)
     yield CounterMetricFamily("kvlane_cache_gaps_healed", "Those of them that a snapshot made good for.", status.healed)

@@ -38,13 +38,13 @@ class Cost:
     """Sends a request where it costs least."""
 
     class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        price: NonNegative = 0.5
+        price: NonNegative = 0.25
         """What a second of prompt computation costs those who come after it, in seconds, on a fleet without queues."""
-        queue_price: NonNegative = 3.0
+        queue_price: NonNegative = 2.0
         """How much that price rises per second that requests wait on average over the fleet."""
-        interference: NonNegative = 6.0
+        interference: NonNegative = 5.0
         """Weight of a running request's delay where the fleet's KV caches are full; the cube of their use scales it."""
-        answer_tokens: NonNegative = 15.0
+        answer_tokens: NonNegative = 8.0
         """Output tokens whose time counts as much as the wait for the first one."""
         crowd_factor: Annotated[float, msgspec.Meta(ge=1)] = 1.5
         """A replica with more than so many times the mean number of requests, and `crowd_slack` more, gets none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -50,7 +51,8 @@ class Guard:
     """A policy (`router.policies.base.Policy`) that stands in front of another one.
 
     `fallback` must not fail: it is `least-queue`. `clock` counts in seconds and never goes back; `stall_s` is the
-    longest that an answer may take on it. `name` is how metrics and the log call the policy.
+    longest that an answer may take on it. `name` is how metrics and the log call the policy; `instead` is how the log
+    says what the fallback does.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Guard:
         observer: GuardObserver,
         clock: Callable[[], float],
         stall_s: float,
+        instead: str = "requests go to the shortest queue instead",
     ) -> None:
         self._policy = policy
         self._name = name
@@ -71,7 +74,7 @@ class Guard:
         self._stalls = 0
         """Late answers in a row."""
         self._rests_until = float("-inf")
-        self._log = _SparseLog()
+        self._log = _SparseLog(instead)
 
     def choose(self, request: Request, snapshot: Snapshot) -> Decision:
         began = self._clock()
@@ -121,7 +124,7 @@ def _fault(decision: Decision, snapshot: Snapshot) -> str:
     if not isinstance(decision, Decision):
         return f"answered with a {type(decision).__name__}, which is no Decision"
     for view in snapshot.replicas:
-        if view.replica == decision.replica:
+        if view.replica == decision.replica and isinstance(decision.replica, str):
             break
     else:
         return f"chose {decision.replica!r}, which is not in the snapshot"
@@ -129,13 +132,19 @@ def _fault(decision: Decision, snapshot: Snapshot) -> str:
         return f"gave a {type(decision.reason).__name__} as its reason, which is no Reason"
     if not isinstance(decision.fallbacks, tuple):
         return f"gave a {type(decision.fallbacks).__name__} of fallbacks, which is no tuple"
+    for name in decision.fallbacks:
+        if not isinstance(name, str):
+            return f"gave a {type(name).__name__} among its fallbacks, which is no replica's name"
+    if not isinstance(decision.score, (float, int)) or not math.isfinite(decision.score):
+        return f"gave the score {decision.score!r:.50}, which is no finite number"
     return ""
 
 
 class _SparseLog:
     """Logs each kind of failure at most once a minute, with how many were kept back."""
 
-    def __init__(self) -> None:
+    def __init__(self, instead: str) -> None:
+        self._instead = instead
         self._logged_at: dict[Failure, float] = {}
         self._kept_back = dict.fromkeys(Failure, 0)
 
@@ -146,4 +155,4 @@ class _SparseLog:
         kept_back, self._kept_back[kind] = self._kept_back[kind], 0
         self._logged_at[kind] = now
         before = f" ({kept_back} more like it since the last such line)" if kept_back else ""
-        log.error("%s; requests go to the shortest queue instead%s", told, before, exc_info=error)
+        log.error("%s; %s%s", told, self._instead, before, exc_info=error)

@@ -5,14 +5,15 @@ each of them and evicted none since; blocks that requests in flight will bring c
 
 Each replica is a bit in masks. A replica that leaves, or whose blocks are all void, only gives up its bit: nothing
 matches it any more from that moment on, and its blocks are taken out in slices by `sweep`, after which the bit is free
-again. `Prefixes` owns the index.
+again. What requests in flight will bring moves to a replica's new bit in slices too. `Prefixes` owns the index.
 """
 
 from __future__ import annotations
 
 import sys
+from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ _TANGLED: Final = 64
 _KNOWN: Final = 64
 """Answers for all replicas at once that are remembered; of 64 replicas each takes some 5 KB."""
 _CHUNK: Final = 64
+_AT_ONCE: Final = 1024
+"""So many blocks of holds move to a cleared replica's new bit at once."""
 
 _Part = tuple[int, int, int]
 """Mask of replicas that store so many blocks of a prompt, those blocks, and their tokens."""
@@ -33,10 +36,11 @@ _Part = tuple[int, int, int]
 class _Member:
     """A replica in the index."""
 
-    __slots__ = ("again", "holds", "slot")
+    __slots__ = ("again", "gone", "holds", "slot")
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
+        self.gone = False
         self.holds: set[Hold] = set()
         self.again: dict[int, int] = {}
         """Blocks that several holds have, and how many more than one."""
@@ -66,8 +70,10 @@ class PrefixIndex:
         self._soon: dict[int, int] = {}
         """Block -> mask of the replicas that will hold it soon."""
         self._leaving: deque[Slot] = deque()
-        self._void: deque[tuple[int, list[int]]] = deque()
-        """Bits that left with the blocks from which they are still to be taken in `_soon`."""
+        self._void: deque[tuple[int, list[Sequence[int]]]] = deque()
+        """Bits that left with the blocks from which they are still to be taken in `_soon`; never with none."""
+        self._moving: deque[Hold] = deque()
+        """Holds of replicas that were cleared, still to be entered in `_soon` under their new bits."""
         self._tangled: deque[Sequence[int]] = deque()
         """Chains that a lookup found scattered over many pages."""
         self._known: dict[tuple[int, int], dict[str, Held]] = {}
@@ -97,21 +103,36 @@ class PrefixIndex:
         """Nothing matches the replica any more; its blocks go with the next sweeps."""
         member = self._members.pop(replica, None)
         if member is not None:
+            member.gone = True
             self._retire(member.slot)
-            if member.holds:
-                self._void.append((member.slot.bit, [block for hold in member.holds for block in hold.blocks]))
-            member.holds.clear()
+            self._forget(member)
 
     def clear(self, replica: str) -> None:
-        """The replica stores nothing any more; holds stay as they are. Raises `KeyError` if it is not there."""
+        """The replica stores nothing any more. Holds stay; where they have many blocks, they match again only after the
+        next sweeps. Raises `KeyError` if it is not there."""
         member = self._members[replica]
-        old = member.slot
-        if old.pages:
-            self._retire(old)
-            slot = member.slot = self._new_slot(replica)
-            for hold in member.holds:
-                for block in hold.blocks:
-                    self._soon[block] = self._soon[block] & ~old.bit | slot.bit
+        if member.slot.pages:
+            self._retire(member.slot)
+            self._moving.extend(member.holds)
+            self._forget(member)
+            member.slot = self._new_slot(replica)
+            self._move(_AT_ONCE)
+
+    def _forget(self, member: _Member) -> None:
+        """What requests in flight will bring does not match any more."""
+        if blocks := [hold.blocks for hold in member.holds if hold.blocks]:
+            self._void.append((member.slot.bit, blocks))
+        member.holds.clear()
+        member.again.clear()
+
+    def _move(self, budget: int) -> int:
+        """Enters holds of cleared replicas anew, of about `budget` blocks; returns what is left of that."""
+        while budget > 0 and self._moving:
+            hold = self._moving.popleft()
+            if hold.member is not None and not hold.member.gone:
+                self._enter(hold, hold.member)
+                budget -= len(hold.blocks) + 1
+        return budget
 
     def _new_slot(self, replica: str) -> Slot:
         slots = self._blocks.slots
@@ -131,14 +152,17 @@ class PrefixIndex:
     def sweep(self, budget: int = 1024) -> bool:
         """Work that is put off, on about `budget` blocks: takes out those of replicas that left, and lays the scattered
         ones of a prompt side by side. Returns whether there is more to do."""
+        budget = self._move(budget)
         while budget > 0 and self._void:
-            bit, blocks = self._void[0]
+            bit, left = self._void[0]
+            blocks = left.pop()
             part = blocks[-budget:]
-            del blocks[-budget:]
+            if len(part) < len(blocks):
+                left.append(blocks[:-budget])
             for block in part:
                 self._not_soon(block, bit)
             budget -= len(part)
-            if not blocks:
+            if not left:
                 self._void.popleft()
         while budget > 0 and self._leaving and not self._void:  # A bit is free once nothing bears it.
             slot = self._leaving[0]
@@ -149,7 +173,7 @@ class PrefixIndex:
                 self._free.append(slot.bit)
         while budget > 0 and self._tangled:
             budget -= self._blocks.untangle(self._tangled.popleft(), budget) + 8
-        return bool(self._leaving or self._void or self._tangled)
+        return bool(self._leaving or self._void or self._moving or self._tangled)
 
     # -- what replicas store
 
@@ -178,8 +202,12 @@ class PrefixIndex:
         member = self._members.get(replica)
         if member is None:
             return Hold(None, ())
-        bit, soon = member.slot.bit, self._soon
-        blocks = blocks[self._blocks.first(member.slot, blocks) :]
+        hold = Hold(member, blocks[self._blocks.first(member.slot, blocks) :])
+        self._enter(hold, member)
+        return hold
+
+    def _enter(self, hold: Hold, member: _Member) -> None:
+        bit, soon, blocks = member.slot.bit, self._soon, hold.blocks
         masks = list(map(soon.get, blocks, repeat(0)))
         ours = dict.fromkeys(blocks, bit)
         if any(masks):
@@ -189,9 +217,7 @@ class PrefixIndex:
                     if mask & bit:
                         member.again[block] = member.again.get(block, 0) + 1
         soon.update(ours)
-        hold = Hold(member, blocks)
         member.holds.add(hold)
-        return hold
 
     def release(self, hold: Hold) -> None:
         """Ends a hold; one that has ended stays so."""
@@ -367,8 +393,13 @@ class PrefixIndex:
 
     def blocks(self, replica: str) -> list[int]:
         """What the replica stores. Raises `KeyError` if it is not there."""
+        return [block for run in self.runs(replica) for block in run]
+
+    def runs(self, replica: str) -> Iterator[list[int]]:
+        """The same in pieces of at most a page, as it is now, whatever changes until they are read. Raises `KeyError`
+        if it is not there."""
         slot = self._members[replica].slot
-        return [page.hashes[place] for page in slot.pages for place in ones(page.pattern_of(slot.bit))]
+        return _read([(page.hashes[:], page.pattern_of(slot.bit)) for page in slot.pages])
 
     def held(self, replica: str) -> int:
         """How many blocks the replica stores. Raises `KeyError` if it is not there."""
@@ -378,6 +409,13 @@ class PrefixIndex:
     def bytes(self) -> int:
         """Estimated size in memory; costs a walk over all pages."""
         return self._blocks.bytes() + sys.getsizeof(self._soon)
+
+
+def _read(pages: list[tuple[array[int], int]]) -> Iterator[list[int]]:
+    while pages:
+        hashes, pattern = pages.pop()
+        whole = pattern.bit_count() == len(hashes)
+        yield hashes.tolist() if whole else [hashes[place] for place in ones(pattern)]
 
 
 def _equal(items: list[Any]) -> int:

@@ -22,12 +22,18 @@ from router.prefix.hashing import Hasher
 from router.prefix.index import Hold, PrefixIndex
 from router.prefix.mirror import LruMirror
 from router.prefix.ratio import Ratio
+from router.prefix.size import is_form, prompt_size
 from router.types import NO_PREFIX, CacheMode, Chain, Charge, EngineInfo, PrefixView, Request
 
 UNTOLD_KV_TOKENS: Final = 65_536
 """Taken for the KV cache of a replica that does not tell its size: a small GPU's, so that the mirror rather forgets."""
 SLICE_BLOCKS: Final = 1024
 """Work of one sweep, and the longest report that is taken at once: about a millisecond."""
+ASK_INTERVAL_S: Final = 30.0
+"""A snapshot that does not come, or cannot be read, is asked for again after that time."""
+PROMPT_TOKENS_UNREAD: Final = 4096
+"""Most tokens that a form with files is taken for: hardly any of its bytes are text."""
+_TAKING_IN: Final = "what it reported is being taken in"
 
 Change = tuple[list[int], list[int], list[int]]
 """Evicted blocks, stored blocks and their depths; the evicted ones go first."""
@@ -38,7 +44,7 @@ class CacheStatus(msgspec.Struct, frozen=True):
 
     mode: CacheMode
     cause: str
-    """Why the mode is not exact; empty where it is."""
+    """Why the mode is not exact; where it is, what else there is to know, mostly nothing."""
 
 
 class PrefixStatus(msgspec.Struct, frozen=True):
@@ -51,7 +57,7 @@ class PrefixStatus(msgspec.Struct, frozen=True):
     refused: int
     """Blocks that did not fit into the index."""
     late: int
-    """Replicas with reports that wait for the next sweeps to be taken in."""
+    """Replicas of which something is still to be taken in, or to be given up, by the next sweeps."""
     holds: int
     """Requests in flight whose blocks count as soon cached."""
     expired: int
@@ -71,7 +77,7 @@ class PrefixStatus(msgspec.Struct, frozen=True):
 class _Replica:
     """One replica with an open lane."""
 
-    __slots__ = ("base", "cause", "info", "late", "mirror", "missed", "mode", "seq")
+    __slots__ = ("ask_at", "base", "cause", "info", "known", "late", "mirror", "missed", "mode", "note", "seq")
 
     def __init__(self, info: EngineInfo, base: str) -> None:
         self.info = info
@@ -82,9 +88,20 @@ class _Replica:
         """Of the last report; None before the first."""
         self.missed = False
         """A snapshot was asked for and has not come."""
+        self.ask_at = 0.0
+        """Not before that is one asked for again."""
+        self.note = ""
+        """The cause that its exact reports name."""
         self.mirror: LruMirror | None = None
         self.late: deque[Change] = deque()
         """Of long reports, and of those after them: what is still to be taken in."""
+        self.known: Iterator[list[int]] = iter(())
+        """What was known before there was a mirror: the blocks that are still to go in there."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether its reports follow one on the other from a snapshot on."""
+        return not self.missed and self.mirror is None and self.mode is not CacheMode.OFF
 
 
 class _Holding:
@@ -119,7 +136,7 @@ class Prefixes:
         self._bases: dict[str, str] = {}
         """Base model of every name that a model answers to."""
         self._late: dict[str, _Replica] = {}
-        """Those that have changes to be taken in."""
+        """Those with work for the next sweeps."""
         self._holds: dict[Hold, float] = {}
         """With the time at which each expires; in that order."""
         self._nothing = _Holding(self, None)
@@ -143,6 +160,14 @@ class Prefixes:
                 blocks, tokens = one.blocks, one.tokens
         rest = chain.prompt_bytes - blocks * chain.block_bytes
         return PrefixView(chain, tokens + round(rest * per_byte), held)
+
+    def unhashed(self, request: Request) -> PrefixView:
+        """Of a request without a chain, only about how long its prompt is, judged by its body."""
+        size = prompt_size(request, self._options.max_prompt_bytes)
+        if not size:
+            return NO_PREFIX
+        tokens = round(size * self._ratio(request.model))
+        return PrefixView(None, min(tokens, PROMPT_TOKENS_UNREAD) if is_form(request.body) else tokens)
 
     def charge(self, prefix: PrefixView, replica: str) -> Charge:
         """What the prompt will cost `replica`. The last token of a prompt is computed in any case."""
@@ -173,14 +198,17 @@ class Prefixes:
 
     def _mirror(self, replica: str, state: _Replica, mirror: LruMirror, chain: Chain) -> None:
         per_block = self._ratio(state.base) * chain.block_bytes
-        evicted = mirror.resize(self._capacity(state, per_block))
-        blocks, more = mirror.sent(chain.blocks)
-        self._index.evict(replica, evicted + more)
+        mirror.capacity = self._capacity(state)
+        blocks, evicted = mirror.sent(chain.blocks)
+        self._index.evict(replica, evicted)
         self._index.store(replica, blocks, [round(i * per_block) for i in range(1, len(blocks) + 1)])
+        if mirror.surplus:
+            self._late[replica] = state
 
-    def _capacity(self, state: _Replica, tokens_per_block: float) -> int:
+    def _capacity(self, state: _Replica) -> int:
+        """Blocks that fit into its KV cache."""
         tokens = state.info.kv_blocks * state.info.kv_block_tokens or UNTOLD_KV_TOKENS
-        return max(1, int(tokens / tokens_per_block))
+        return max(1, int(tokens / (self._ratio(state.base) * self._options.block_bytes)))
 
     def _ratio(self, model: str) -> float:
         ratio = self._ratios.get(self._bases.get(model, model))
@@ -221,41 +249,50 @@ class Prefixes:
         if report.mode == CacheMode.EXACT and _readable(report):
             return self._exact(replica, state, report)
         state.seq = report.seq
-        state.missed = (
-            report.mode == CacheMode.EXACT
-        )  # A next one like this would say no more: no snapshot is asked for.
-        if state.missed:
+        if report.mode == CacheMode.EXACT:
             self._inexact(replica, state, CacheMode.APPROXIMATE, "a cache report that cannot be read")
-        elif report.mode == CacheMode.OFF:
-            self._inexact(replica, state, CacheMode.OFF, report.cause)
-        else:
-            self._inexact(replica, state, CacheMode.APPROXIMATE, report.cause)
+            return self._asked(state)
+        mode = CacheMode.OFF if report.mode == CacheMode.OFF else CacheMode.APPROXIMATE
+        state.missed = False  # When it can say again, it begins with a snapshot.
+        self._inexact(replica, state, mode, report.cause)
         return True
 
     def _exact(self, replica: str, state: _Replica, report: CacheReport) -> bool:
-        expected, state.seq = state.seq, report.seq
         if report.snapshot:
             self._healed += state.missed
             state.missed, state.mirror = False, None
+            state.note = report.cause
             self._void(replica, state)
             self._index.join(replica)
             self._index.clear(replica)
-            self._set(replica, state, CacheMode.EXACT, "")
-        elif state.missed:
-            return True  # the snapshot that was asked for is still to come
-        elif expected is None or report.seq != expected + 1 or state.mode is not CacheMode.EXACT:
-            self._gaps += 1
-            state.missed = True
-            since = "before" if expected is None else f"between {expected} and"
-            self._set(replica, state, CacheMode.APPROXIMATE, f"cache reports {since} {report.seq} missed")
-            return False
+        elif not state.follows or state.seq is None or report.seq != state.seq + 1:
+            since = "before" if state.seq is None else f"between {state.seq} and"
+            if not state.missed:
+                self._set(replica, state, CacheMode.APPROXIMATE, f"cache reports {since} {report.seq} missed")
+            state.seq = report.seq
+            return self._asked(state, at_once=not state.missed)
+        state.seq = report.seq
         change = (unpack(report.evicted), unpack(report.stored), unpack(report.depths, "I"))
         if state.late or len(change[0]) + len(change[1]) > SLICE_BLOCKS:
             state.late.extend(_slices(change))
-            self._late[replica] = state
         else:
             self._take(replica, change)
+        if state.late:
+            self._late[replica] = state
+            self._set(replica, state, CacheMode.APPROXIMATE, _TAKING_IN)
+        else:
+            self._set(replica, state, CacheMode.EXACT, state.note)
         return True
+
+    def _asked(self, state: _Replica, *, at_once: bool = False) -> bool:
+        """A report was missed. False where a snapshot is to be asked for now; seldom, unless `at_once`."""
+        self._gaps += not state.missed
+        state.missed = True
+        now = self._clock()
+        if now < state.ask_at and not at_once:
+            return True
+        state.ask_at = now + ASK_INTERVAL_S
+        return False
 
     def _take(self, replica: str, change: Change) -> None:
         evicted, stored, depths = change
@@ -265,6 +302,7 @@ class Prefixes:
     def _void(self, replica: str, state: _Replica) -> None:
         """What the replica said before is of no use any more."""
         state.late.clear()
+        state.known = iter(())
         self._late.pop(replica, None)
 
     def _inexact(self, replica: str, state: _Replica, mode: CacheMode, cause: str) -> None:
@@ -276,8 +314,9 @@ class Prefixes:
         elif state.mirror is None:
             # What was known is the best guess there is; it ages from now on.
             self._index.join(replica)
-            known = self._index.blocks(replica)
-            state.mirror = LruMirror(len(known), known)
+            state.mirror = LruMirror(self._capacity(state))
+            state.known = self._index.runs(replica)
+            self._late[replica] = state
         self._set(replica, state, mode, cause)
 
     def _learn(self, state: _Replica, report: CacheReport) -> None:
@@ -312,11 +351,30 @@ class Prefixes:
             self.release(hold)
         if self._late:
             replica, state = next(iter(self._late.items()))
-            self._take(replica, state.late.popleft())
-            if not state.late:
+            if not self._go_on(replica, state):
                 del self._late[replica]
             return True
         return self._index.sweep(SLICE_BLOCKS)
+
+    def _go_on(self, replica: str, state: _Replica) -> bool:
+        """A slice of what is late of a replica; whether there is more."""
+        if state.mirror is not None:
+            return self._remember(replica, state, state.mirror)
+        if state.late:
+            self._take(replica, state.late.popleft())
+        if not state.late and state.follows:
+            self._set(replica, state, CacheMode.EXACT, state.note)
+        return bool(state.late)
+
+    def _remember(self, replica: str, state: _Replica, mirror: LruMirror) -> bool:
+        done = 0
+        for blocks in state.known:
+            self._index.evict(replica, mirror.known(blocks))
+            done += len(blocks)
+            if done >= SLICE_BLOCKS:
+                return True
+        self._index.evict(replica, mirror.trim(SLICE_BLOCKS - done))
+        return mirror.surplus > 0
 
     def status(self) -> PrefixStatus:
         """For readiness and metrics."""

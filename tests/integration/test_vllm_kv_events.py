@@ -18,6 +18,14 @@ SIZE = 4
 _ids = count()
 
 
+def _request(tokens: list[int], hasher: Any, **names: Any) -> Any:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.request import Request
+
+    params = SamplingParams(max_tokens=8)
+    return Request(f"r{next(_ids)}", list(tokens), params, None, block_hasher=hasher, **names)
+
+
 class Cache:
     """vLLM's manager with a few blocks of its own, and what follows its events."""
 
@@ -44,11 +52,7 @@ class Cache:
         self._seq = 0
 
     def request(self, tokens: list[int], **names: Any) -> Any:
-        from vllm.sampling_params import SamplingParams
-        from vllm.v1.request import Request
-
-        params = SamplingParams(max_tokens=8)
-        return Request(f"r{next(_ids)}", list(tokens), params, None, block_hasher=self._hasher, **names)
+        return _request(tokens, self._hasher, **names)
 
     def begin(self, request: Any, chunk: int) -> int:
         """Computes a prompt in chunks of tokens; gives how many tokens were cached, or -1 where there is no room."""
@@ -152,6 +156,49 @@ def test_adapters_and_media_are_keyed_as_vllm_keys_them() -> None:
         cache.publish()
         assert cache.ledger.held_blocks(keys) == len(keys) == 5
     assert cache.events.cause == ""
+
+
+def test_extra_keys_are_those_of_vllms_own_walk_through_the_media() -> None:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, to_event_extra_keys
+
+    chance = random.Random(20_261)
+    for turn in range(300):
+        tokens = [chance.randrange(3) for _ in range(chance.randrange(4, 60))]
+        blocks = len(tokens) // SIZE
+        # Some lie over each other, as sound and pictures of a video do.
+        media = sorted(
+            (
+                (f"m{i}", chance.randrange(len(tokens)), chance.choice([1, 2, 5, 20]))
+                for i in range(chance.randrange(6))
+            ),
+            key=lambda medium: medium[1],
+        )
+        salt = chance.choice([None, "pepper"])
+        features = [
+            MultiModalFeatureSpec(
+                data=None, modality="image", identifier=name, mm_position=PlaceholderRange(offset=offset, length=length)
+            )
+            for name, offset, length in media
+        ]
+        request = _request(tokens, None, mm_features=features, cache_salt=salt)
+        extras, at = list[Any](), 0
+        for block in range(blocks):
+            extra, at = generate_block_hash_extra_keys(request, block * SIZE, (block + 1) * SIZE, at)
+            extras.append(extra)
+        ledger = CacheLedger(SIZE)
+        event = {
+            "type": "BlockStored",
+            "block_hashes": list(range(blocks)),
+            "parent_block_hash": None,
+            "token_ids": tokens[: blocks * SIZE],
+            "block_size": SIZE,
+            "extra_keys": to_event_extra_keys(extras),
+        }
+        events = KvEvents(KvIdentity(ledger), replays=False)
+        events.receive(0, msgspec.msgpack.encode([1.0, [event], 0]))
+        assert events.cause == ""
+        assert ledger.held_blocks(block_keys(tokens, SIZE, cache_salt=salt, media=media)) == blocks, (turn, media)
 
 
 def test_a_sliding_window_is_not_taken_for_full_attention() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -400,6 +401,54 @@ def test_blocks_over_an_answer_end_within_the_tokens_that_agree(tokenizer: Token
     for block, end in enumerate(ends[1:], 1):
         assert end == 100 + covering(tokens, ids, block * 10)
     assert Aligner(None).answer_ends(4, 10, 20, 50, 100, ids) == ()
+
+
+def composed(messages: Messages) -> str:
+    """As a tokenizer that normalizes writes texts."""
+    return chatml([(role, unicodedata.normalize("NFC", text)) for role, text in messages])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cafe\u0301 {}", "When do the people in the cafe\u0301 {} wake up?", "a" * 300 + "e\u0301" + "a" * 300 + "{}"],
+)
+def test_the_search_for_texts_that_a_tokenizer_changed_is_bounded_by_the_prompt(tokens: TokenBytes, text: str) -> None:
+    aligner = Aligner(tokens)
+    messages = [("user", text.format(number)) for number in range(600)]
+    data, pieces = canonical(messages)
+    rendered = composed(messages).encode()
+    letters = {table: token for token, table in enumerate(tokens.table) if len(table) == 1}
+    ids = [letters[bytes([byte])] for byte in rendered]
+    aligned = aligner.ends(data, pieces, ids, 256, len(data) // 256)
+    assert not aligned.exact
+    assert aligner.searched <= 5 * len(rendered) + 100_000
+    assert list(aligned.ends) == sorted(aligned.ends)
+    # What was not looked for any more lies about where it would in proportion.
+    half = len(aligned.ends) // 2
+    assert abs(aligned.ends[half] - len(ids) / 2) < len(ids) / 20
+
+
+def test_a_prompt_whose_texts_are_copied_is_searched_once() -> None:
+    tokenizer, tokens = _made("byte level")
+    aligner = Aligner(tokens)
+    messages = [*LONG, *((role, f"{text} {turn}") for turn in range(50) for role, text in LONG)]
+    aligned, ids, _ = align(aligner, tokenizer, messages, chatml)
+    assert aligned.exact
+    known = tokens.join_and_ends(ids)
+    assert known is not None
+    assert aligner.searched <= len(known[0])
+
+
+def test_a_short_text_behind_media_is_found_however_long_the_placeholders_are() -> None:
+    tokenizer, tokens = _made("byte level")
+    text = b"Why so?"
+    data = b"\xf5user\xf6\xf7" + bytes(16) + text
+    pieces = [Piece(0, 6, PieceKind.MARK), Piece(6, 17, PieceKind.MEDIA), Piece(23, len(text), PieceKind.TEXT)]
+    head = tokenizer.encode("<|im_start|>user\n", add_special_tokens=False)
+    ids = head + head[:1] * 4000 + tokenizer.encode("Why so?<|im_end|>", add_special_tokens=False)
+    aligned = Aligner(tokens).ends(data, pieces, ids, 1, len(data))
+    assert aligned.exact
+    assert aligned.ends[23] == len(head) + 4001
 
 
 @pytest.mark.slow  # transformers takes seconds to import.

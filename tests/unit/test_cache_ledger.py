@@ -180,6 +180,49 @@ def test_with_too_many_ties_of_held_blocks_the_oldest_are_said_to_be_evicted() -
     assert notes.blocks == [101, 102, 103, 101]
 
 
+def test_prompts_with_a_namespace_each_share_the_ties_of_a_kv_block_and_the_oldest_goes() -> None:
+    ledger, notes = CacheLedger(TOKENS, max_ties=100, max_ties_per_key=3), Notes()
+    ledger.stored(9)
+    ledger.prompt(chain(900), [9], [4])
+    ledger.watch(notes)
+    ledger.stored(1)
+    for block in range(50):
+        ledger.prompt(chain(block), [1], [4])
+    # Nobody else's blocks go for it.
+    assert ledger.blocks() == [900, 47, 48, 49]
+    assert (ledger.ties, ledger.dropped) == (4, 47)
+    assert sorted(notes.blocks) == sorted([*range(50), *range(47)])
+
+
+def test_a_tie_that_is_made_again_is_not_the_oldest() -> None:
+    ledger = CacheLedger(TOKENS, max_ties_per_key=3)
+    ledger.stored(1)
+    for block in range(20):
+        ledger.prompt(chain(100), [1], [4])
+        ledger.prompt(chain(block), [1], [4])
+    assert ledger.blocks()[0] == 100
+    assert len(ledger) == 3
+
+
+def test_one_prompts_ties_of_a_kv_block_stay_together() -> None:
+    ledger = CacheLedger(TOKENS, max_ties_per_key=3)
+    ledger.stored(1)
+    ledger.prompt(chain(7, 8), [1], [2, 3])
+    ledger.prompt(chain(*range(10, 20)), [1], [4] * 10)
+    assert ledger.blocks() == list(range(10, 20))
+    ledger.prompt(chain(7), [1], [2])
+    assert ledger.blocks() == [18, 19, 7]
+
+
+def test_too_many_ties_of_a_kv_block_that_is_not_held_go_too() -> None:
+    ledger = CacheLedger(TOKENS, max_ties_per_key=3)
+    for block in range(10):
+        ledger.prompt(chain(block), [1], [4])
+    assert (ledger.ties, ledger.dropped) == (3, 7)
+    ledger.stored(1)
+    assert ledger.blocks() == [7, 8, 9]
+
+
 KEYS = st.integers(0, 7)
 BLOCKS = st.integers(0, 9)
 PLACES = st.lists(st.tuples(BLOCKS, st.integers(1, 4 * TOKENS)), max_size=5, unique_by=lambda place: place[0])
@@ -261,9 +304,11 @@ def test_the_ledger_equals_a_plain_reference_under_any_order_of_events(steps: li
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
-@given(STEPS, st.integers(0, 6))
-def test_a_bounded_ledger_never_says_more_than_is_held(steps: list[tuple[object, ...]], most: int) -> None:
-    ledger, reference = CacheLedger(TOKENS, max_ties=most), Reference()
+@given(STEPS, st.integers(0, 6), st.integers(1, 4))
+def test_a_bounded_ledger_never_says_more_than_is_held(
+    steps: list[tuple[object, ...]], most: int, per_key: int
+) -> None:
+    ledger, reference = CacheLedger(TOKENS, max_ties=most, max_ties_per_key=per_key), Reference()
     for step in steps:
         match step:
             case ("prompt" | "answer" as kind, list(keys), list(places)):

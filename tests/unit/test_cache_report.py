@@ -297,3 +297,14 @@ def check(routers: list[PlainRouter], feed: CacheFeed, drained: bool = False) ->
             continue
         assert router.held == truth
         assert router.mode == feed.mode
+
+
+def test_a_reservation_travels_with_an_exact_mode(feed: CacheFeed) -> None:
+    cursor = feed.cursor()
+    cursor.take()
+    feed.set_mode(CacheMode.EXACT, "places are estimates")
+    report = cursor.take()
+    assert report is not None
+    assert (report.snapshot, report.mode, report.cause) == (True, CacheMode.EXACT, "places are estimates")
+    feed.set_mode(CacheMode.EXACT, "places are estimates")
+    assert cursor.take() is None

@@ -36,6 +36,10 @@ class Notes:
         self.retries: list[str] = []
         self.receipts: list[Receipt] = []
         self.hashes = self.lookups = 0
+        self.unexplained: list[str] = []
+
+    def explain_failed(self, kind: str) -> None:
+        self.unexplained.append(kind)
 
     def began(self) -> float:
         return 0.0
@@ -66,7 +70,7 @@ class First:
 class Router:
     """A dispatcher with what it joins."""
 
-    def __init__(self, *, record: bool = False, **limits: float) -> None:
+    def __init__(self, *, record: bool = False, explain: bool = True, **limits: float) -> None:
         self.prefixes = Prefixes(PrefixOptions(block_bytes=16), time.monotonic)
         self.fleet = Fleet(self.prefixes)
         self.notes = Notes()
@@ -84,7 +88,9 @@ class Router:
             options,
             self.notes,
             time.monotonic,
-            Explainer(lambda request, snapshot: self.scores),
+            Explainer(
+                lambda request, snapshot: self.scores, self.notes, time.monotonic, DEADLINE_S, for_clients=explain
+            ),
             (lambda request, receipt: self.recorded.append((request, receipt))) if record else None,
         )
 
@@ -289,7 +295,7 @@ async def test_a_policy_sees_who_holds_how_much_of_the_prompt(router: Router) ->
     assert {replica: held.blocks for replica, held in snapshot.prefix.held.items()} == {"b": 3}
     assert {view.replica: view.cache for view in snapshot.replicas} == {
         "a": CacheMode.APPROXIMATE,
-        "b": CacheMode.APPROXIMATE,  # The report did not come by the lane, so the account has not been told.
+        "b": CacheMode.EXACT,
     }
 
 
@@ -345,7 +351,19 @@ async def test_where_no_replica_reuses_prefixes_the_prompt_is_not_even_read(rout
     (call,) = engine.calls
     assert (call.chain, call.matched) == (b"", 0)
     (receipt,) = router.notes.receipts
-    assert receipt.header() == "replica=a;policy=first;reason=policy;queue=0"
+    assert (receipt.blocks, receipt.prompt_tokens) == (0, round(len(PROMPT) * 0.25))
+
+
+async def test_prompts_that_are_not_hashed_are_charged_by_their_size(router: Router) -> None:
+    await router.fleet.add("a", prefix_caching=False)
+    await router.fleet.until(lambda: router.fleet.ready() == 1)
+    task = asyncio.create_task(router.dispatcher.run(prompt_request(), RecordingSink()))
+    await asyncio.sleep(0)
+    (view,) = router.fleet.router.snapshot("m").replicas
+    tokens = round(len(PROMPT) * 0.25)
+    assert (view.unacked, view.unacked_tokens, view.unacked_pairs) == (1, tokens, tokens * tokens / 2)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_candidates_are_told_to_who_asks_and_to_nobody_else(router: Router) -> None:
@@ -374,8 +392,20 @@ async def test_an_explanation_that_fails_costs_no_request(router: Router, caplog
         await router.dispatcher.run(prompt_request(f"r{i}", ("x-kvlane-explain", "1")), RecordingSink())
     assert [[one.score for one in receipt.candidates] for receipt in router.notes.receipts] == [[None]] * 3
     assert [record.message for record in caplog.records if record.name == "router.receipts"] == [
-        "the policy's explain failed; it is not asked again"
+        "the policy's explain failed; it rests 60 s"
     ]
+    assert router.notes.unexplained == ["raised", "resting", "resting"]
+
+
+async def test_clients_are_told_nothing_of_candidates_where_that_is_off() -> None:
+    router = Router(record=True, explain=False)
+    await router.replicas("a")
+    router.fleet.engines["a"].respond = answer
+    sink = RecordingSink()
+    await router.dispatcher.run(prompt_request("r1", ("x-kvlane-explain", "1")), sink)
+    assert sink.receipts[0].candidates == ()
+    assert router.recorded[0][1].candidates != ()
+    await router.fleet.close()
 
 
 async def test_a_record_gets_every_receipt_with_its_candidates() -> None:

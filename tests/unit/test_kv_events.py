@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine.cache_ledger import CacheLedger
 from engine.kv_events import KvEvents, KvIdentity, block_keys
+from router.types import Chain
 
 SIZE = 2
 """Tokens in a KV block."""
@@ -397,6 +398,152 @@ def test_what_is_remembered_goes_with_the_blocks() -> None:
         follower.hear(stored([turn], None, (turn, turn)), stored([turn + 1000], 99999, (1, 2)))
         follower.hear(removed(turn), removed(turn + 1000))
     assert len(follower.events.identity) == follower.ledger.held == 0
+
+
+@pytest.mark.parametrize("extra", [5, None, True, 1.5, {"a": 1}, [], ["image"], ["image", None], ["image", 0, 1], [[]]])
+def test_an_extra_key_of_an_unknown_form_degrades(extra: Any) -> None:
+    follower = Follower()
+    follower.hear(stored([1], None, (1, 2)), stored([2], 1, (3, 4), extra_keys=[[extra]]))
+    assert follower.events.cause.startswith("not an event batch")
+    assert follower.ledger.held == 0
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(1 << 63), (1 << 64) - 1),
+    st.integers(0, 3),
+    st.floats(),
+    st.text(max_size=4),
+    st.binary(max_size=4),
+    st.datetimes(),
+    st.builds(msgspec.msgpack.Ext, st.integers(-128, 127), st.binary(max_size=13)),
+    st.sampled_from(["GPU", "a", "full_attention", "REMOTE"]),
+)
+VALUES = st.one_of(
+    SCALARS, st.lists(st.one_of(SCALARS, st.just([[]])), max_size=2), st.dictionaries(st.just("x"), SCALARS, max_size=1)
+)
+SOUND: dict[str, st.SearchStrategy[Any]] = {
+    "type": st.sampled_from(["BlockStored", "BlockRemoved", "AllBlocksCleared"]),
+    "block_hashes": st.lists(st.integers(1, 4), max_size=2),
+    "parent_block_hash": st.sampled_from([None, None, 1, 2]),
+    "token_ids": st.lists(st.integers(0, 1), min_size=2, max_size=4),
+    "block_size": st.just(SIZE),
+    "lora_name": st.sampled_from([None, "a"]),
+    "extra_keys": st.none() | st.lists(st.none() | st.lists(VALUES | st.just("a"), max_size=2), max_size=2),
+}
+
+
+@st.composite
+def wild_events(draw: st.DrawFn) -> Any:
+    """Events of which most fields are sound, so that what is wrong gets past the first check."""
+    sound = {field: draw(values) for field, values in SOUND.items()}
+    event = sound | draw(st.dictionaries(st.sampled_from([*STORED_FIELDS, "type", "locality"]), VALUES, max_size=2))
+    if draw(st.booleans()):
+        return event
+    return [event["type"], *(event.get(field) for field in STORED_FIELDS), *draw(st.lists(VALUES, max_size=3))]
+
+
+@pytest.mark.slow
+@settings(derandomize=True, deadline=None, max_examples=120)
+@given(st.lists(st.lists(st.one_of(wild_events(), wild_events(), VALUES), max_size=2), max_size=3), VALUES)
+def test_whatever_the_fields_of_events_are_nothing_is_raised(batches: list[list[Any]], rank: Any) -> None:
+    follower = Follower()
+    for seq, events in enumerate(batches):
+        follower.events.receive(seq, msgspec.msgpack.encode([1.0, events, rank if seq == 2 else 0]))
+        assert isinstance(follower.events.cause, str)
+    follower.events.identity.cleared()
+    assert follower.ledger.held == len(follower.events.identity) == 0
+
+
+@pytest.mark.slow
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.lists(wild_events(), min_size=1, max_size=2), st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255))))
+def test_whatever_bytes_a_batch_has_nothing_is_raised(events: list[Any], flips: list[tuple[int, int]]) -> None:
+    payload = bytearray(msgspec.msgpack.encode([1.0, events, 0]))
+    for at, byte in flips:
+        payload[at % len(payload)] = byte
+    follower = Follower()
+    follower.events.receive(0, bytes(payload))
+    follower.events.receive(1, b"\x93\x01\x91" + b"\x91" * 100_000)
+    assert follower.events.cause.startswith(("not an event batch", "events of data parallel rank"))
+
+
+@pytest.mark.parametrize("key", [b"\x81\x80\x01", b"\x81\x91\x80\x01", b"\x91" * 100_000 + b"\x01", b"\xa1\xff"])
+def test_extra_keys_that_no_value_can_be_made_of_degrade(key: bytes) -> None:
+    follower = Follower()
+    event = msgspec.msgpack.encode(stored([1], None, (1, 2), extra_keys=[["here"]]))
+    event = event.replace(b"\xa4here", key)
+    follower.events.receive(0, b"\x93\x01\x91" + event + b"\x00")
+    assert follower.events.cause.startswith("not an event batch")
+
+
+def test_many_gaps_are_given_up_at_once() -> None:
+    follower = Follower(replays=True)
+    for _ in range(3000):
+        follower.miss()
+        follower.hear()
+    follower.events.replay_ended()
+    assert follower.events.counts.lost == 3000
+
+
+def test_keys_of_a_longer_prompt_extend_those_of_its_beginning() -> None:
+    tokens = list(range(23))
+    names: dict[str, Any] = {"lora_name": "a", "cache_salt": "pepper", "media": [("x", 1, 4), ("y", 6, 1), ("z", 9, 9)]}
+    for options in ({}, names):
+        whole = block_keys(tokens, SIZE, **options)
+        assert len(whole) == 11
+        for length in range(len(tokens) + 1):
+            known = block_keys(tokens[:length], SIZE, **options)
+            assert known == whole[: length // SIZE]
+            assert block_keys(tokens, SIZE, known=known, **options) == whole
+    assert block_keys(tokens[:5], SIZE, known=block_keys(tokens, SIZE)) == block_keys(tokens[:5], SIZE)
+
+
+class Counted(list[tuple[str, int, int]]):
+    """Media that count how often they are looked at."""
+
+    looks = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.looks += 1
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Any:
+        for item in super().__iter__():
+            self.looks += 1
+            yield item
+
+
+def test_each_medium_is_looked_at_once_for_each_of_its_blocks() -> None:
+    media = Counted((f"image {i}", 10 * i, 6) for i in range(500))
+    keys = block_keys([7] * 5000, SIZE, media=media)
+    assert len(keys) == 2500
+    assert media.looks < 4 * 500 * 3
+
+
+def test_blocks_of_an_adapter_whose_name_is_given_to_another_one_are_no_longer_held() -> None:
+    follower = Follower()
+    old = stored([71, 72], None, (1, 2, 3, 4), lora_name="a", extra_keys=[["a"], ["a"]])
+    follower.hear(old, stored([81], None, (1, 2), lora_name="b"), stored([91], None, (1, 2)))
+    follower.ledger.prompt(Chain(16, 0, (5,), 16), block_keys((1, 2), SIZE, lora_name="a"), [2])
+    assert follower.ledger.blocks() == [5]
+    assert follower.events.identity.forget_lora("a") == 2
+    assert follower.ledger.blocks() == []
+    assert [follower.holds(1, 2, 3, 4, lora_name=name) for name in ("a", "b", None)] == [0, 1, 1]
+    # vLLM still has them and says so; a request of the old adapter goes on.
+    assert follower.ledger.held == 4
+    follower.hear(stored([73], 72, (5, 6), lora_name="a"), old)
+    assert follower.holds(1, 2, 3, 4, 5, 6, lora_name="a") == 0
+    # The new adapter's blocks have other hashes.
+    follower.hear(stored([171], None, (1, 2), lora_name="a"))
+    assert follower.holds(1, 2, 3, 4, lora_name="a") == 1
+    assert follower.ledger.blocks() == [5]
+    follower.hear(removed(73, 72, 71), removed(72, 71))
+    assert (follower.events.cause, follower.events.counts.strangers) == ("", 0)
+    assert follower.holds(1, 2, lora_name="a") == 1
+    follower.hear(removed(171), removed(81), removed(91))
+    assert follower.ledger.held == len(follower.events.identity) == 0
 
 
 PROMPTS = st.tuples(

@@ -73,6 +73,24 @@ def test_a_slow_replica_is_told_apart_and_does_not_spoil_the_others() -> None:
     assert outlooks[0] == pytest.approx(h200_ms(8_000, 3.2e7, 0, 0) / 1e3, rel=0.15)
 
 
+def test_a_replica_that_was_slow_once_is_like_the_others_after_it_had_nothing_to_do_for_a_while() -> None:
+    fleet = FleetModel()
+    replicas = [fleet.foresight() for _ in range(4)]
+    now = 0.0
+    for index, load in enumerate(steps(4000)):
+        now += load.step_ms * 1e-3 / 4
+        replicas[index % 4].observe(_slower(load, 3.0 if index % 4 == 3 else 1.0), now)
+    ratios = [replicas[3].outlook(Load(), 0, 0.0, 0).token_s / replicas[0].outlook(Load(), 0, 0.0, 0).token_s]
+    until = now + 60.0
+    for index, load in enumerate(steps(20_000, seed=2)):
+        if now > until:
+            break
+        now += load.step_ms * 1e-3 / 3
+        replicas[index % 3].observe(load, now)
+    ratios.append(replicas[3].outlook(Load(), 0, 0.0, 0).token_s / replicas[0].outlook(Load(), 0, 0.0, 0).token_s)
+    assert ratios == [pytest.approx(3.0, rel=0.2), 1.0]
+
+
 def test_a_pause_of_the_machine_does_not_ruin_what_was_learned() -> None:
     replica = FleetModel().foresight()
     for index, load in enumerate(steps(1000)):

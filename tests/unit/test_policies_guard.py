@@ -122,6 +122,12 @@ class Hostile(str):
         Decision("replica-2", "because"),  # type: ignore[arg-type]
         Decision("replica-2", Reason.POLICY, None),  # type: ignore[arg-type]
         Decision(None, Reason.POLICY),  # type: ignore[arg-type]
+        Decision("replica-2", Reason.POLICY, (None,)),  # type: ignore[arg-type]
+        Decision("replica-2", Reason.POLICY, ("replica-0", 7)),  # type: ignore[arg-type]
+        Decision("replica-2", Reason.POLICY, (), None),  # type: ignore[arg-type]
+        Decision("replica-2", Reason.POLICY, (), "4"),  # type: ignore[arg-type]
+        Decision("replica-2", Reason.POLICY, (), float("nan")),
+        Decision("replica-2", Reason.POLICY, (), float("inf")),
     ],
 )
 def test_an_answer_that_is_no_decision_for_the_snapshot_gives_way(bench: Bench, answer: Any) -> None:
@@ -198,6 +204,15 @@ def test_failures_are_logged_once_a_minute_with_how_many_were_kept_back(
     bench.choose()
     assert len(caplog.records) == 3
     assert "more like it" not in caplog.records[-1].message
+
+
+def test_the_log_says_what_happens_instead(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    fallback = registry.create("least-queue", {}, random.Random(0))
+    bench.policy.answer = fail
+    guard = Guard(bench.policy, "mine", fallback, bench.seen, bench.clock, STALL_S, instead="a coin decides")
+    guard.choose(make_request(), SNAPSHOT)
+    assert caplog.records[0].message == "policy 'mine' raised ZeroDivisionError; a coin decides"
 
 
 def test_each_kind_of_failure_has_its_own_line(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

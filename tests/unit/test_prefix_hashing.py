@@ -70,6 +70,18 @@ def test_a_chain_is_what_its_definition_says(block_bytes: int, blocks: int, more
     assert len(found.blocks) == blocks
 
 
+def test_no_block_has_the_hash_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    def weak(data: bytes, seed: int = 0) -> int:
+        return (sum(data) + seed) % 3
+
+    monkeypatch.setattr("router.prefix.hashing.xxh3_64_intdigest", weak)
+    data = bytes(range(200)) * 3
+    whole, _ = extend(2, b"", data, 16)
+    assert set(whole) == {1, 2}
+    first, rest = extend(2, b"", data[:100], 16)
+    assert first + extend(first[-1], rest, data[100:], 16)[0] == whole
+
+
 def test_a_chain_never_changes_between_versions() -> None:
     """Routers and replicas of different versions work together, so these numbers stay."""
     asked = request(CHAT, {"messages": [{"role": "user", "content": "0123456789" * 5}]}, cache_salt="salt")

@@ -289,6 +289,50 @@ def test_clearing_a_replica_keeps_what_is_held_for_requests_in_flight() -> None:
     assert index.match(chain) == {"a": Held(5, 50)}
 
 
+def test_clearing_a_replica_with_many_requests_in_flight_moves_their_blocks_in_slices() -> None:
+    index = joined("a", "b")
+    index.store("a", [1], [10])
+    prompts = [[10_000 * n + i for i in range(1, 801)] for n in range(1, 31)]
+    holds = [index.hold("a", prompt) for prompt in prompts]
+    index.hold("b", prompts[0][:3])
+    index.clear("a")
+    seen = set()
+    while index.sweep(1024):
+        seen.add(sum("a" in index.match(prompt) for prompt in prompts))
+    assert len(seen) > 10  # None of the slices moved all.
+    for prompt in prompts:
+        assert index.match(prompt)["a"].soon == 800
+    assert index.match(prompts[0])["b"].soon == 3
+    index.clear("a")  # Nothing is stored: nothing moves.
+    for hold in holds:
+        index.release(hold)
+    assert [index.match(prompt).get("a") for prompt in prompts] == [None] * 30
+
+
+@pytest.mark.parametrize("then", ["release", "leave", "clear"])
+def test_blocks_that_wait_to_be_moved_end_with_their_request_or_replica(then: str) -> None:
+    index = joined("a")
+    index.store("a", [1], [10])
+    prompts = [[10_000 * n + i for i in range(1, 801)] for n in range(1, 6)]
+    holds = [index.hold("a", prompt) for prompt in prompts]
+    index.clear("a")
+    if then == "leave":
+        index.leave("a")
+        index.join("a")
+    elif then == "clear":
+        index.store("a", [1], [10])
+        index.clear("a")
+    for hold in holds[1:]:
+        index.release(hold)
+    while index.sweep(1024):
+        pass
+    expected = [prompts[0]] if then != "leave" else []
+    assert [prompt for prompt in prompts if "a" in index.match(prompt)] == expected
+    index.release(holds[0])
+    assert index.match(prompts[0]) == {}
+    assert not index._soon
+
+
 def test_two_holds_of_one_block_end_with_the_second() -> None:
     index, chain = joined("a"), CHAINS[0]
     first, second = index.hold("a", chain[:4]), index.hold("a", chain[:2])

@@ -37,15 +37,30 @@ def test_a_prompt_longer_than_the_cache_keeps_its_beginning() -> None:
 
 
 def test_what_was_known_before_is_the_first_to_go() -> None:
-    mirror = LruMirror(3, [5, 6])
-    assert mirror.sent([1, 2])[1] == [5]
+    mirror = LruMirror(3)
+    mirror.sent([1])
+    assert mirror.known([1, 5, 6, 7]) == [7]
+    assert mirror.sent([2, 1])[1] == [6]
 
 
 def test_a_smaller_cache_drops_what_no_longer_fits() -> None:
     mirror = LruMirror(4)
     mirror.sent([1, 2, 3, 4])
-    assert mirror.resize(2) == [4, 3]
-    assert mirror.resize(9) == []
+    mirror.capacity = 2
+    assert mirror.trim(9) == [4, 3]
+    mirror.capacity = 9
+    assert (mirror.trim(9), mirror.surplus) == ([], 0)
+
+
+def test_a_much_smaller_cache_drops_what_no_longer_fits_in_slices() -> None:
+    mirror = LruMirror(10_000)
+    mirror.sent(range(10_000))
+    mirror.capacity = 100
+    assert len(mirror.sent([1, 2])[1]) < 100
+    assert len(mirror.trim(1000)) == 1000
+    while mirror.surplus:
+        mirror.trim(1000)
+    assert len(mirror) == 100
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -93,14 +94,67 @@ def test_a_long_report_is_taken_in_by_sweeps_and_those_after_it_wait_for_it() ->
     stage, many = Stage(), range(1, 5001)
     stage.prefixes.opened("a", INFO)
     assert stage.prefixes.reported("a", report(0, many, depths=many, snapshot=True))
+    assert stage.prefixes.mode("a") is CacheMode.APPROXIMATE
+    assert stage.cause("a") == "what it reported is being taken in"
     assert stage.prefixes.reported("a", report(1, [], [4000]))
     assert stage.prefixes.status().late == 1
+    assert stage.prefixes.mode("a") is CacheMode.APPROXIMATE
     seen = set()
     while stage.prefixes.sweep():
         seen.add(stage.prefixes.status().blocks)
     assert len(seen) > 4
     assert stage.held(chain(*many)) == {"a": Held(3999, 3999)}
     assert stage.prefixes.status().late == 0
+    assert (stage.prefixes.mode("a"), stage.cause("a")) == (CacheMode.EXACT, "")
+    assert stage.modes == [("a", CacheMode.APPROXIMATE), ("a", CacheMode.EXACT)]
+
+
+def test_a_gap_while_a_snapshot_is_taken_in_does_not_become_exact_by_taking_in_the_rest() -> None:
+    stage, many = Stage(), range(1, 5001)
+    stage.prefixes.opened("a", INFO)
+    stage.prefixes.reported("a", report(0, many, depths=many, snapshot=True))
+    assert not stage.prefixes.reported("a", report(2, [1]))
+    while stage.prefixes.sweep():
+        pass
+    assert stage.prefixes.mode("a") is CacheMode.APPROXIMATE
+
+
+def test_what_a_replica_held_goes_into_its_mirror_in_slices_and_no_more_than_fits() -> None:
+    stage, many = Stage(), range(1, 20_001)
+    info = EngineInfo("sim", (ModelCard("llama"),), kv_blocks=10_000, kv_block_tokens=16)  # 2,500 blocks of 64 tokens.
+    stage.prefixes.opened("a", info)
+    stage.prefixes.reported("a", report(0, many, depths=many, snapshot=True))
+    while stage.prefixes.sweep():
+        pass
+    assert stage.prefixes.status().blocks == 20_000
+    stage.prefixes.reported("a", report(1, mode="approximate", cause="a test"))
+    with stage.prefixes.hold("a", chain(30_001, 30_002)):
+        pass
+    counts = [stage.prefixes.status().blocks]
+    while stage.prefixes.sweep():
+        counts.append(stage.prefixes.status().blocks)
+    assert max(before - after for before, after in pairwise(counts)) <= 2048
+    assert counts[-1] == 2500
+    assert stage.held(chain(30_001, 30_002))["a"].blocks == 2
+
+
+def test_a_mirror_whose_capacity_falls_gives_up_its_surplus_in_slices() -> None:
+    stage = Stage()
+    info = EngineInfo("sim", (ModelCard("llama"),), kv_blocks=40_000, kv_block_tokens=16)
+    stage.prefixes.opened("a", info)
+    with stage.prefixes.hold("a", chain(*range(1, 10_001))):
+        pass
+    stage.prefixes.reported(
+        "a", CacheReport(0, mode="approximate", cause="a test", prompt_bytes=1 << 30, prompt_tokens=1 << 30)
+    )
+    with stage.prefixes.hold("a", chain(20_001)):
+        pass
+    counts = [stage.prefixes.status().blocks]
+    while stage.prefixes.sweep():
+        counts.append(stage.prefixes.status().blocks)
+    assert counts[0] > 9900
+    assert len(counts) > 5
+    assert counts[-1] == pytest.approx(2500, abs=2)
 
 
 @pytest.mark.parametrize("then", ["snapshot", "lost", "opened", "approximate"])
@@ -205,7 +259,7 @@ def test_a_mirror_is_no_larger_than_the_replicas_kv_cache() -> None:
 )
 def test_a_report_that_cannot_be_read_ends_the_trust_until_a_snapshot_can_be(broken: dict[str, bytes]) -> None:
     stage = exact(1)
-    assert stage.prefixes.reported("a", CacheReport(1, **broken))  # type: ignore[arg-type]
+    assert not stage.prefixes.reported("a", CacheReport(1, **broken))  # type: ignore[arg-type]
     assert stage.prefixes.mode("a") is CacheMode.APPROXIMATE
     assert stage.cause("a") == "a cache report that cannot be read"
     assert stage.prefixes.reported("a", report(2, [2]))
@@ -213,6 +267,19 @@ def test_a_report_that_cannot_be_read_ends_the_trust_until_a_snapshot_can_be(bro
     assert stage.prefixes.reported("a", report(3, [1, 2], snapshot=True))
     assert stage.held(chain(1, 2)) == {"a": Held(2, 120)}
     assert stage.prefixes.mode("a") is CacheMode.EXACT
+
+
+def test_where_snapshots_cannot_be_read_either_they_are_asked_for_seldom() -> None:
+    stage, broken = exact(1), {"snapshot": True, "evicted": b"123"}
+    answers = []
+    for seq in range(1, 100):
+        stage.clock.now += 1.0
+        answers.append(stage.prefixes.reported("a", CacheReport(seq, **broken)))  # type: ignore[arg-type]
+    assert answers.count(False) == 4
+    assert stage.prefixes.reported("a", report(100, [1, 2], snapshot=True))
+    assert stage.prefixes.mode("a") is CacheMode.EXACT
+    status = stage.prefixes.status()
+    assert (status.gaps, status.healed) == (1, 1)
 
 
 def test_a_mode_of_a_later_version_counts_as_approximate() -> None:
@@ -360,6 +427,29 @@ def test_prompts_are_cut_into_blocks_of_the_configured_size() -> None:
     bounded = stage.prefixes.chain(request("x" * 7000))
     assert bounded is not None
     assert len(bounded.blocks) == 16
+
+
+def body_of(body: bytes, method: str = "POST") -> Request:
+    return Request("r", "llama", Rpc.HTTP, "/v1/completions", body, method=method)
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens"),
+    [
+        (body_of(b"x" * 4000), 1000),
+        (body_of(b""), 0),
+        (body_of(b"", "GET"), 0),
+        (body_of(b"--boundary\r\n" + bytes(1 << 20)), 4096),
+        (body_of(b"x y " * (1 << 20)), 1 << 18),
+        (body_of(b'{"url":"' + b"A" * (1 << 20) + b'"}'), 25),
+    ],
+)
+def test_a_prompt_that_is_not_hashed_is_estimated_by_the_body(asked: Request, tokens: int) -> None:
+    view = exact().prefixes.unhashed(asked)
+    assert (view.chain, dict(view.held)) == (None, {})
+    assert view.tokens == pytest.approx(tokens, abs=15)
+    charge = exact().prefixes.charge(view, "a")
+    assert (charge.tokens, charge.pairs) == (view.tokens, view.tokens**2 / 2)
 
 
 def test_prompts_are_not_hashed_where_the_configuration_turns_prefixes_off() -> None:

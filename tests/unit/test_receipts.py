@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.receipts import Explainer, make_receipt
+from router.receipts import REST_S, Explainer, make_receipt
 from router.types import (
     MAX_CANDIDATES_CHARS,
     Candidate,
@@ -68,9 +68,50 @@ def test_a_retry_says_so_whatever_the_policys_reason_was() -> None:
     assert receipt(Snapshot("m", views("a")), "a", Charge(), retry=True).reason is Reason.RETRY
 
 
+class Seen:
+    """An observer and its clock."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.failures: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def explain_failed(self, kind: str) -> None:
+        self.failures.append(kind)
+
+
+def explainer_of(explain: Any, seen: Seen | None = None) -> Explainer:
+    seen = seen or Seen()
+    return Explainer(explain, seen, seen, 0.005)
+
+
+@pytest.mark.parametrize("defect", ["raised", "stalled", "not a number"])
+def test_an_explanation_that_fails_or_stalls_rests_and_is_then_asked_again(defect: str) -> None:
+    seen, snapshot, asked = Seen(), Snapshot("m", views("a")), 0
+
+    def explain(request: Request, snapshot: Snapshot) -> dict[str, float]:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            return {"a": 1.0}
+        if defect == "raised":
+            raise ZeroDivisionError
+        seen.now += 1.0 if defect == "stalled" else 0.0
+        return {"a": float("nan") if defect == "not a number" else 1.0}
+
+    explainer = explainer_of(explain, seen)
+    for _ in range(3):
+        explainer.candidates(REQUEST, snapshot, "a")
+    assert (asked, seen.failures) == (1, ["stalled" if defect == "stalled" else "raised", "resting", "resting"])
+    seen.now += REST_S
+    assert explainer.candidates(REQUEST, snapshot, "a")[0].score == 1.0
+
+
 def test_candidates_come_chosen_first_then_by_score_then_by_what_they_hold() -> None:
     snapshot = Snapshot("m", views("a", "b", "c", "d", "e"), PREFIX)
-    explainer = Explainer(lambda request, snapshot: {"c": 3.0, "d": 1.0, "nobody": 0.0})
+    explainer = explainer_of(lambda request, snapshot: {"c": 3.0, "d": 1.0, "nobody": 0.0})
     found = explainer.candidates(REQUEST, snapshot, "c")
     assert [one.replica for one in found] == ["c", "d", "b", "a", "e"]
     assert [one.score for one in found] == [3.0, 1.0, None, None, None]
@@ -79,7 +120,7 @@ def test_candidates_come_chosen_first_then_by_score_then_by_what_they_hold() -> 
 
 
 def test_without_an_explanation_candidates_have_no_score() -> None:
-    found = Explainer(None).candidates(REQUEST, Snapshot("m", views("a", "b")), "b")
+    found = explainer_of(None).candidates(REQUEST, Snapshot("m", views("a", "b")), "b")
     assert [(one.replica, one.score) for one in found] == [("b", None), ("a", None)]
 
 

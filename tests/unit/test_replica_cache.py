@@ -286,3 +286,29 @@ async def test_an_engine_that_tells_nothing_of_its_cache_sends_no_reports() -> N
     assert await router.steps() == []
     router.send(Resync(0))
     assert await router.steps() == []
+
+
+async def test_output_goes_on_where_the_cache_cannot_be_reported(
+    engine: CachingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.holds(1)
+    _, router = joined(engine)
+    await router.steps()
+    router.send(submit(1))
+
+    def broken(block: int) -> int:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(engine.ledger, "depth", broken)
+    engine.holds(2)
+    engine.outs[0].data(b"x", 1)
+    (step,) = await router.steps()
+    assert [output.payload for output in step.outputs] == [b"x"]
+    assert step.cache is not None
+    # What the router knew is void, and it knows why.
+    assert (step.cache.snapshot, step.cache.mode) == (True, "approximate")
+    assert step.cache.cause == "the replica failed to report"
+    engine.outs[0].data(b"y", 1)
+    (step,) = await router.steps()
+    assert [output.payload for output in step.outputs] == [b"y"]
+    assert step.cache is None

@@ -282,6 +282,41 @@ async def test_what_was_put_off_is_done_in_slices_between_which_others_run() -> 
     await fleet.close()
 
 
+async def test_a_slice_that_fails_is_logged_and_the_next_ones_follow(caplog: pytest.LogCaptureFixture) -> None:
+    slices = 0
+    done = asyncio.Event()
+
+    class Broken(Prefixes):
+        def sweep(self) -> bool:
+            nonlocal slices
+            slices += 1
+            if slices < 3:
+                raise KeyError("a defect")
+            done.set()
+            return False
+
+    fleet = Fleet(Broken(PrefixOptions(), time.monotonic))
+    sweeping = asyncio.create_task(fleet.router.sweep())
+    async with asyncio.timeout(DEADLINE_S):
+        await done.wait()
+    sweeping.cancel()
+    await asyncio.gather(sweeping, return_exceptions=True)
+    assert len([record for record in caplog.records if record.name == "router.replicas"]) == 1
+    await fleet.close()
+
+
+async def test_a_long_snapshot_makes_the_cache_exact_once_it_is_taken_in(caching: tuple[Fleet, Prefixes]) -> None:
+    fleet, prefixes = caching
+    await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    (lane,) = fleet.router.lanes()
+    reports(lane, snapshot(1, *range(1, 5000)))
+    assert fleet.router.snapshot("m").replicas[0].cache is CacheMode.APPROXIMATE
+    while prefixes.sweep():
+        pass
+    assert fleet.router.snapshot("m").replicas[0].cache is CacheMode.EXACT
+
+
 async def test_reports_reach_the_index_over_a_lane_and_a_lost_one_is_healed_by_a_snapshot(
     caching: tuple[Fleet, Prefixes],
 ) -> None:

@@ -157,9 +157,36 @@ def test_arrivals_come_at_the_rate_asked_for_in_order_and_scattered_by_the_seed(
     trace = some_trace(200)
     times = [at for at, _ in traces.arrivals(trace, 4.0, 0)]
     assert times == sorted(times)
-    assert len(times) / times[-1] == pytest.approx(4.0, rel=0.1)
+    assert times[0] == 0
+    assert len(times) / times[-1] == pytest.approx(4.0)
     assert times == [at for at, _ in traces.arrivals(trace, 4.0, 0)]
     assert times != [at for at, _ in traces.arrivals(trace, 4.0, 1)]
+
+
+@pytest.mark.parametrize(("gap", "granularity"), [(3000, 3.0), (500, 0.5)])
+def test_batches_of_one_time_each_are_scattered_over_the_gap_between_them(gap: int, granularity: float) -> None:
+    # As in the conversations: a batch comes at the gap's multiple, or a millisecond before it.
+    rows = [TraceRow(max(batch * gap - batch % 2, 0), 10, 1, []) for batch in range(300) for _ in range(10)]
+    trace = build("batches", rows)
+    assert traces.granularity_s(trace) == granularity
+    times = [at for at, _ in traces.arrivals(trace, trace.rate_rps, 0)]
+    in_tenths = [0] * 10
+    for at in times:
+        in_tenths[int(at / granularity % 1 * 10)] += 1
+    assert max(in_tenths) < 1.3 * min(in_tenths)
+
+
+def test_rare_requests_with_times_of_their_own_stay_where_they_are_within_a_second() -> None:
+    trace = build("rare", [TraceRow(number * 60_000.0, 10, 1, []) for number in range(20)])
+    assert traces.granularity_s(trace) == 1
+
+
+def test_requests_that_all_bear_the_same_time_come_evenly() -> None:
+    trace = build("same", [TraceRow(5000.0, 10, 1, []) for _ in range(5)])
+    times = [at for at, _ in traces.arrivals(trace, 2.0, 0)]
+    assert times == pytest.approx([0, 0.625, 1.25, 1.875, 2.5])
+    alone = build("one", [TraceRow(5000.0, 10, 1, [])])
+    assert [at for at, _ in traces.arrivals(alone, 2.0, 0)] == [0]
 
 
 def test_the_step_of_a_long_prompt_lasts_as_the_roofline_says() -> None:
@@ -269,12 +296,102 @@ def test_one_pool_of_caches_finds_what_any_replica_holds() -> None:
         assert [outcome.cached_tokens for outcome in outcomes] == cached
 
 
-def test_truthful_baselines_are_spared_the_routers_errors() -> None:
+def test_truthful_baselines_are_spared_the_routers_errors_and_say_so() -> None:
     trace = some_trace(60)
-    plain, spoiled = (
-        run_at(trace, 3, "greedy", 8.0, 1.0, knobs) for knobs in (Knobs(), Knobs(staleness_s=1.0, model_error=0.3))
+    errors = Knobs(staleness_s=1.0, routers=4, model_error=0.3, replica_error=0.2)
+    plain, spoiled = (run_at(trace, 3, "greedy", 8.0, 1.0, knobs) for knobs in (Knobs(), errors))
+    assert timeless(plain) == timeless(spoiled)
+    assert (spoiled.staleness_ms, spoiled.routers, spoiled.model_error, spoiled.token_error) == (0, 1, 0, 0)
+
+
+def test_a_result_says_under_what_it_came_about() -> None:
+    knobs = Knobs(
+        token_error=0.1,
+        replica_error=0.2,
+        slow_factor=1.5,
+        joins=(0.2,),
+        leaves=(0.6,),
+        options={"prefix": 2.0},
     )
-    assert plain.ttft_mean_s == spoiled.ttft_mean_s
+    result = run_at(some_trace(60), 3, "llm-d", 8.0, 1.0, knobs)
+    for field in ("token_error", "replica_error", "slow_factor", "joins", "leaves", "options"):
+        assert getattr(result, field) == getattr(knobs, field)
+
+
+def test_a_router_knows_the_ends_of_its_own_streams_however_late_reports_are() -> None:
+    trace = build("one", [TraceRow(0.0, 1000, 20, [])])
+    cluster = Cluster(Setup(H200_8B, 1, staleness_s=100.0), maker("least-queue", {}), trace.requests)
+    ends: list[float] = []
+    router = cluster._routers[0]
+    ended = router.ended
+
+    def noted(replica: str, hold: object) -> None:
+        ends.append(cluster.now)
+        ended(replica, hold)
+
+    router.ended = noted  # type: ignore[method-assign]
+    (outcome,) = cluster.run(traces.arrivals(trace, 1.0, 0)) or []
+    assert ends == [pytest.approx(outcome.end_s)]
+    assert cluster.now > 100
+
+
+def test_mean_times_are_told_by_prompt_length() -> None:
+    rows = [TraceRow(number * 60_000.0, tokens, 1, []) for number, tokens in enumerate((100, 10_000, 30_000) * 4)]
+    result = run_at(build("lengths", rows), 1, "least-queue", 1 / 60, 1.0, Knobs())
+    for field, tokens in (("short", 100), ("middle", 10_000), ("long", 30_000)):
+        assert getattr(result, f"ttft_{field}_mean_s") == pytest.approx(cold_prefill_s(H200_8B, tokens))
+
+
+def test_a_trace_that_no_rate_overloads_ends_the_search_and_is_marked() -> None:
+    trace = build("few", [TraceRow(number * 1000.0, 100, 2, []) for number in range(4)])
+    best = runs.goodput(trace, 2, "least-queue")
+    assert best.unlimited
+    assert best.good_share == 1
+    assert best.goodput_rps == best.rate_rps == pytest.approx(4 / runs.AT_ONCE_S)
+    assert not runs.goodput(some_trace(100), 2, "least-queue").unlimited
+
+
+def test_requests_in_flight_are_counted_by_the_router_that_sent_them() -> None:
+    trace = build("same", [TraceRow(0.0, 3 * BLOCK + 1, 9, [1, 2, 3]), TraceRow(1.0, 3 * BLOCK, 9, [1, 2, 4])])
+    router = Cluster(Setup(H200_8B, 1), maker("dynamo", {}), trace.requests)._routers[0]
+    first, second = trace.requests
+    assert router.in_flight("r0", second.chain.blocks) == 0
+    name, _, hold = router.route(first, 0.0)
+    assert router.in_flight(name, second.chain.blocks) == 2
+    router.ended(name, hold)
+    assert router.in_flight(name, second.chain.blocks) == 0
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"rps": null}', '{"rps": -1}', "directory"])
+def test_a_remembered_rate_that_cannot_be_used_is_found_anew(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = some_trace(60)
+    rate = runs.saturation_rps(trace, 2)
+    (path,) = runs._cache_dir().iterdir()
+    path.unlink()
+    if damage == "directory":
+        path.mkdir()  # Neither read nor written.
+    else:
+        path.write_text(damage)
+    monkeypatch.setattr(runs, "_saturations", {})
+    assert runs.saturation_rps(trace, 2) == rate
+
+
+def test_all_code_that_decides_a_saturation_rate_is_in_its_key() -> None:
+    names = {path.name for path in runs._sources()}
+    assert names >= {"routers.py", "simulated_text.py", "account.py", "model.py", "index.py"}
+
+
+def test_each_seed_has_a_generated_trace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(name: str, seed: int = 0) -> Trace:
+        asked.append((name, seed))
+        return some_trace(30, seed)
+
+    monkeypatch.setattr(traces, "load", load)
+    runs.run("agentic", 2, "least-queue", 0.5, seed=3)
+    runs.goodput("agentic", 2, "least-queue", seed=4)
+    assert asked == [("agentic", 3), ("agentic", 4)]
 
 
 def test_the_saturation_rate_is_what_least_queue_gets_done_and_is_remembered(
@@ -294,7 +411,7 @@ def test_the_search_ends_at_a_rate_that_is_good_enough_and_not_far_from_one_that
     best = runs.goodput(trace, 2, "least-queue")
     assert best.good_share >= 0.9
     assert best.goodput_rps == best.rate_rps
-    worse = run_at(trace, 2, "least-queue", best.rate_rps * 1.05, 0.0, Knobs())
+    worse = run_at(trace, 2, "least-queue", best.rate_rps * 1.2, 0.0, Knobs())
     assert worse.good_share < 0.9
 
 
@@ -366,6 +483,24 @@ def test_several_processes_find_the_same(tmp_path: Path) -> None:
     [
         (["--trace", "nowhere", "--policies", "cost"], "nowhere"),
         (["--trace", "conversation", "--policies", "best-of-all"], "best-of-all"),
+        (["--trace", "conversation", "--policies", "best-of-all"], "chwbl, cost"),
+        (["--trace", "conversation", "--policies", ","], "--policies"),
+        (["--trace", "conversation"], "--policies"),
+        (["--trace", "conversation", "--policies", "cost", "--replicas", "0"], "'0' is not an integer at least 1"),
+        (["--trace", "conversation", "--policies", "cost", "--load", "0.8,0"], "'0' is not a number above 0"),
+        (["--trace", "conversation", "--policies", "cost", "--load", "nan"], "--load"),
+        (["--trace", "conversation", "--policies", "cost", "--routers", "0"], "--routers"),
+        (["--trace", "conversation", "--policies", "cost", "--jobs", "0"], "--jobs"),
+        (["--trace", "conversation", "--policies", "cost", "--staleness-ms", "-1"], "--staleness-ms"),
+        (["--trace", "conversation", "--policies", "cost", "--model-error", "1"], "--model-error"),
+        (["--trace", "conversation", "--policies", "cost", "--token-error", "1.5"], "--token-error"),
+        (["--trace", "conversation", "--policies", "cost", "--slow-replica", "0"], "--slow-replica"),
+        (["--trace", "conversation", "--policies", "cost", "--seed", "one"], "--seed"),
+        (["--trace", "conversation", "--policies", "cost", "--replicas", "2", "--leave", "0.1,0.2"], "no replica"),
+        (["--trace", "conversation", "--policies", "cost", "--options", "[1]"], "--options"),
+        (["--trace", "conversation", "--policies", "cost", "--options", '{"chwbl": {}}'], "chwbl"),
+        (["--trace", "conversation", "--policies", "chwbl", "--options", '{"chwbl": {"prize": 2}}'], "prize"),
+        (["--trace", "conversation", "--policies", "greedy", "--options", '{"greedy": {"prize": 2}}'], "no options"),
         (["--trace", "conversation", "--policies", "nowhere.at_all:Policy"], "nowhere"),
         (["--trace", "conversation", "--policies", "cost", "--options", '{"cost": {"prize": 2}}'], "prize"),
     ],
@@ -374,7 +509,66 @@ def test_a_wrong_name_ends_the_command_with_a_complaint(
     arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert loadtests(["simulate", *arguments]) == 2
-    assert complaint in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "empty"),
+        (b'{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [-1]}', "line 1"),
+        (b'{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [18446744073709551616]}', "line 1"),
+        (b'{"timestamp": 0, "input_length": 0, "output_length": 1}', "line 1"),
+        (b'{"timestamp": NaN, "input_length": 3, "output_length": 1}', "line 1"),
+        (b'{"timestamp": 0, "input_length": 900000, "output_length": 1}', "fits into a replica"),
+        (b"\xff\xfe", "no text"),
+    ],
+)
+def test_a_trace_that_cannot_be_used_is_refused_in_one_line(
+    content: bytes, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    assert loadtests(["simulate", "--trace", str(path), "--policies", "cost"]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+def test_results_are_on_disk_before_the_last_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, out = tmp_path / "mine.jsonl", tmp_path / "out.json"
+    write_trace(trace, some_rows(30))
+    runs_made: list[Result] = []
+
+    def failing(*args: object, **more: object) -> Result:
+        if runs_made:
+            raise RuntimeError("the second one fails")
+        runs_made.append(runs.run(*args, **more))  # type: ignore[arg-type]
+        return runs_made[0]
+
+    monkeypatch.setattr("loadtests.simulate.command.run", failing)
+    out.write_text("what was there before")
+    arguments = ["--trace", str(trace), "--replicas", "2", "--policies", "round-robin,cost", "--json", str(out)]
+    with pytest.raises(RuntimeError):
+        loadtests(["simulate", *arguments])
+    (kept,) = json.loads((tmp_path / "out.json.part").read_text())["results"]
+    assert kept["policy"] == "round-robin"
+    assert out.read_text() == "what was there before"
+
+
+@pytest.mark.parametrize("name", ["nowhere/out.json", ""])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "mine.jsonl"
+    write_trace(trace, some_rows(20))
+    arguments = ["--trace", str(trace), "--policies", "cost", "--json", str(tmp_path / name)]
+    assert loadtests(["simulate", *arguments]) == 2
+    told = capsys.readouterr()
+    assert not told.out
+    assert str(tmp_path) in told.err
 
 
 def test_a_file_that_is_no_trace_is_refused_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,40 @@ def test_goodput_is_compared_with_least_queues_under_the_same_conditions() -> No
     ]
 
 
+def test_results_that_ran_under_something_else_are_told_apart() -> None:
+    odd: list[dict[str, Any]] = [
+        {"replica_error": 0.2},
+        {"token_error": 0.2},
+        {"slow_factor": 2.0},
+        {"joins": (0.5,)},
+        {"leaves": (0.5,)},
+        {"options": {"price": 2}},
+    ]
+    groups = report.by_conditions([result(), *(result(**fields) for fields in odd)])
+    assert len(groups) == len({conditions.told() for conditions in groups}) == 7
+
+
+def test_bounds_are_compared_where_only_the_estimate_of_lengths_differs() -> None:
+    bound = result("greedy", token_error=0.0)
+    clean, late = report.by_conditions([bound, result("cost"), result("cost", staleness_ms=200.0)]).values()
+    assert {each.policy for each in clean} == {"greedy", "cost"}
+    assert {each.policy for each in late} == {"cost"}
+    assert list(report.by_conditions([bound]).values()) == [[bound]]
+
+
+def test_a_search_without_end_is_no_figure() -> None:
+    results = [result("cost", goodput_rps=9e9, unlimited=True), result("least-queue", goodput_rps=10.0)]
+    assert "| **no limit** |" in report.goodput_table(results)
+    texts = [text.get_text() for text in plots.goodput(results).axes[0].texts]
+    assert sorted(texts) == ["10.0  1.00 ×", "no limit"]
+
+
+def test_times_by_prompt_length_are_told_where_there_are_such_prompts() -> None:
+    head, _, row = rows(report.load_table([result("dynamo", ttft_short_mean_s=0.25, ttft_long_mean_s=2.5)], 0.8))
+    place = head.index("TTFT mean, prompts < 4,000 (s)")
+    assert row[place : place + 3] == ["0.250", "–", "2.50"]
+
+
 def test_a_policy_that_the_report_does_not_know_is_told_under_its_own_name() -> None:
     assert report.policies([result("mine:Policy"), result("cost")]) == ["cost", "mine:Policy"]
     assert "mine:Policy" in report.load_table([result("mine:Policy")], 0.8)

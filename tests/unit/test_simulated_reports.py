@@ -216,17 +216,29 @@ async def test_text_that_ends_within_a_token_is_not_continued() -> None:
     assert bench.prefixes.status().off == 0
 
 
-async def test_a_chain_of_another_body_is_left_aside(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("chain", "matched", "why"),
+    [
+        (None, 0, "another chain"),
+        (b"no chain", 0, "a chain of 8 bytes"),
+        (bytes(24), 0, "a chain of blocks of 0 bytes"),
+        (None, -1, "-1 blocks"),
+    ],
+)
+async def test_a_chain_of_another_body_is_left_aside(
+    chain: bytes | None, matched: int, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
     bench = Routed()
     body = chat_body([said("user", some_words(1, 100))])
     other = bench.prefixes.chain(Request("r", "m", Rpc.HTTP, CHAT, chat_body([said("user", some_words(2, 100))])))
-    bench.engine.submit(Submit(1, "r1", Rpc.HTTP, "POST", CHAT, (), body, chain=pack_chain(other)), Out(bench.clock))
-    bench.engine.submit(Submit(2, "r2", Rpc.HTTP, "POST", CHAT, (), body, chain=b"no chain"), Out(bench.clock))
+    packed, out = pack_chain(other) if chain is None else chain, Out(bench.clock)
+    bench.engine.submit(Submit(1, "r1", Rpc.HTTP, "POST", CHAT, (), body, chain=packed, matched=matched), out)
     bench.clock.run()
     bench.learn()
     assert bench.prefixes.status().blocks == 0
-    assert "another chain" in caplog.text
-    assert "a chain of 8 bytes" in caplog.text
+    assert why in caplog.text
+    assert out.ends
+    assert bench.engine.load().running == 0
 
 
 async def test_an_aborted_request_is_not_compared_and_its_blocks_stay() -> None:
