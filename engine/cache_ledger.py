@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from router.types import Chain
 
 MAX_TIES: Final = 250_000
-"""About 90 MB where all are used. A KV cache of 820,000 tokens needs 13,000 at 256 bytes a prefix block; the rest is
+"""About 120 MB where all are used. A KV cache of 820,000 tokens needs 13,000 at 256 bytes a prefix block; the rest is
 for prompts that wait, and for prefixes that are shared by prompts whose KV blocks differ."""
 MAX_TIES_PER_KEY: Final = 64
 """Prompts with namespaces of their own and the same tokens each tie blocks of their own to the same KV blocks."""

@@ -38,7 +38,7 @@ class Load(msgspec.Struct, frozen=True, gc=False, array_like=True):
     step_ms: float = 0.0
     """Duration of the last engine step in milliseconds."""
     queued_prefill_pairs: float = 0.0
-    """Attention's part of the queued prefill: pairs of a token to be computed and a token before it (in its own prompt);
+    """Attention's part of the queued prefill: pairs of a token to be computed and a token before it in its own prompt;
     n uncached tokens behind c cached ones make n * c + n * n / 2. 0 where the engine cannot say."""
     step_prefill_tokens: int = 0
     """Prompt tokens that the last step computed."""

@@ -340,9 +340,9 @@ class Dynamo:
     """Re-implementation of NVIDIA Dynamo's KV router (`lib/kv-router/src/scheduling/selector.rs`, and its docs).
 
     Least cost = `overlap_weight` x blocks to be computed there, this prompt's uncached ones included + blocks in use
-    there, and those of this prompt that no request in flight there has; temperature 0. Parameters: weight 1, blocks of
-    16 tokens (the size cancels out). Deviation: Dynamo counts a sequence's blocks as in use from routing on; here those
-    in use are the engine's, and the uncached tokens that still wait for it are added.
+    there, and those of this prompt that none of the router's requests in flight there has; temperature 0. Parameters:
+    weight 1, blocks of 16 tokens (the size cancels out). Deviation: Dynamo counts a sequence's blocks as in use from
+    routing on; here those in use are the engine's, and the uncached tokens that still wait for it are added.
     """
 
     class Options(Options, frozen=True):

@@ -66,7 +66,7 @@ class Cache:
                 return -1
             done += new
             request.num_computed_tokens = done
-        return cached
+        return int(cached)
 
     def generate(self, request: Any, tokens: list[int]) -> None:
         for token in tokens:

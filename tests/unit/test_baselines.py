@@ -228,6 +228,15 @@ def test_dynamo_adds_blocks_to_compute_and_blocks_in_use() -> None:
     assert decision.score == pytest.approx((160 + 5120 + 8200 + 160 + 5120) / 16)
 
 
+def test_dynamo_counts_no_block_of_a_prompt_twice_where_a_request_in_flight_has_it() -> None:
+    there = {"a": 9, "b": 0}
+    policy = Dynamo(Dynamo.Options(), random.Random(0), in_flight=lambda replica, blocks: there[replica])
+    views = [view("a", queued_prefill_tokens=1600), view("b")]
+    # a: prefill 1600 + 5120, in use 1600 + 512; b: prefill 5120, in use 5120.
+    decision = policy.choose(make_request(), snapshot(views, prompt(1, 10)))
+    assert (decision.replica, decision.score) == ("a", (1600 + 5120 + 1600 + 512) / 16)
+
+
 def test_lmetric_multiplies_queued_new_tokens_and_batch() -> None:
     policy = new(LMetric)
     views = [view("a", 9, queued_prefill_tokens=100), view("b", 1, queued_prefill_tokens=0)]

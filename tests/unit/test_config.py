@@ -57,16 +57,16 @@ def test_a_flag_that_is_none_was_not_given() -> None:
 
 
 def test_flags_reach_into_policy_options_and_engines(write: Write) -> None:
-    path = write('[policy]\noptions = {choices = 3}\n[[engines]]\nname = "a"')
-    config = load(path, env={}, flags={"policy.options.choices": 4, "engines.1.name": "b", "engines.0.replicas": 2})
-    assert config.policy.options == {"choices": 4}
+    path = write('[policy]\noptions = {price = 3}\n[[engines]]\nname = "a"')
+    config = load(path, env={}, flags={"policy.options.price": 4, "engines.1.name": "b", "engines.0.replicas": 2})
+    assert config.policy.options == {"price": 4}
     assert config.engines == (EngineOptions(name="a", replicas=2), EngineOptions(name="b"))
 
 
 def test_flags_do_not_change_what_the_caller_gave() -> None:
-    options = {"choices": 3}
-    load(None, env={}, flags={"policy.options": options, "policy.options.choices": 5})
-    assert options == {"choices": 3}
+    options = {"price": 3}
+    load(None, env={}, flags={"policy.options": options, "policy.options.price": 5})
+    assert options == {"price": 3}
 
 
 def test_environment_sets_each_kind_of_field(write: Write) -> None:
@@ -76,7 +76,7 @@ def test_environment_sets_each_kind_of_field(write: Write) -> None:
         "KVLANE_LANE_CARRIER": "actor",
         "KVLANE_HTTP_IDLE_TIMEOUT_S": "7.5",
         "KVLANE_HTTP_CORS_ORIGINS": '["https://a", "https://b"]',
-        "KVLANE_POLICY_OPTIONS": '{"choices": 3}',
+        "KVLANE_POLICY_OPTIONS": '{"price": 3}',
         "KVLANE_ENGINES_0_REPLICAS": "4",
         "KVLANE_ENGINES_0_ENV": '{"A": "1"}',
         "UNRELATED": "x",
@@ -87,7 +87,7 @@ def test_environment_sets_each_kind_of_field(write: Write) -> None:
     assert config.lane.carrier == "actor"
     assert config.http.idle_timeout_s == 7.5
     assert config.http.cors_origins == ("https://a", "https://b")
-    assert config.policy.options == {"choices": 3}
+    assert config.policy.options == {"price": 3}
     assert config.engines == (EngineOptions(replicas=4, env={"A": "1"}),)
 
 
@@ -343,7 +343,7 @@ def test_every_field_has_words_and_one_variable_of_its_own() -> None:
 def test_every_field_can_be_set_by_its_variable() -> None:
     config = Config(
         engines=(EngineOptions(args={"a": 1}),),
-        policy=msgspec.structs.replace(Config().policy, options={"choices": 3}),
+        policy=msgspec.structs.replace(Config().policy, options={"price": 3}),
     )
     tree = msgspec.to_builtins(config)
     env = {}

@@ -444,7 +444,6 @@ def wild_events(draw: st.DrawFn) -> Any:
     return [event["type"], *(event.get(field) for field in STORED_FIELDS), *draw(st.lists(VALUES, max_size=3))]
 
 
-@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=120)
 @given(st.lists(st.lists(st.one_of(wild_events(), wild_events(), VALUES), max_size=2), max_size=3), VALUES)
 def test_whatever_the_fields_of_events_are_nothing_is_raised(batches: list[list[Any]], rank: Any) -> None:
@@ -456,7 +455,6 @@ def test_whatever_the_fields_of_events_are_nothing_is_raised(batches: list[list[
     assert follower.ledger.held == len(follower.events.identity) == 0
 
 
-@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.lists(wild_events(), min_size=1, max_size=2), st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255))))
 def test_whatever_bytes_a_batch_has_nothing_is_raised(events: list[Any], flips: list[tuple[int, int]]) -> None:

@@ -119,3 +119,15 @@ def test_what_prompts_cost_and_what_of_them_was_held_is_added_up_by_model() -> N
     assert found['kvlane_prefix_matched_tokens_total{model="m"}'] == 120
     assert found['kvlane_prefix_matched_tokens_total{model="other"}'] == 60
     assert 'kvlane_prompt_tokens_total{model="unhashed"}' not in found
+
+
+async def test_a_scrape_shows_what_is_late_what_expired_and_what_was_not_explained() -> None:
+    prefixes = Prefixes(PrefixOptions(), time.monotonic)
+    fleet, metrics = Fleet(prefixes), Metrics()
+    metrics.watch(Admission(1), fleet.router, prefixes)
+    metrics.policies.explain_failed("stalled")
+    text = metrics.exposition()[0].decode()
+    assert "kvlane_prefix_late_replicas 0.0" in text
+    assert "kvlane_prefix_holds_expired_total 0.0" in text
+    assert 'kvlane_explain_failures_total{kind="stalled"} 1.0' in text
+    await fleet.close()
