@@ -4,7 +4,7 @@ For each replica::
 
     cost = wait + batch + answer_tokens * step                                  the request's own time there
          + prefill * (1 + price + queue_price * mean wait                       its prompt, and what that takes from
-                        + interference * running * pressure^3)                  those who come later or run there
+                        + interference * running * pressure^4)                  those who come later or run there
 
 `docs/policies.md` explains the terms. Its one rule is that of all time-sharing: work is not cheap because a replica is
 idle now, it is dear in proportion to how many others will wait for it.
@@ -42,8 +42,8 @@ class Cost:
         """What a second of prompt computation costs those who come after it, in seconds, on a fleet without queues."""
         queue_price: NonNegative = 2.0
         """How much that price rises per second that requests wait on average over the fleet."""
-        interference: NonNegative = 5.0
-        """Weight of a running request's delay where the fleet's KV caches are full; the cube of their use scales it."""
+        interference: NonNegative = 6.0
+        """Weight of a running request's delay where the fleet's KV caches are full; the fourth power of their use scales it."""
         answer_tokens: NonNegative = 8.0
         """Output tokens whose time counts as much as the wait for the first one."""
         crowd_factor: Annotated[float, msgspec.Meta(ge=1)] = 1.5
@@ -94,7 +94,7 @@ class Cost:
         depths = [view.queue_depth for view in replicas]
         mean_wait = sum(waits) / count
         pressure = sum([view.load.kv_usage for view in replicas]) / count
-        share = options.interference * pressure**3
+        share = options.interference * pressure**4
         price = 1.0 + options.price + options.queue_price * mean_wait
         # Where all queue, numbers say little: many short requests may wait beside few long ones.
         everyone = sum(depths)

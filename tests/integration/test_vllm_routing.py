@@ -278,7 +278,7 @@ def test_a_router_that_starts_after_evictions_expects_rightly_from_its_first_req
     fleet: Fleet, by_cost: Measured
 ) -> None:
     with fleet.router("cost") as router:
-        answered = send(router, by_cost.record, by_cost.traffic.rounds(3, 4), REPLICAS)
+        answered = send(router, by_cost.record, by_cost.traffic.rounds(3, 4), REPLICAS // 2)
         report("restart", answered)
         wrong = compare("restart", router, answered)
         assert max(wrong, len(off(answered))) <= len(answered) // 100, off(answered)

@@ -27,7 +27,7 @@ def costs(options: Cost.Options, snapshot: Snapshot) -> dict[str, float]:
         held = prefix.held.get(view.replica, Held(0, 0))
         prefill = view.outlook.prefill_s(prefix.tokens, min(held.tokens, prefix.tokens))
         own = wait + view.outlook.batch_s + options.answer_tokens * view.outlook.step_s
-        others = options.interference * (view.load.running + view.unacked) * pressure**3
+        others = options.interference * (view.load.running + view.unacked) * pressure**4
         found[view.replica] = own + prefill * (1 + price + others) + (1e6 if there > crowd else 0.0)
     return found
 
