@@ -43,7 +43,7 @@ class Cost:
         queue_price: NonNegative = 2.0
         """How much that price rises per second that requests wait on average over the fleet."""
         interference: NonNegative = 6.0
-        """Weight of a running request's delay where all KV caches are full; it falls with the fourth power of their use."""
+        """Weight of a running request's delay where all KV caches are full; their use to the fourth power scales it."""
         answer_tokens: NonNegative = 8.0
         """Output tokens whose time counts as much as the wait for the first one."""
         crowd_factor: Annotated[float, msgspec.Meta(ge=1)] = 1.5

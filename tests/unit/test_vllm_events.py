@@ -23,14 +23,19 @@ class Publisher:
 
     def __init__(self, endpoint: str, topic: str = "") -> None:
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PUB)
+        # As PUB, and tells of subscriptions: a handshake may stand before its subscription has been read.
+        self._socket = self._context.socket(zmq.XPUB)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.set_hwm(100_000)
         self._socket.bind(endpoint)
         self._topic = topic.encode()
         self._number = 0
+        self._subscribed = False
 
     def publish(self, payload: bytes) -> None:
+        if not self._subscribed and self._socket.poll(1000):
+            self._socket.recv()
+            self._subscribed = True
         self.send(self._topic, self._number.to_bytes(8, "big"), payload)
         self._number += 1
 
