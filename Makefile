@@ -59,6 +59,17 @@ bench: $(DEV_STAMP) ## CPU per chunk and per request, added time to first token
 	$(call install_source,$(VENV))
 	$(BIN)/python -m loadtests.router_cost $(ARGS)
 
+.PHONY: bench-routing
+bench-routing: $(DEV_STAMP) ## cost of hashing, index and a whole routing decision
+	$(call install_source,$(VENV))
+	$(BIN)/python -m loadtests.index_cost
+	$(BIN)/python -m loadtests.routing_cost
+
+.PHONY: simulate
+simulate: $(DEV_STAMP) ## routing policies on real traces; ARGS as in `python -m loadtests simulate --help`
+	$(call install_source,$(VENV))
+	$(BIN)/python -m loadtests simulate $(or $(ARGS),--trace synthetic --load 0.8 --policies cost,least-queue)
+
 .PHONY: lock
 lock: ## resolve the requirement locks anew; needs uv on the PATH
 	sh requirements/lock.sh
