@@ -24,7 +24,7 @@ from engine.vllm_cache import VllmCache
 from engine.vllm_errors import FAILED
 from engine.vllm_grpc import GrpcStreams
 from engine.vllm_http import HttpStream
-from engine.vllm_log import shorten_tracebacks
+from engine.vllm_log import keep_levels, shorten_tracebacks
 from router.errors import ConfigError, KvlaneError, ReplicaFailed, ReplicaLost
 from router.lane.frames import Submit
 from router.types import EngineInfo, Load, ModelCard, RouteInfo, Rpc
@@ -59,6 +59,7 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Loads the model; the event loop stays free meanwhile. Raises `ConfigError` for what vLLM refuses."""
+        keep_levels()
         try:
             namespace = await asyncio.to_thread(self._namespace)
             self._engine = await _finish_or_undo(asyncio.create_task(asyncio.to_thread(self._launch, namespace)))

@@ -32,3 +32,12 @@ def _shorten(record: logging.LogRecord) -> bool:
         record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
         record.exc_info = record.exc_text = None
     return True
+
+
+def keep_levels() -> None:
+    """Fixes the level of our own loggers. Something that vLLM imports sets the root's to ERROR, and our warnings would
+    vanish with it; call this first."""
+    for name in ("engine", "router"):
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logger.getEffectiveLevel())

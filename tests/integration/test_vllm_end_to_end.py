@@ -391,8 +391,8 @@ async def test_a_deadline_on_a_long_generation_ends_it_in_the_engine(stack: Stac
                 await call
             assert caught.value.status is grpc.StatusCode.DEADLINE_EXCEEDED
             took.append(await asyncio.to_thread(eventually, stack.idle, ABORT_DEADLINE_S))
-    # The shorter one may pass on a busy machine before the engine has begun, but hardly each time.
-    assert seen >= (20 if timeout_s > 0.1 else 1)
+    # On a busy machine it may pass before the engine has begun: the shorter one often, the longer one hardly ever.
+    assert seen >= (15 if timeout_s > 0.1 else 1)
     print(
         f"idle after a deadline of {timeout_s * 1000:.0f} ms: median {statistics.median(took) * 1000:.0f} ms "
         f"of {len(took)}, {seen} of them seen in the engine before"
