@@ -349,7 +349,8 @@ class Replicas:
             self._caching = _caching(self._pools)
             note = self._caches.status().replicas.get(replica)
             level = logging.INFO if mode is CacheMode.EXACT else logging.WARNING
-            log.log(level, "replica %s: KV cache %s: %s", replica, mode, note.cause if note is not None else "")
+            cause = f": {note.cause}" if note is not None and note.cause else ""
+            log.log(level, "replica %s: KV cache %s%s", replica, mode, cause)
 
     def retired(self, lane: Lane) -> None:
         """A lane is gone; its counts stay in the totals."""
