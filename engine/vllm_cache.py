@@ -111,6 +111,8 @@ class VllmCache:
         self._shows_details = False
         self._parses_reasoning = False
         self._block_tokens = 0
+        self._adapters: dict[str, str] = {}
+        """Where each LoRA adapter that was asked for lies; an operator may put another one under its name."""
         self._states: dict[str, Any] = {}
         self._tokenizer: Any = None
 
@@ -338,6 +340,8 @@ class VllmCache:
         work, id = self.work, request.request_id
         if work is None or work.knows(id):
             return  # Known: more of a prompt that comes in parts.
+        if request.lora_request is not None:
+            self._check_adapter(request.lora_request)
         known = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.resumable
         keyed, long = known and self._connected, known and len(request.prompt_token_ids) >= LONG_PROMPT
         running = work.add(id, self._keys(request) if keyed and not long else [])
@@ -352,6 +356,14 @@ class VllmCache:
             # Not in the request's way: vLLM sends it to the engine core first.
             read = partial(self._read, self._aligner, call, request, running.keys)
             asyncio.get_running_loop().call_soon(self._tie, asked, call, request, running, read)
+
+    def _check_adapter(self, lora: Any) -> None:
+        """vLLM tells adapters of one name apart by their paths, its events do not."""
+        before = self._adapters.setdefault(lora.lora_name, lora.lora_path)
+        if before != lora.lora_path:
+            self._adapters[lora.lora_name] = lora.lora_path
+            self._identity.forget_lora(lora.lora_name)
+            self._judge()
 
     def _in_thread(self, work: Callable[[], Any], then: Callable[[Callable[[], Any]], None]) -> None:
         """Does `work` in the thread, one after the other, and calls `then` with how to get what came of it."""

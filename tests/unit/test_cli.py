@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,11 @@ def test_an_unknown_field_names_the_nearest(tmp_path: Path, capsys: pytest.Captu
     path.write_text("[http]\nprot = 1\n")
     assert main(["check", str(path)]) == 2
     assert "did you mean 'port'?" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m router policies | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Policies")
+    assert done.stderr == ""

@@ -305,3 +305,24 @@ def test_statistics_cannot_be_turned_off() -> None:
     with pytest.raises(ConfigError, match="load and cache"):
         serve_words("", {"disable-log-stats": True}, cpu=True)
     assert serve_words("", {"disable_log_stats": False}, cpu=True)
+
+
+async def test_an_adapter_that_was_replaced_under_its_name_holds_nothing(followed: Followed) -> None:
+    cache, engine, publisher = followed
+    event = {**stored([1], None, [1, 2, 3, 4]), "lora_name": "german"}
+    publisher.publish(batch(event))
+    await eventually(lambda: cache._ledger.held == 1)
+
+    def asks(path: str) -> Any:
+        made = request(path, [1, 2, 3, 4, 5])
+        made.lora_request = SimpleNamespace(lora_name="german", lora_path=path)
+        engine.output_processor.add_request(made)
+        return made
+
+    first = asks("/adapters/one")
+    assert cache._ledger.held_blocks(cache._keys(first)) == 1
+    asks("/adapters/one")
+    assert cache._ledger.held_blocks(cache._keys(first)) == 1
+    second = asks("/adapters/two")
+    assert cache._ledger.held_blocks(cache._keys(second)) == 0
+    assert known(cache)[0] == "exact"
