@@ -124,7 +124,11 @@ class Dispatcher:
             snapshot = self._looked_up(pool, chain, request)
             decision = self._choose(request, snapshot, fallbacks)
             charge = self._prefixes.charge(snapshot.prefix, decision.replica)
-            with self._replicas.lease(decision.replica) as lane, self._prefixes.hold(decision.replica, chain):
+            held = snapshot.prefix.at(decision.replica)
+            with (
+                self._replicas.lease(decision.replica) as lane,
+                self._prefixes.hold(decision.replica, chain, held),
+            ):
                 receipt = self._receipt(request, snapshot, decision, charge, retry=bool(tried))
                 sink.routed(receipt)
                 try:
@@ -164,18 +168,17 @@ class Dispatcher:
     def _looked_up(self, pool: Snapshot, chain: Chain | None, request: Request) -> Snapshot:
         """The pool, and who of it holds how much of the prompt now; without a chain only how long it may be."""
         if chain is None:
-            return Snapshot(pool.model, pool.replicas, self._prefixes.unhashed(request), pool.now)
+            return Snapshot(pool.model, pool.replicas, self._prefixes.unhashed(request), pool.now, pool.places)
         began = self._clock()
         prefix = self._prefixes.view(pool.model, chain)
         self._observer.looked_up(self._clock() - began)
-        return Snapshot(pool.model, pool.replicas, prefix, pool.now)
+        return Snapshot(pool.model, pool.replicas, prefix, pool.now, pool.places)
 
     def _choose(self, request: Request, snapshot: Snapshot, fallbacks: tuple[str, ...]) -> Decision:
         """The first of the earlier decision's fallbacks that is still there, or else what the policy says."""
         if fallbacks:
-            names = [view.replica for view in snapshot.replicas]
             for name in fallbacks:
-                if name in names:
+                if name in snapshot.places:
                     return Decision(name, Reason.RETRY, fallbacks)
         return self._policy.choose(request, snapshot)
 

@@ -24,9 +24,7 @@ def make_receipt(
 ) -> Receipt:
     """Of a decision for one of the snapshot's replicas, without candidates."""
     prefix = snapshot.prefix
-    for view in snapshot.replicas:
-        if view.replica == decision.replica:
-            break
+    view = snapshot.view(decision.replica)
     return Receipt(
         request.request_id,
         decision.replica,
@@ -122,7 +120,7 @@ def _expected_s(view: ReplicaView, prefix: PrefixView, now: float) -> float:
     tokens, outlook = prefix.tokens, view.outlook
     if not tokens or not outlook.token_s:
         return 0.0
-    held = prefix.held.get(view.replica)
+    held = prefix.at(view.replica)
     # Both are estimates, from different sources: what is held may seem to be more than there is.
     cached = min(held.tokens, tokens) if held is not None else 0
     return outlook.begins_s(now) + outlook.batch_s + outlook.prefill_s(tokens, cached)

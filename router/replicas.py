@@ -12,7 +12,7 @@ import enum
 import logging
 import random
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, Protocol
 
 from router.errors import ModelNotFound, NoReplica, ReplicaLost, cut
@@ -246,6 +246,32 @@ class _Member:
         self._give_up_lane()
 
 
+class _Pool:
+    """The ready replicas of one model."""
+
+    __slots__ = ("_news", "_seen", "accounts", "lanes", "places")
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self.lanes = tuple(lanes)
+        self.accounts = [lane.account for lane in lanes]
+        self.places = {lane.replica: place for place, lane in enumerate(lanes)}
+        self._news = list({id(account.news): account.news for account in self.accounts}.values())
+        self._seen: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    def snapshot(self, model: str, now: float) -> Snapshot:
+        """All of them as they are now."""
+        versions = [news.version for news in self._news]
+        if versions != self._seen:
+            self._seen = versions
+            views = tuple([account.view() for account in self.accounts])
+        else:  # What changed one of them has made its view anew.
+            views = tuple([account.current for account in self.accounts])
+        return Snapshot(model, views, now=now, places=self.places)
+
+
 class Replicas:
     """The replicas of all models."""
 
@@ -272,7 +298,7 @@ class Replicas:
         self.random = rng or random.Random()
         self._required = tuple(required)
         self._members: dict[str, _Member] = {}
-        self._pools: dict[str, tuple[Lane, ...]] = {}
+        self._pools: dict[str, _Pool] = {}
         self._lanes: dict[str, Lane] = {}
         self.reports = 0
         """Cache reports that counted."""
@@ -319,7 +345,7 @@ class Replicas:
             for card in lane.welcome.info.models:
                 pools.setdefault(card.name, []).append(lane)
         self._lanes = {lane.replica: lane for lane in lanes}
-        self._pools = {model: tuple(pool) for model, pool in pools.items()}
+        self._pools = {model: _Pool(pool) for model, pool in pools.items()}
         self._caching = _caching(self._pools)
         self._learn()
         news, self._news = self._news, asyncio.Event()
@@ -415,11 +441,10 @@ class Replicas:
         if pool is None and model not in self._cards and model not in self._required:
             raise ModelNotFound(f"The model `{cut(model)}` does not exist.", param="model")
         if excluding and pool is not None:
-            pool = tuple(lane for lane in pool if lane.replica not in excluding)
+            pool = _Pool([lane for lane in pool.lanes if lane.replica not in excluding])
         if not pool:
             raise NoReplica(f"no replica of model `{cut(model)}` is ready")
-        views = tuple([lane.account.view() for lane in pool])
-        return Snapshot(model, views, now=asyncio.get_running_loop().time())
+        return pool.snapshot(model, asyncio.get_running_loop().time())
 
     def caching(self, model: str) -> bool:
         """Whether some ready replica of the model reuses prefixes, so that it pays to hash a prompt."""
@@ -483,9 +508,9 @@ class Replicas:
         )
 
 
-def _caching(pools: Mapping[str, tuple[Lane, ...]]) -> frozenset[str]:
+def _caching(pools: Mapping[str, _Pool]) -> frozenset[str]:
     off = CacheMode.OFF
-    return frozenset(model for model, pool in pools.items() if any(lane.account.cache is not off for lane in pool))
+    return frozenset(model for model, pool in pools.items() if any(there.cache is not off for there in pool.accounts))
 
 
 def _same(one: ReplicaRecord, other: ReplicaRecord) -> bool:

@@ -46,7 +46,7 @@ BYTES_PER_TOKEN = 4
 
 _DRAWS = 16
 _MODEL = "model"
-_frozen = msgspec.msgpack.Encoder().encode
+_frozen = msgspec.msgpack.Encoder(enc_hook=dict).encode
 """For comparing what was with what is; a deep copy takes thirty times as long."""
 
 

@@ -6,12 +6,13 @@ Imports nothing of ours. Everything here is a value: nothing in this module hold
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 import msgspec
 
 _set: Final = msgspec.structs.force_setattr
+_UNBOUNDED: Final = 1 << 30
 
 Headers = Sequence[tuple[str, str]]
 """Header names (lower case) and values, in order; a name may come more than once."""
@@ -142,6 +143,13 @@ class Outlook(msgspec.Struct, frozen=True, gc=False):
         return new * self.token_s + new * (cached + new * 0.5) * self.pair_s
 
 
+Terms = tuple[float, float, float, float, float, float, int, int, int, float, int]
+"""What a decision asks of each replica: free_at, sent_s, batch_s, step_s, token_s, pair_s, running, queue_depth,
+beyond, kv_usage, leases. Transposed (`zip(*…)`), those of all replicas are columns: to pass over columns takes a third
+of the time of passing over views. *Beyond* is by how much the queue is longer than the largest batch, below 0 while
+there is room in it; a batch of unknown size has room always."""
+
+
 class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     """One ready replica as a policy sees it."""
 
@@ -167,13 +175,30 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     """Requests running or waiting there, those on their way included."""
     free_at: float = 0.0
     """When the prompt work that was queued there will be done, on the clock of `Outlook.as_of`."""
+    terms: Terms = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0, 0.0, 0)
 
     def __post_init__(self) -> None:
         load, outlook = self.load, self.outlook
         running = load.running + self.unacked
+        depth = running + load.waiting
+        free_at = outlook.as_of + outlook.wait_s
         _set(self, "running", running)
-        _set(self, "queue_depth", running + load.waiting)
-        _set(self, "free_at", outlook.as_of + outlook.wait_s)
+        _set(self, "queue_depth", depth)
+        _set(self, "free_at", free_at)
+        terms = (
+            free_at,
+            outlook.sent_s,
+            outlook.batch_s,
+            outlook.step_s,
+            outlook.token_s,
+            outlook.pair_s,
+            running,
+            depth,
+            depth - (self.max_num_seqs or _UNBOUNDED),
+            load.kv_usage,
+            self.leases,
+        )
+        _set(self, "terms", terms)
 
 
 class Chain(msgspec.Struct, frozen=True, gc=False):
@@ -199,6 +224,69 @@ class Held(msgspec.Struct, frozen=True, gc=False):
     """How many of `blocks` are not computed yet, but will be by a request that was sent there before."""
 
 
+class Holders(Mapping[str, Held]):
+    """Who holds how much of a prompt: a mapping from replicas to what they hold, kept by groups.
+
+    Replicas mostly hold one of a few things: nothing, a system prompt, or a conversation. Who goes through the groups
+    takes a few steps where one who asks for each replica takes as many as there are.
+    """
+
+    __slots__ = ("_all", "groups", "most", "names")
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[Held | None, tuple[str, ...]]],
+        most: Held | None = None,
+        names: tuple[str, ...] = (),
+    ) -> None:
+        """`most` is what all hold that are in no group, and `names` who may be meant; no replica is in two groups. A
+        group of those who hold nothing sets them apart from the most."""
+        self.groups = groups
+        self.most = most
+        self.names = names
+        self._all: dict[str, Held] | None = None
+
+    def _found(self) -> dict[str, Held]:
+        found = self._all
+        if found is None:
+            found = dict.fromkeys(self.names, self.most) if self.most is not None else {}
+            for held, names in self.groups:
+                for name in names:
+                    if held is not None:
+                        found[name] = held
+                    else:
+                        found.pop(name, None)
+            self._all = found
+        return found
+
+    def __getitem__(self, replica: str) -> Held:
+        return self._found()[replica]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found())
+
+    def __len__(self) -> int:
+        return len(self._found())
+
+    def __repr__(self) -> str:
+        return f"Holders({self._found()!r})"
+
+    def at(self, replica: str) -> Held | None:
+        """What one replica holds, without going through all."""
+        for held, names in self.groups:
+            if replica in names:
+                return held
+        return self.most if self.most is not None and replica in self.names else None
+
+    @classmethod
+    def of(cls, held: Mapping[str, Held]) -> Holders:
+        """From any mapping."""
+        return held if isinstance(held, cls) else cls([(one, (name,)) for name, one in held.items()])
+
+
+NO_HOLDERS: Final = Holders(())
+
+
 class PrefixView(msgspec.Struct, frozen=True):
     """A prompt, and who holds how much of it."""
 
@@ -206,8 +294,13 @@ class PrefixView(msgspec.Struct, frozen=True):
     """None for requests without a prompt that could be hashed."""
     tokens: int = 0
     """Estimated length of the prompt in tokens."""
-    held: Mapping[str, Held] = {}
-    """Replicas that hold at least one of its blocks."""
+    held: Mapping[str, Held] = NO_HOLDERS
+    """Replicas that hold at least one of its blocks; `Holders` where the index says it."""
+
+    def at(self, replica: str) -> Held | None:
+        """What one replica holds."""
+        held = self.held
+        return held.at(replica) if type(held) is Holders else held.get(replica)
 
 
 NO_PREFIX: Final = PrefixView()
@@ -236,6 +329,16 @@ class Snapshot(msgspec.Struct, frozen=True):
     prefix: PrefixView = NO_PREFIX
     now: float = 0.0
     """On the clock of `Outlook.as_of`."""
+    places: Mapping[str, int] = {}
+    """Where in `replicas` each one is, by name; worked out of them where it is not given."""
+
+    def __post_init__(self) -> None:
+        if not self.places:
+            _set(self, "places", {view.replica: place for place, view in enumerate(self.replicas)})
+
+    def view(self, replica: str) -> ReplicaView:
+        """One replica of it. Raises `KeyError` where it is not there."""
+        return self.replicas[self.places[replica]]
 
 
 class Reason(enum.StrEnum):

@@ -132,6 +132,8 @@ class GrpcIngress:
                 await server.stop(FLUSH_S)  # Its client may never read what would let the call end.
         finally:
             await draining
+            if self._calls:  # The server is done with them, and they end in the loop's next rounds.
+                await asyncio.wait(tuple(self._calls), timeout=FLUSH_S)
 
     def _cut_off(self, calls: set[asyncio.Task[object]]) -> None:
         for call in calls - self._cut:

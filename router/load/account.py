@@ -1,7 +1,8 @@
 """The account of one replica: what it last said of its load, and what this router sent it since.
 
 Sans-IO. The rule: a submit is charged from the moment it is written until a step acknowledges it, so that the load
-between steps is exact without a counter that could drift. The lane owns it.
+between steps is exact without a counter that could drift. The view is made where something changes and not where it is
+asked for: a decision asks all replicas at once. The lane owns it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Foresight(Protocol):
 
     @property
     def news(self) -> News:
-        """Always the same object: accounts keep it, since they read its version at each decision."""
+        """Always the same object: accounts and pools keep it, since its version is read at each decision."""
 
     def observe(self, load: Load, now: float) -> None:
         """Learns from a step whose report came at `now`."""
@@ -62,15 +63,16 @@ class Account:
         """Requests of this router that hold a lease there."""
         self.cache = CacheMode.APPROXIMATE if info.prefix_caching else CacheMode.OFF
         self._foresight = foresight or Blind()
-        self._news = self._foresight.news
+        self.news = self._foresight.news
         self._max_num_seqs = info.max_num_seqs
         self._kv_tokens = info.kv_blocks * info.kv_block_tokens
         self._charges: deque[tuple[int, Charge]] = deque()
         """Streams that no step has acknowledged, with what they cost."""
         self._tokens = 0
         self._pairs = 0.0
-        self._view: ReplicaView | None = None
         self._version = 0
+        self.current = self._look()
+        """What `view` gives, unless there are news."""
 
     @property
     def unacked(self) -> int:
@@ -82,7 +84,7 @@ class Account:
         self._charges.append((stream, charge))
         self._tokens += charge.tokens
         self._pairs += charge.pairs
-        self._view = None
+        self._look()
 
     def stepped(self, load: Load, acked: int, now: float) -> None:
         """A step came at `now` in loop time: `load` counts all streams up to `acked`."""
@@ -95,31 +97,27 @@ class Account:
         if not charges:
             self._pairs = 0.0  # what rounding left
         self._foresight.observe(load, now)
-        self._look()  # now and not at the next decision, which would have to look at all replicas that stepped since
+        self._look()
 
     def leased(self, change: int) -> None:
         """One lease more or less."""
         self.leases += change
-        if self._view is not None:
-            self._view = self._seen(self._view.outlook)  # What to expect does not change.
+        self.current = self._seen(self.current.outlook)  # What to expect does not change.
 
     def caches(self, mode: CacheMode) -> None:
         """What is known of its KV cache changed."""
         self.cache = mode
-        self._view = None
+        self._look()
 
     def view(self) -> ReplicaView:
         """The replica as policies see it; the same object until something changes."""
-        view = self._view
-        if view is None or self._version != self._news.version:
-            return self._look()
-        return view
+        return self.current if self._version == self.news.version else self._look()
 
     def _look(self) -> ReplicaView:
-        self._version = self._news.version
+        self._version = self.news.version
         outlook = self._foresight.outlook(self.load, self._tokens, self._pairs, len(self._charges))
-        view = self._view = self._seen(outlook)
-        return view
+        self.current = self._seen(outlook)
+        return self.current
 
     def _seen(self, outlook: Outlook) -> ReplicaView:
         return ReplicaView(

@@ -2,22 +2,24 @@
 
 For each replica::
 
-    cost = wait + batch + answer_tokens * step                                  the request's own time there
+    cost = wait + batch + answer_tokens * step + place                          the request's own time there
          + prefill * (1 + price + queue_price * mean wait                       its prompt, and what that takes from
                         + interference * running * pressure^4)                  those who come later or run there
 
-`docs/policies.md` explains the terms. Its one rule is that of all time-sharing: work is not cheap because a replica is
-idle now, it is dear in proportion to how many others will wait for it.
+where `place` is 0 while the batch has room. `docs/policies.md` explains the terms. Its one rule is that of all
+time-sharing: work is not cheap because a replica is idle now, it is dear in proportion to how many others will wait for
+it.
 """
 
 from __future__ import annotations
 
 import random
-from typing import Annotated, Final
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
 
 import msgspec
 
-from router.types import Decision, Reason, ReplicaView, Request, Snapshot
+from router.types import Decision, Held, Holders, Reason, Request, Snapshot
 
 _TIE: Final = 0.02
 _TIE_S: Final = 1e-4
@@ -27,9 +29,9 @@ _CROWDED: Final = 1e6
 
 _TAKEN: Final = float("inf")
 
+_MOST_LEANS: Final = 4096
 _ALONE: Final = 0.1
 """Requests that this router does not know as its own may just be ending."""
-_MOST_LEANS: Final = 4096
 
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -49,14 +51,19 @@ class Cost:
         crowd_factor: Annotated[float, msgspec.Meta(ge=1)] = 1.5
         """A replica with more than so many times the mean number of requests, and `crowd_slack` more, gets none."""
         crowd_slack: NonNegative = 4.0
+        place_tokens: NonNegative = 200.0
+        """Output tokens after which a request is taken to make room where the batch is full."""
         lean_s: NonNegative = 0.4
         """How much this router prefers some replicas, drawn once for all, where all requests are other routers'."""
 
     def __init__(self, options: Options, random: random.Random) -> None:
         self._options = options
         self._random = random.random
-        self._leans: dict[str, float] = {}
-        """For each replica between 0 and 1."""
+        self._known: dict[str, float] = {}
+        """How much this router leans away from each replica, between 0 and 1."""
+        self._leaning: Mapping[str, int] = {}
+        self._lean: list[float] = []
+        """Of the replicas in `_leaning`, in their order; a pool has the same object as long as it has the same ones."""
 
     def choose(self, request: Request, snapshot: Snapshot) -> Decision:
         replicas = snapshot.replicas
@@ -86,45 +93,62 @@ class Cost:
     def _costs(self, snapshot: Snapshot) -> list[float]:
         options, replicas, prefix, now = self._options, snapshot.replicas, snapshot.prefix, snapshot.now
         count = len(replicas)
-        outlooks = [view.outlook for view in replicas]
-        waits = [
-            outlook.sent_s + view.free_at - now if view.free_at > now else outlook.sent_s
-            for view, outlook in zip(replicas, outlooks, strict=True)
-        ]
-        depths = [view.queue_depth for view in replicas]
+        columns: Any = zip(*[view.terms for view in replicas], strict=True)
+        frees, sents, batches, steps, tokens_s, pairs_s, running, depths, beyond, usages, leases = columns
+        waits = [sent + free - now if free > now else sent for free, sent in zip(frees, sents, strict=True)]
         mean_wait = sum(waits) / count
-        pressure = sum([view.load.kv_usage for view in replicas]) / count
-        share = options.interference * pressure**4
+        share = options.interference * (sum(usages) / count) ** 4
         price = 1.0 + options.price + options.queue_price * mean_wait
+        answer, tokens = options.answer_tokens, prefix.tokens
+        half = 0.5 * tokens * tokens
+        held = Holders.of(prefix.held)
+        new, pairs = (tokens, half) if held.most is None else _uncached(tokens, half, held.most)
+        costs = [
+            wait + batch + answer * step + (new * token + pairs * pair) * (price + share * there)
+            for wait, batch, step, token, pair, there in zip(
+                waits, batches, steps, tokens_s, pairs_s, running, strict=True
+            )
+        ]
+        places = snapshot.places
+        for one, names in held.groups:
+            other, other_pairs = (tokens, half) if one is None else _uncached(tokens, half, one)
+            less, less_pairs = other - new, other_pairs - pairs
+            for name in names:
+                at = places.get(name)
+                if at is not None:
+                    costs[at] += (less * tokens_s[at] + less_pairs * pairs_s[at]) * (price + share * running[at])
         # Where all queue, numbers say little: many short requests may wait beside few long ones.
         everyone = sum(depths)
         crowd = (options.crowd_factor + 2.0 * mean_wait) * everyone / count + options.crowd_slack
-        held, tokens, answer = prefix.held.get, prefix.tokens, options.answer_tokens
-        half = 0.5 * tokens * tokens
-        last, new, pairs = None, tokens, half
-        costs = []
-        for view, outlook, wait in zip(replicas, outlooks, waits, strict=True):
-            found = held(view.replica)
-            if found is not last:  # Most hold the same, and then share it.
-                cached = min(found.tokens, tokens) if found is not None else 0
-                last, new, pairs = found, tokens - cached, half - 0.5 * cached * cached
-            prefill = new * outlook.token_s + pairs * outlook.pair_s
-            costs.append(wait + outlook.batch_s + answer * outlook.step_s + prefill * (price + share * view.running))
-        if everyone and options.lean_s:
-            others = 1.0 - sum([view.leases for view in replicas]) / everyone
-            if others > _ALONE:
-                self._lean(costs, replicas, options.lean_s * others)
         if max(depths) > crowd:
-            costs = [cost if there <= crowd else cost + _CROWDED for cost, there in zip(costs, depths, strict=True)]
+            for at, there in enumerate(depths):
+                if there > crowd:
+                    costs[at] += _CROWDED
+        if max(beyond) >= 0:
+            for at, over in enumerate(beyond):
+                if over >= 0:  # Its batch is full: others must end before this request begins.
+                    costs[at] += (over + 1) * options.place_tokens * steps[at] / max(depths[at] - over, 1)
+        if everyone and options.lean_s:
+            others = 1.0 - sum(leases) / everyone
+            if others > _ALONE:
+                most_s = options.lean_s * others
+                costs = [cost + lean * most_s for cost, lean in zip(costs, self._leans(places), strict=True)]
         return costs
 
-    def _lean(self, costs: list[float], replicas: tuple[ReplicaView, ...], most_s: float) -> None:
+    def _leans(self, places: Mapping[str, int]) -> list[float]:
         """Other routers' requests show only in the next reports, so all would take what looks idle at once."""
-        leans = self._leans
-        if len(leans) > _MOST_LEANS:
-            leans.clear()
-        for at, view in enumerate(replicas):
-            lean = leans.get(view.replica)
-            if lean is None:
-                lean = leans[view.replica] = self._random()
-            costs[at] += lean * most_s
+        if places is not self._leaning:
+            known = self._known
+            if len(known) > _MOST_LEANS:
+                known.clear()
+            for name in places:
+                if name not in known:
+                    known[name] = self._random()
+            self._leaning, self._lean = places, [known[name] for name in places]
+        return self._lean
+
+
+def _uncached(tokens: int, half: float, held: Held) -> tuple[int, float]:
+    """Tokens and attention pairs of a prompt that are not cached where so much is held; `half` is half its square."""
+    cached = min(held.tokens, tokens)
+    return tokens - cached, half - 0.5 * cached * cached

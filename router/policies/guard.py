@@ -123,10 +123,7 @@ def _fault(decision: Decision, snapshot: Snapshot) -> str:
     """What is wrong with an answer, be it a `Decision` or not; empty where nothing is."""
     if not isinstance(decision, Decision):
         return f"answered with a {type(decision).__name__}, which is no Decision"
-    for view in snapshot.replicas:
-        if view.replica == decision.replica and isinstance(decision.replica, str):
-            break
-    else:
+    if not isinstance(decision.replica, str) or decision.replica not in snapshot.places:
         return f"chose {decision.replica!r}, which is not in the snapshot"
     if not isinstance(decision.reason, Reason):
         return f"gave a {type(decision.reason).__name__} as its reason, which is no Reason"

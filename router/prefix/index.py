@@ -14,23 +14,26 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
+from itertools import compress, repeat
 from typing import Any, Final
 
 from router.prefix.blocks import LONG_BLOCKS, Blocks, Slot
 from router.prefix.pages import Page, ones
-from router.types import Held
+from router.types import NO_HOLDERS, Held, Holders
 
 _TANGLED: Final = 64
 """Most chains that wait to be laid side by side; one that finds no place comes again with its next lookup."""
-_KNOWN: Final = 64
-"""Answers for all replicas at once that are remembered; of 64 replicas each takes some 5 KB."""
+_SPELLED: Final = 1024
+"""Masks whose names are remembered; of 64 replicas each takes at most 0.6 KB. Replicas that serve the same prompts come
+again and again."""
+_BITS: Final = bytes(48) + b"\0\1" + bytes(206)
+"""Translates the digits 0 and 1 to their values."""
 _CHUNK: Final = 64
 _AT_ONCE: Final = 1024
 """So many blocks of holds move to a cleared replica's new bit at once."""
 
-_Part = tuple[int, int, int]
-"""Mask of replicas that store so many blocks of a prompt, those blocks, and their tokens."""
+_Group = tuple[int, Held]
+"""Mask of replicas, and what they hold."""
 
 
 class _Member:
@@ -62,8 +65,10 @@ class PrefixIndex:
     def __init__(self, max_blocks: int = 2_000_000) -> None:
         self._blocks = Blocks(max_blocks)
         self._members: dict[str, _Member] = {}
-        self._names: dict[int, str] = {}
-        """By live bit."""
+        self._names: list[str] = []
+        """By the place of the bit; those of bits that are not live are void."""
+        self._roster: tuple[str, ...] = ()
+        """Names of all live bits."""
         self._live = 0
         """Mask of the bits that match."""
         self._free: list[int] = []
@@ -76,8 +81,8 @@ class PrefixIndex:
         """Holds of replicas that were cleared, still to be entered in `_soon` under their new bits."""
         self._tangled: deque[Sequence[int]] = deque()
         """Chains that a lookup found scattered over many pages."""
-        self._known: dict[tuple[int, int], dict[str, Held]] = {}
-        """Answers for all live replicas at once."""
+        self._spelled: dict[int, tuple[str, ...]] = {}
+        """The names of masks that were asked for, as long as no bit changes hands."""
 
     def __len__(self) -> int:
         """Blocks that are stored anywhere."""
@@ -138,16 +143,23 @@ class PrefixIndex:
         slots = self._blocks.slots
         bit = self._free.pop() if self._free else 1 << len(slots)
         slot = slots[bit] = Slot(bit)
-        self._names[bit] = replica
+        place = bit.bit_length() - 1
+        if place == len(self._names):
+            self._names.append(replica)
+        else:
+            self._names[place] = replica
         self._live |= bit
-        self._known.clear()
+        self._changed_hands()
         return slot
 
     def _retire(self, slot: Slot) -> None:
         self._live &= ~slot.bit
-        del self._names[slot.bit]
-        self._known.clear()
+        self._changed_hands()
         self._leaving.append(slot)
+
+    def _changed_hands(self) -> None:
+        self._spelled.clear()
+        self._roster = self._names_of(self._live)
 
     def sweep(self, budget: int = 1024) -> bool:
         """Work that is put off, on about `budget` blocks: takes out those of replicas that left, and lays the scattered
@@ -193,16 +205,17 @@ class PrefixIndex:
 
     # -- what requests in flight will bring
 
-    def hold(self, replica: str, blocks: Sequence[int]) -> Hold:
+    def hold(self, replica: str, blocks: Sequence[int], stored: int | None = None) -> Hold:
         """Until the hold is released, the replica matches these blocks as well, as ones that it will have soon.
 
-        Those from the prompt's beginning that it has stored already are no part of the hold. A replica that is not
-        there gets no hold, and a later one of the same name is not concerned.
+        Those from the prompt's beginning that it has stored already are no part of the hold; `stored` tells how many
+        they are where a look-up has just said so. A replica that is not there gets no hold, and a later one of the same
+        name is not concerned.
         """
         member = self._members.get(replica)
         if member is None:
             return Hold(None, ())
-        hold = Hold(member, blocks[self._blocks.first(member.slot, blocks) :])
+        hold = Hold(member, blocks[self._blocks.first(member.slot, blocks) if stored is None else stored :])
         self._enter(hold, member)
         return hold
 
@@ -247,13 +260,12 @@ class PrefixIndex:
 
     # -- lookups
 
-    def match(self, chain: Sequence[int], tokens_per_block: float = 0.0) -> dict[str, Held]:
+    def match(self, chain: Sequence[int], tokens_per_block: float = 0.0) -> Holders:
         """Who holds how much of a prompt, without those that hold nothing.
 
         `tokens_per_block` estimates the tokens of blocks whose depth nobody has reported.
         """
-        stored: list[_Part] = []
-        coming: dict[str, Held] = {}
+        groups: list[_Group] = []
         end = len(chain)
         table, soon = self._blocks.table, self._soon
         alive = self._live  # The replicas that hold all blocks up to here.
@@ -276,73 +288,69 @@ class PrefixIndex:
                         stay |= mask
                     elif run:
                         alive ^= mask
-                        part = mask, at + run, page.depths[place + run - 1]
-                        self._part(stored, coming, part, chain, tokens_per_block)
+                        stored = at + run, page.depths[place + run - 1]
+                        self._part(groups, mask, stored, chain, tokens_per_block)
             left = alive ^ stay
             if left and (last or soon):
-                self._part(stored, coming, (left, at, _depth(last)), chain, tokens_per_block)
+                self._part(groups, left, (at, _depth(last)), chain, tokens_per_block)
             alive = stay
             last = page, place + size - 1
             at += size
         if alive and (last or soon):
-            self._part(stored, coming, (alive, at, _depth(last)), chain, tokens_per_block)
+            self._part(groups, alive, (at, _depth(last)), chain, tokens_per_block)
         if pages > 4 + at // LONG_BLOCKS and len(self._tangled) < _TANGLED:
             self._tangled.append(chain)
-        found = self._named(stored)
-        found.update(coming)
-        return found
+        return self._holders(groups) if groups else NO_HOLDERS
 
     def _part(
         self,
-        stored: list[_Part],
-        coming: dict[str, Held],
-        part: _Part,
+        groups: list[_Group],
+        mask: int,
+        stored: tuple[int, int],
         chain: Sequence[int],
         tokens_per_block: float,
     ) -> None:
-        """The replicas of `part` do not store the next block; it may come with requests in flight."""
-        mask, at, tokens = part
+        """The replicas in `mask` store so many (blocks, tokens) and not the next block; it may come with requests in
+        flight."""
+        at, tokens = stored
         if self._soon and at < len(chain):
             some = self._soon.get(chain[at], 0) & mask
             if some:
-                self._go_on(coming, some, chain, (at, tokens), tokens_per_block)
+                self._go_on(groups, some, chain, stored, tokens_per_block)
                 mask ^= some
         if at and mask:
-            stored.append((mask, at, tokens))
+            groups.append((mask, Held(at, tokens)))
 
-    def _named(self, stored: list[_Part]) -> dict[str, Held]:
+    def _holders(self, groups: list[_Group]) -> Holders:
         """The same by name."""
-        if not stored:
-            return {}
-        found: dict[str, Held] = {}
-        most = max(stored, key=_size)
-        others = self._live ^ most[0]
-        if 2 * others.bit_count() < self._live.bit_count():
-            # A system prompt: all hold it but the few that hold more. A copy is much faster than naming each.
-            found = self._everywhere(most[1], most[2])
-            stored.remove(most)
-            for mask, _, _ in stored:
-                others ^= mask
-            for bit in ones(others):
-                del found[self._names[1 << bit]]
-        for mask, blocks, tokens in stored:
-            held = Held(blocks, tokens)
-            for bit in ones(mask):
-                found[self._names[1 << bit]] = held
-        return found
+        rest = self._live
+        half = rest.bit_count() >> 1
+        most: Held | None = None
+        named: list[tuple[Held | None, tuple[str, ...]]] = []
+        for mask, held in groups:
+            rest ^= mask
+            if mask.bit_count() > half:
+                most = held
+            else:
+                named.append((held, self._names_of(mask)))
+        if most is None:
+            return Holders(named)
+        if rest:
+            named.append((None, self._names_of(rest)))
+        return Holders(named, most, self._roster)
 
-    def _everywhere(self, blocks: int, tokens: int) -> dict[str, Held]:
-        """All live replicas with so much."""
-        found = self._known.get((blocks, tokens))
-        if found is None:
-            if len(self._known) >= _KNOWN:
-                self._known.clear()
-            found = self._known[blocks, tokens] = dict.fromkeys(self._names.values(), Held(blocks, tokens))
-        return found.copy()
+    def _names_of(self, mask: int) -> tuple[str, ...]:
+        names = self._spelled.get(mask)
+        if names is None:
+            if len(self._spelled) >= _SPELLED:
+                self._spelled.clear()
+            digits = bin(mask)[:1:-1].encode()
+            names = self._spelled[mask] = tuple(compress(self._names, digits.translate(_BITS)))
+        return names
 
     def _go_on(
         self,
-        found: dict[str, Held],
+        groups: list[_Group],
         mask: int,
         chain: Sequence[int],
         stored: tuple[int, int],
@@ -358,12 +366,15 @@ class PrefixIndex:
                 tokens = self._blocks.depth(chain[at - 1])
                 if tokens is None:
                     tokens = stored[1] + round((at - stored[0]) * tokens_per_block)
-                for bit in ones(left):
-                    found[self._names[1 << bit]] = Held(at, tokens, at - stored[0] - already.get(bit, 0))
+                if already:
+                    for place in ones(left):
+                        groups.append((1 << place, Held(at, tokens, at - stored[0] - already.get(place, 0))))
+                else:
+                    groups.append((left, Held(at, tokens, at - stored[0])))
                 mask &= both
             if here:
-                for bit in ones(here):
-                    already[bit] = already.get(bit, 0) + size
+                for place in ones(here):
+                    already[place] = already.get(place, 0) + size
             at += size
 
     def _coming(self, chain: Sequence[int], at: int, mask: int) -> tuple[int, int, int]:
@@ -427,10 +438,6 @@ def _equal(items: list[Any]) -> int:
     while items[at] == first:
         at += 1
     return at
-
-
-def _size(part: _Part) -> int:
-    return part[0].bit_count()
 
 
 def _depth(last: tuple[Page, int] | None) -> int:

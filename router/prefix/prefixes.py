@@ -23,7 +23,7 @@ from router.prefix.index import Hold, PrefixIndex
 from router.prefix.mirror import LruMirror
 from router.prefix.ratio import Ratio
 from router.prefix.size import is_form, prompt_size
-from router.types import NO_PREFIX, CacheMode, Chain, Charge, EngineInfo, PrefixView, Request
+from router.types import NO_PREFIX, CacheMode, Chain, Charge, EngineInfo, Held, Holders, PrefixView, Request
 
 UNTOLD_KV_TOKENS: Final = 65_536
 """Taken for the KV cache of a replica that does not tell its size: a small GPU's, so that the mirror rather forgets."""
@@ -135,6 +135,8 @@ class Prefixes:
         self._ratios: dict[str, Ratio] = {}
         self._bases: dict[str, str] = {}
         """Base model of every name that a model answers to."""
+        self._uncached: tuple[str, ...] = ()
+        """Replicas that reuse nothing; the index does not know them."""
         self._late: dict[str, _Replica] = {}
         """Those with work for the next sweeps."""
         self._holds: dict[Hold, float] = {}
@@ -154,9 +156,11 @@ class Prefixes:
             return NO_PREFIX
         per_byte = self._ratio(model)
         held = self._index.match(chain.blocks, per_byte * chain.block_bytes)
-        blocks = tokens = 0
-        for one in held.values():
-            if one.blocks > blocks:
+        if self._uncached and held.most is not None:
+            held = Holders([*held.groups, (None, self._uncached)], held.most, held.names)
+        blocks, tokens = (held.most.blocks, held.most.tokens) if held.most is not None else (0, 0)
+        for one, _ in held.groups:
+            if one is not None and one.blocks > blocks:
                 blocks, tokens = one.blocks, one.tokens
         rest = chain.prompt_bytes - blocks * chain.block_bytes
         return PrefixView(chain, tokens + round(rest * per_byte), held)
@@ -171,13 +175,14 @@ class Prefixes:
 
     def charge(self, prefix: PrefixView, replica: str) -> Charge:
         """What the prompt will cost `replica`. The last token of a prompt is computed in any case."""
-        held = prefix.held.get(replica)
+        held = prefix.at(replica)
         cached, matched = (held.tokens, held.blocks) if held is not None else (0, 0)
         new = max(prefix.tokens - cached, 1) if prefix.tokens else 0
         return Charge(new, new * (cached + new * 0.5), prefix.chain, matched)
 
-    def hold(self, replica: str, chain: Chain | None) -> _Holding:
+    def hold(self, replica: str, chain: Chain | None, held: Held | None = None) -> _Holding:
         """For the time of the `with` block, that is of the request, the replica counts as soon holding its blocks.
+        `held` spares a look-up: what it was just found to hold.
 
         Where only a mirror tells what the replica holds, they go in there instead and stay.
         """
@@ -187,7 +192,8 @@ class Prefixes:
         if state.mirror is not None:
             self._mirror(replica, state, state.mirror, chain)
             return self._nothing
-        hold = self._index.hold(replica, chain.blocks)
+        stored = held.blocks if held is not None and not held.soon else None
+        hold = self._index.hold(replica, chain.blocks, stored)
         self._holds[hold] = self._clock() + self._options.hold_timeout_s
         return _Holding(self, hold)
 
@@ -236,6 +242,7 @@ class Prefixes:
         """The replica's lane is gone, and with it what was known of its cache."""
         self._replicas.pop(replica, None)
         self._late.pop(replica, None)
+        self._uncached = self._without(replica)
         self._index.leave(replica)
 
     def reported(self, replica: str, report: CacheReport) -> bool:
@@ -328,8 +335,12 @@ class Prefixes:
     def _set(self, replica: str, state: _Replica, mode: CacheMode, cause: str) -> None:
         changed = state.mode is not mode or state.seq is None
         state.mode, state.cause = mode, cause
+        self._uncached = self._without(replica) if mode is not CacheMode.OFF else (*self._without(replica), replica)
         if changed:
             self.on_mode(replica, mode)
+
+    def _without(self, replica: str) -> tuple[str, ...]:
+        return tuple(one for one in self._uncached if one != replica) if self._uncached else ()
 
     def mode(self, replica: str) -> CacheMode:
         """What stands behind the knowledge of a replica's cache; off for one without a lane."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from router.load.account import Account
 from router.load.model import FleetModel
 from router.policies.cost import Cost
 from router.testing import make_prefix, make_replica, make_request
-from router.types import NO_PREFIX, Charge, EngineInfo, Held, Load, Outlook, PrefixView, ReplicaView, Snapshot
+from router.types import NO_PREFIX, Charge, EngineInfo, Held, Holders, Load, Outlook, PrefixView, ReplicaView, Snapshot
 
 
 def costs(options: Cost.Options, snapshot: Snapshot) -> dict[str, float]:
@@ -27,6 +28,9 @@ def costs(options: Cost.Options, snapshot: Snapshot) -> dict[str, float]:
         held = prefix.held.get(view.replica, Held(0, 0))
         prefill = view.outlook.prefill_s(prefix.tokens, min(held.tokens, prefix.tokens))
         own = wait + view.outlook.batch_s + options.answer_tokens * view.outlook.step_s
+        batch = view.max_num_seqs
+        if batch and there >= batch:  # One of `batch` ends every `place_tokens / batch` steps.
+            own += (there - batch + 1) * options.place_tokens * view.outlook.step_s / batch
         others = options.interference * (view.load.running + view.unacked) * pressure**4
         found[view.replica] = own + prefill * (1 + price + others) + (1e6 if there > crowd else 0.0)
     return found
@@ -37,10 +41,20 @@ def a_snapshot(chance: random.Random) -> Snapshot:
     some = chance.sample(views, chance.randrange(len(views) + 1))
     shared = chance.randrange(1, 17)
     held = {view.replica: chance.choice([shared, shared, chance.randrange(1, 17)]) for view in some}
-    prefix = chance.choice([NO_PREFIX, make_prefix(held), make_prefix({})])
+    prefix = chance.choice([NO_PREFIX, make_prefix(held), make_prefix({}), in_groups(make_prefix(held), views)])
     if chance.random() < 0.3:  # The estimate of the prompt's length may fall short of what is held.
         prefix = PrefixView(prefix.chain, prefix.tokens // 2, prefix.held)
     return Snapshot("model", views, prefix, now=chance.random() * 2)
+
+
+def in_groups(prefix: PrefixView, views: tuple[ReplicaView, ...]) -> PrefixView:
+    """The same as the index says it: what most hold, and the exceptions."""
+    found: dict[Held | None, list[str]] = {}
+    for view in views:
+        found.setdefault(prefix.held.get(view.replica), []).append(view.replica)
+    most = max((one for one in found if one is not None), key=lambda one: len(found[one]), default=None)
+    groups = [(one, tuple(names)) for one, names in found.items() if one != most]
+    return PrefixView(prefix.chain, prefix.tokens, Holders(groups, most, tuple(view.replica for view in views)))
 
 
 def a_replica(name: str, chance: random.Random) -> ReplicaView:
@@ -58,6 +72,7 @@ def a_replica(name: str, chance: random.Random) -> ReplicaView:
         name,
         depth,
         unacked=chance.randrange(3),
+        max_num_seqs=chance.choice([0, 16, 256]),
         kv_usage=chance.random(),
         outlook=chance.choice([outlook, Outlook()]),
     )
@@ -98,6 +113,18 @@ def test_among_equal_costs_the_shorter_queue_wins() -> None:
     policy = Cost(Cost.Options(lean_s=0.0), random.Random(14))
     snapshot = Snapshot("model", tuple(make_replica(f"replica-{i}", depth) for i, depth in enumerate((3, 0, 2, 4))))
     assert {policy.choose(make_request(), snapshot).replica for _ in range(50)} == {"replica-1"}
+
+
+def test_a_place_in_the_batch_is_worth_waiting_work_elsewhere() -> None:
+    """Who holds the prompt but has no room begins only when others have ended."""
+    policy = Cost(Cost.Options(), random.Random(17))
+    outlook = Outlook(step_s=0.01, token_s=1e-4)
+    depths = {"full": 8, "free": 7}
+    views = tuple(make_replica(name, depth, max_num_seqs=8, outlook=outlook) for name, depth in depths.items())
+    request, held = make_request(), make_prefix({"full": 8})
+    assert policy.choose(request, Snapshot("model", views, held)).replica == "free"
+    roomy = tuple(msgspec.structs.replace(view, max_num_seqs=256) for view in views)
+    assert policy.choose(request, Snapshot("model", roomy, held)).replica == "full"
 
 
 def four(leases: int) -> Snapshot:

@@ -146,7 +146,10 @@ class Pair:
 
     def compare(self) -> None:
         for chain in CHAINS:
-            assert self.index.match(chain, PER_BLOCK) == self.model.match(chain)
+            found, expected = self.index.match(chain, PER_BLOCK), self.model.match(chain)
+            assert found == expected
+            names = {*self.model.stored, "somebody else"}
+            assert {name: found.at(name) for name in names} == {name: expected.get(name) for name in names}
         for replica, stored in self.model.stored.items():
             assert sorted(self.index.blocks(replica)) == sorted(stored)
             assert self.index.held(replica) == len(stored)

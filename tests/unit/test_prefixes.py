@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 from collections.abc import Sequence
 from itertools import pairwise
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.lane.frames import CacheReport
 from router.options import PrefixOptions
+from router.policies.cost import Cost
 from router.prefix.prefixes import Prefixes
-from router.types import NO_PREFIX, CacheMode, Chain, Charge, EngineInfo, Held, ModelCard, Request, Rpc
+from router.testing import make_replica, make_request
+from router.types import (
+    NO_PREFIX,
+    CacheMode,
+    Chain,
+    Charge,
+    EngineInfo,
+    Held,
+    Holders,
+    ModelCard,
+    Outlook,
+    Request,
+    Rpc,
+    Snapshot,
+)
 
 INFO = EngineInfo("sim", (ModelCard("llama"), ModelCard("adapter", parent="llama")), kv_blocks=1000, kv_block_tokens=16)
 TOKENS = 60
@@ -391,6 +408,26 @@ def test_the_length_of_a_prompt_is_estimated_from_what_is_known_of_its_beginning
     stage = exact()
     stage.prefixes.reported("a", report(1, [1, 2], depths=[100, 200]))
     assert stage.prefixes.view("llama", chain(1, 2, 3, rest=100)).tokens == 200 + 89
+
+
+def test_what_most_hold_is_not_said_of_a_replica_that_reuses_nothing() -> None:
+    stage = Stage()
+    for name in ("a", "b", "c"):
+        stage.prefixes.opened(name, INFO)
+        stage.prefixes.reported(name, report(0, [1, 2], snapshot=True))
+    stage.prefixes.opened("off", msgspec.structs.replace(INFO, prefix_caching=False))
+    view = stage.prefixes.view("llama", chain(1, 2))
+    assert isinstance(view.held, Holders)
+    assert view.held.most == Held(2, 2 * TOKENS)
+    assert (view.at("off"), view.at("a")) == (None, Held(2, 2 * TOKENS))
+    assert set(view.held) == {"a", "b", "c"}
+    policy = Cost(Cost.Options(), random.Random(1))
+    views = tuple(make_replica(name, outlook=Outlook(token_s=0.01)) for name in ("a", "b", "c", "off"))
+    costs = policy.explain(make_request(), Snapshot("llama", views, view))
+    assert costs["off"] == pytest.approx(costs["a"] + 2 * TOKENS * 0.01 * 1.25)
+    stage.prefixes.lost("off")
+    assert view.held.groups
+    assert not stage.prefixes.view("llama", chain(1, 2)).held.groups  # type: ignore[attr-defined]
 
 
 def test_the_charge_is_for_what_the_replica_does_not_hold() -> None:
