@@ -168,11 +168,11 @@ class Dispatcher:
     def _looked_up(self, pool: Snapshot, chain: Chain | None, request: Request) -> Snapshot:
         """The pool, and who of it holds how much of the prompt now; without a chain only how long it may be."""
         if chain is None:
-            return Snapshot(pool.model, pool.replicas, self._prefixes.unhashed(request), pool.now, pool.places)
+            return pool.looked_up(self._prefixes.unhashed(request))
         began = self._clock()
         prefix = self._prefixes.view(pool.model, chain)
         self._observer.looked_up(self._clock() - began)
-        return Snapshot(pool.model, pool.replicas, prefix, pool.now, pool.places)
+        return pool.looked_up(prefix)
 
     def _choose(self, request: Request, snapshot: Snapshot, fallbacks: tuple[str, ...]) -> Decision:
         """The first of the earlier decision's fallbacks that is still there, or else what the policy says."""

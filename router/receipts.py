@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
-from router.types import Candidate, Charge, Decision, PrefixView, Reason, Receipt, ReplicaView, Request, Snapshot
+from router.types import Candidate, Charge, Decision, Held, PrefixView, Reason, Receipt, ReplicaView, Request, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def make_receipt(
         len(prefix.chain.blocks) if prefix.chain is not None else 0,
         prefix.tokens - charge.tokens,
         prefix.tokens,
-        _expected_s(view, prefix, snapshot.now),
+        _expected_s(view, prefix, prefix.at(view.replica), snapshot.now),
         decision.score,
     )
 
@@ -108,19 +108,18 @@ class Explainer:
 def _candidate(view: ReplicaView, snapshot: Snapshot, score: float | None) -> Candidate:
     prefix = snapshot.prefix
     held = prefix.held.get(view.replica)
-    expected_s = _expected_s(view, prefix, snapshot.now)
+    expected_s = _expected_s(view, prefix, held, snapshot.now)
     if held is None:
         return Candidate(view.replica, view.queue_depth, 0, 0, expected_s, score)
     return Candidate(view.replica, view.queue_depth, held.blocks, min(held.tokens, prefix.tokens), expected_s, score)
 
 
-def _expected_s(view: ReplicaView, prefix: PrefixView, now: float) -> float:
+def _expected_s(view: ReplicaView, prefix: PrefixView, held: Held | None, now: float) -> float:
     """From the submit until the first output: what is left of the queue, the step that computes the prompt, and the
     part of the prompt that is not held there. 0 where the prompt's length or the replica's speed is not known."""
     tokens, outlook = prefix.tokens, view.outlook
     if not tokens or not outlook.token_s:
         return 0.0
-    held = prefix.at(view.replica)
     # Both are estimates, from different sources: what is held may seem to be more than there is.
     cached = min(held.tokens, tokens) if held is not None else 0
     return outlook.begins_s(now) + outlook.batch_s + outlook.prefill_s(tokens, cached)

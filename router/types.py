@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 
@@ -262,6 +262,13 @@ class Holders(Mapping[str, Held]):
     def __getitem__(self, replica: str) -> Held:
         return self._found()[replica]
 
+    def __contains__(self, replica: object) -> bool:
+        return replica in self._found()
+
+    # What `Mapping` makes of `__getitem__` raises an error for each replica that holds nothing.
+    def get(self, replica: str, default: Any = None) -> Any:
+        return self._found().get(replica, default)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._found())
 
@@ -330,11 +337,19 @@ class Snapshot(msgspec.Struct, frozen=True):
     now: float = 0.0
     """On the clock of `Outlook.as_of`."""
     places: Mapping[str, int] = {}
-    """Where in `replicas` each one is, by name; worked out of them where it is not given."""
+    """Where in `replicas` each one is, by name and in their order; worked out of them where it is not given or is of
+    other replicas."""
 
     def __post_init__(self) -> None:
-        if not self.places:
-            _set(self, "places", {view.replica: place for place, view in enumerate(self.replicas)})
+        names = [view.replica for view in self.replicas]
+        if list(self.places) != names:
+            _set(self, "places", {name: place for place, name in enumerate(names)})
+
+    def looked_up(self, prefix: PrefixView) -> Snapshot:
+        """The same moment, with what is known of the prompt."""
+        found: Snapshot = self.__copy__()
+        _set(found, "prefix", prefix)
+        return found
 
     def view(self, replica: str) -> ReplicaView:
         """One replica of it. Raises `KeyError` where it is not there."""

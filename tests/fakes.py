@@ -11,6 +11,7 @@ from engine.replica import Replica
 from router.errors import ReplicaFailed
 from router.lane.carriers import SocketCarrier
 from router.lane.frames import Submit
+from router.load.account import Blind, Foresight
 from router.membership.base import ReplicaRecord
 from router.options import LaneOptions
 from router.replicas import CacheObserver, Replicas
@@ -111,13 +112,18 @@ def make_request(request_id: str = "r1", model: str = "m", timeout_s: float | No
 class Fleet:
     """Replicas with scripted engines on loopback, and the router's `Replicas` with lanes to them."""
 
-    def __init__(self, caches: CacheObserver | None = None, **lane_options: float) -> None:
+    def __init__(
+        self,
+        caches: CacheObserver | None = None,
+        foresee: Callable[[EngineInfo], Foresight] = lambda info: Blind(),
+        **lane_options: float,
+    ) -> None:
         self.engines: dict[str, ScriptedEngine] = {}
         self.replicas: dict[str, Replica] = {}
         self.records: dict[str, ReplicaRecord] = {}
         fast = {"reconnect_min_s": 0.01, "reconnect_max_s": 0.05}
         options = LaneOptions(**(fast | lane_options))  # type: ignore[arg-type]
-        self.router = Replicas("test", SocketCarrier(), options, caches=caches)
+        self.router = Replicas("test", SocketCarrier(), options, caches=caches, foresee=foresee)
 
     async def add(
         self,

@@ -335,7 +335,11 @@ class Prefixes:
     def _set(self, replica: str, state: _Replica, mode: CacheMode, cause: str) -> None:
         changed = state.mode is not mode or state.seq is None
         state.mode, state.cause = mode, cause
-        self._uncached = self._without(replica) if mode is not CacheMode.OFF else (*self._without(replica), replica)
+        if mode is CacheMode.OFF:
+            self._uncached = (*self._without(replica), replica)
+        else:
+            self._uncached = self._without(replica)
+            self._index.join(replica)
         if changed:
             self.on_mode(replica, mode)
 

@@ -143,6 +143,30 @@ def test_routers_that_see_the_same_lean_to_different_replicas() -> None:
     assert len(favourites) == 4
 
 
+def test_leans_stay_with_their_replicas_when_the_pool_changes() -> None:
+    policy = Cost(Cost.Options(), random.Random(18))
+    before = policy.explain(make_request(), four(leases=0))
+    views = four(leases=0).replicas
+    other = msgspec.structs.replace(views[0], replica="replica-9")
+    changed = policy.explain(make_request(), Snapshot("model", (other, *views[:0:-1])))
+    assert {name: changed[name] for name in before if name in changed} == {
+        name: before[name] for name in before if name != "replica-0"
+    }
+    assert policy.explain(make_request(), four(leases=0)) == before
+
+
+def test_a_snapshot_of_other_replicas_does_not_keep_their_places() -> None:
+    """Policies that ask another one for some of the replicas, or in another order."""
+    policy = Cost(Cost.Options(lean_s=0.0), random.Random(19))
+    outlook = Outlook(token_s=1e-3)
+    views = tuple(make_replica(f"replica-{i}", outlook=outlook) for i in range(4))
+    whole = Snapshot("model", views, make_prefix({"replica-3": 8}))
+    for some in (views[2:], views[::-1], (views[1], views[3], views[2], views[0])):
+        snapshot = msgspec.structs.replace(whole, replicas=some)
+        assert policy.choose(make_request(), snapshot).replica == "replica-3"
+        assert snapshot.view("replica-3") is views[3]
+
+
 def test_a_router_that_is_alone_does_not_lean() -> None:
     policy = Cost(Cost.Options(), random.Random(15))
     assert len({policy.choose(make_request(), four(leases=4)).replica for _ in range(100)}) == 4

@@ -137,7 +137,9 @@ class Pair:
         entry = (replica, set(chain[self.model.prefix(replica, chain) :])) if known else None
         if entry is not None:
             self.model.holds.append(entry)
-        self.holds.append((self.index.hold(replica, chain), entry))
+        found = self.index.match(chain).at(replica)
+        stored = found.blocks if found is not None and not found.soon else None  # As dispatch knows it.
+        self.holds.append((self.index.hold(replica, chain, stored), entry))
 
     def release(self, which: int) -> None:
         hold, entry = self.holds.pop(which)

@@ -430,6 +430,31 @@ def test_what_most_hold_is_not_said_of_a_replica_that_reuses_nothing() -> None:
     assert not stage.prefixes.view("llama", chain(1, 2)).held.groups  # type: ignore[attr-defined]
 
 
+def test_a_hold_has_what_is_only_coming_too() -> None:
+    """What dispatch tells of a look-up must not leave out blocks that only another request in flight will bring."""
+    stage = exact(1)
+    prompt = chain(1, 2, 3)
+    first = stage.prefixes.hold("a", chain(1, 2), stage.prefixes.view("llama", chain(1, 2)).at("a"))
+    with first:
+        second = stage.prefixes.hold("a", prompt, stage.prefixes.view("llama", prompt).at("a"))
+    with second:
+        assert stage.held(prompt)["a"].blocks == 3
+    assert stage.held(prompt) == {"a": Held(1, 60)}
+
+
+def test_what_a_replica_says_after_it_was_off_counts_from_its_snapshot_on() -> None:
+    stage = Stage()
+    for name in ("a", "b", "c", "d"):
+        stage.prefixes.opened(name, INFO)
+        stage.prefixes.reported(name, report(0, [1, 2], snapshot=True))
+    stage.prefixes.reported("d", report(1, mode="off", cause="for a while"))
+    stage.prefixes.reported("d", report(2, [3]))
+    view = stage.prefixes.view("llama", chain(1, 2))
+    assert (view.at("d"), view.at("a")) == (None, Held(2, 2 * TOKENS))
+    assert isinstance(view.held, Holders)
+    assert (None, ("d",)) in view.held.groups
+
+
 def test_the_charge_is_for_what_the_replica_does_not_hold() -> None:
     stage = exact(1, 2)
     prompt = chain(1, 2, 3)

@@ -15,10 +15,11 @@ from router.ingress.base import CacheStatus
 from router.lane.carriers import SocketCarrier
 from router.lane.client import Lane
 from router.lane.frames import CacheReport
+from router.load.model import FleetModel
 from router.options import LaneOptions, PrefixOptions
 from router.prefix.prefixes import Prefixes
 from router.replicas import LIFE, Event, Replicas, State
-from router.types import CacheMode, Chain
+from router.types import CacheMode, Chain, Load
 from tests.fakes import DEADLINE_S, Fleet, eventually
 
 
@@ -166,6 +167,27 @@ def snapshot(seq: int, *blocks: int, mode: str = "exact", cause: str = "") -> Ca
 def held(prefixes: Prefixes, *blocks: int) -> dict[str, int]:
     chain = Chain(256, 0, blocks, 256 * len(blocks))
     return {replica: held.blocks for replica, held in prefixes.view("m", chain).held.items()}
+
+
+async def test_a_snapshot_shows_what_the_load_model_learned_from_others() -> None:
+    """An idle replica's view is made anew when the fleet's model is, though nothing happens at the replica itself."""
+    model = FleetModel()
+    fleet = Fleet(foresee=lambda info: model.foresight())
+    try:
+        for name in ("a", "b"):
+            await fleet.add(name)
+        await fleet.until(lambda: fleet.ready() == 2)
+        lanes = {lane.replica: lane for lane in fleet.router.lanes()}
+        before = fleet.router.snapshot("m").view("b")
+        for step in range(200):
+            load = Load(1, step_ms=5 + 0.02 * (step % 50), step_prefill_tokens=step % 50, step_prefill_pairs=1.0)
+            lanes["a"].account.stepped(load, 0, step * 0.01)
+        after = fleet.router.snapshot("m").view("b")
+        assert (before.outlook.token_s, before.outlook.batch_s) == (5e-5, 0.0)  # Nothing is learned yet.
+        assert after.outlook.token_s == pytest.approx(2e-5, rel=0.2)
+        assert after.outlook.batch_s == pytest.approx(5e-3, rel=0.2)
+    finally:
+        await fleet.close()
 
 
 async def test_a_replicas_reports_are_kept_until_its_lane_is_lost(caching: tuple[Fleet, Prefixes]) -> None:
