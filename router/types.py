@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -347,7 +348,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     def looked_up(self, prefix: PrefixView) -> Snapshot:
         """The same moment, with what is known of the prompt."""
-        found: Snapshot = self.__copy__()
+        found = copy(self)
         _set(found, "prefix", prefix)
         return found
 
