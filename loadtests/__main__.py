@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Final
 
-COMMANDS: Final = {"simulate": "loadtests.simulate.command"}
+COMMANDS: Final = {"peers": "loadtests.peers.command", "simulate": "loadtests.simulate.command"}
 """Name to the module whose `main(argv) -> int` does it; only the one that is asked for is imported."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from typing import Any
 
 import grpc
 import msgspec
@@ -119,7 +120,7 @@ async def grpc_load(
         grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)])
         for _ in range(channels)
     ]
-    calls = [
+    calls: list[Any] = [
         channel.unary_stream("/kvlane.v1.Inference/Generate")  # raw bytes: parsing would cost more than the rest
         for channel in opened
     ]

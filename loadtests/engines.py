@@ -1,15 +1,18 @@
 """A process of simulated replicas for load tests: a lane port and a direct HTTP port for each.
 
 The direct port serves the very same engine through the same HTTP edge without lane or router: the floor that a router's
-added latency is measured against. Prints one JSON line when it listens, and ends when its standard input closes.
+added latency is measured against, and a worker for other routers, with the pages of vLLM's server that they ask for.
+Prints one JSON line when it listens, and ends when its standard input closes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sys
-from typing import Any
+import time
+from typing import Any, Final
 
 import uvloop
 
@@ -18,7 +21,10 @@ from engine.replica import Replica
 from engine.simulated import SimulatedEngine
 from router.errors import KvlaneError
 from router.ingress.base import ModelStatus, Readiness
-from router.ingress.http import HttpIngress
+from router.ingress.http import HttpServer
+from router.ingress.http_parser import HttpRequest
+from router.ingress.http_response import Reply
+from router.ingress.http_routes import Routes, Target
 from router.lane.frames import End, Submit
 from router.options import HttpOptions
 from router.types import Headers, Reason, Receipt, Request, Sink
@@ -55,6 +61,18 @@ class Direct:
         return Readiness(True, {})
 
 
+class Pages(Routes):
+    """The ingress's pages, and those of a single engine's server that other routers probe before they use it."""
+
+    _PROBED: Final = {
+        "/health": Reply(200, "text/plain; charset=utf-8", b""),
+        "/version": Reply(200, "application/json", b'{"version":"0.0.0"}'),
+    }
+
+    def own(self, request: HttpRequest, target: Target) -> Reply | None:
+        return self._PROBED.get(target.path) or super().own(request, target)
+
+
 class _Out(StreamOut):
     def __init__(self, sink: Sink, done: asyncio.Future[End]) -> None:
         self._sink = sink
@@ -78,15 +96,19 @@ class _Out(StreamOut):
             self.done.set_exception(error)
 
 
-async def serve(model: str, replicas: int, options: dict[str, Any]) -> None:
+async def serve(model: str, replicas: int, engine_options: dict[str, Any]) -> None:
     """Runs the replicas until standard input closes."""
     started = []
     for number in range(replicas):
-        engine = SimulatedEngine(options, model)
+        engine = SimulatedEngine(engine_options, model)
         replica = Replica(f"sim-{number}", engine, SECRET)
         await replica.start()
         direct = Direct(engine)
-        http = HttpIngress(HttpOptions(port=0), direct, direct, metrics=lambda: (b"", "text/plain"))
+        options = HttpOptions(port=0)
+        pages = Pages(options, direct, lambda: (b"", "text/plain"), time.time, random.Random())
+        http = HttpServer(
+            options, direct, pages, clock=time.monotonic, wall=time.time, refused=lambda protocol, error: None
+        )
         started.append((replica, http, await replica.listen("127.0.0.1"), await http.start()))
     addresses = [{"replica": r.name, "lane": lane, "http": port} for r, _, lane, port in started]
     sys.stdout.write(json.dumps(addresses) + "\n")

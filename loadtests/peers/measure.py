@@ -1,0 +1,164 @@
+"""One repetition of one load on one system, and what it showed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final
+
+import msgspec
+import uvloop
+
+from loadtests.peers import load
+from loadtests.peers.answers import Tally
+from loadtests.peers.base import Running
+from loadtests.peers.cost import FamilyCost, family_rss_mb
+from loadtests.peers.errors import PeerError
+from loadtests.peers.load import Prompts
+
+REQUESTS: Final = 2000
+"""Of one token, to tell what a request costs; fewer where they would take too long, four per stream at the least."""
+GRACE_S: Final = 30.0
+"""What a load may take longer than it would without any delay."""
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """What a load is like."""
+
+    tokens: int
+    """Of an answer where chunks are measured."""
+    prompt_kb: float
+    repeated: bool
+    """Whether a stream's requests all have the same prompt."""
+    step_ms: float
+    """Of an engine step while the engines set the pace."""
+    seconds: float
+    """How long each timed load goes on."""
+
+
+class Paced(msgspec.Struct):
+    """A repetition with the engines setting the pace. CPU in microseconds, times in milliseconds."""
+
+    cpu_us_per_chunk: float
+    cpu_us_per_token: float
+    cpu_us_per_request: float
+    engine_cpu_us_per_chunk: float
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    itl_p50_ms: float
+    itl_p99_ms: float
+    tokens_per_chunk: float
+    errors: int
+    causes: Counter[str]
+    what = "paced"
+
+
+class Saturated(msgspec.Struct):
+    """A repetition with engines that are not waited for: who is slowest sets the pace."""
+
+    chunks_per_s: float
+    tokens_per_s: float
+    requests_per_s: float
+    errors: int
+    causes: Counter[str]
+    what = "saturated"
+
+
+class Bench:
+    """Runs the loads of one shape. Every load raises `PeerError` where nothing is answered."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        # One for all loads: a prompt that was asked before is in somebody's cache.
+        self._prompts = Prompts(shape.prompt_kb, repeated=shape.repeated)
+
+    def warm_up(self, system: str, running: Running, streams: int) -> None:
+        """Opens connections and fills pools."""
+        self._closed(system, running, streams, 5, 2)
+
+    def paced(self, system: str, running: Running, streams: int) -> Paced:
+        """Long streams for the cost per chunk, answers of one token for that of a request, arrivals for TTFT."""
+        shape = self._shape
+        rounds = max(1, math.ceil(shape.seconds / (shape.tokens * shape.step_ms / 1e3)))
+        router, engine = FamilyCost(running.router_pids), FamilyCost(running.engine_pids)
+        long = self._closed(system, running, streams, shape.tokens, rounds)
+        router_us, engine_us = router.cpu_s() * 1e6, engine.cpu_s() * 1e6
+        router = FamilyCost(running.router_pids)
+        # Each waits for the step under way and takes one.
+        asked = max(4, min(REQUESTS // streams, int(shape.seconds * 1e3 / (2 * shape.step_ms))))
+        short = self._closed(system, running, streams, 1, asked)
+        request_us = router.cpu_s() * 1e6
+        first = self._arrivals(system, running, streams)
+        tallies = (long, short, first)
+        return Paced(
+            cpu_us_per_chunk=router_us / long.chunks,
+            cpu_us_per_token=router_us / long.tokens,
+            cpu_us_per_request=request_us / short.requests,
+            engine_cpu_us_per_chunk=engine_us / long.chunks,
+            ttft_p50_ms=1e3 * percentile(first.ttft_s, 50),
+            ttft_p99_ms=1e3 * percentile(first.ttft_s, 99),
+            itl_p50_ms=1e3 * percentile(long.gaps_s, 50),
+            itl_p99_ms=1e3 * percentile(long.gaps_s, 99),
+            tokens_per_chunk=long.tokens / long.chunks,
+            errors=sum(each.errors for each in tallies),
+            causes=sum((each.causes for each in tallies), Counter()),
+        )
+
+    def saturated(self, system: str, running: Running, streams: int) -> Saturated:
+        """As much as goes through."""
+        long = self._saturation(system, running, streams, self._shape.tokens)
+        short = self._saturation(system, running, streams, 1)
+        return Saturated(
+            chunks_per_s=long.chunks / long.seconds,
+            tokens_per_s=long.tokens / long.seconds,
+            requests_per_s=short.requests / short.seconds,
+            errors=long.errors + short.errors,
+            causes=long.causes + short.causes,
+        )
+
+    def _closed(self, system: str, running: Running, streams: int, tokens: int, rounds: int) -> Tally:
+        limit_s = self._limit_s(rounds * (tokens + 1))
+        return _run(
+            system,
+            load.closed_loop(running.client, streams, tokens, self._prompts, rounds=rounds, limit_s=limit_s),
+        )
+
+    def _saturation(self, system: str, running: Running, streams: int, tokens: int) -> Tally:
+        seconds, limit_s = self._shape.seconds, self._limit_s(tokens)
+        return _run(
+            system, load.saturation(running.client, streams, tokens, self._prompts, seconds=seconds, limit_s=limit_s)
+        )
+
+    def _arrivals(self, system: str, running: Running, streams: int) -> Tally:
+        """At such a rate that `streams` answers are under way on average, of a length that saturates nothing."""
+        tokens = 10 if streams <= 64 else 50
+        rate = streams / (tokens * self._shape.step_ms / 1e3)
+        total, most = max(2, int(rate * self._shape.seconds)), 2 * streams + 8
+        limit_s = self._limit_s(tokens + 1)
+        return _run(system, load.arrivals(running.client, rate, total, most, tokens, self._prompts, limit_s=limit_s))
+
+    def _limit_s(self, steps: int) -> float:
+        """For a load that would take so many steps one after the other."""
+        return GRACE_S + self._shape.seconds + 2 * steps * self._shape.step_ms / 1e3
+
+
+def peak_memory_mb(running: Running) -> float:
+    """Of the router side, in MiB."""
+    return family_rss_mb(running.router_pids)
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """0 where there are none: answers of one token have no gaps."""
+    if len(values) < 2:
+        return sum(values)
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def _run(system: str, asked: Coroutine[Any, Any, Tally]) -> Tally:
+    tally = uvloop.run(asked)
+    if not tally.ttft_s:
+        causes = ", ".join(f"{cause} ({times} times)" for cause, times in tally.causes.most_common(3))
+        raise PeerError(system, f"answered nothing: {causes or 'no answer in time'}")
+    return tally

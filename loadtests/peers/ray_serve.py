@@ -1,0 +1,107 @@
+"""Ray Serve in its three ways in: its own HTTP proxy, HAProxy, and its gRPC proxy; the same engines as replicas.
+
+What counts as the router side is what stands in a request's way, the proxies; not the controller, nor Ray's own
+processes, which have more to do than to relay.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import msgspec
+from kvlane.v1 import inference_pb2 as pb
+
+from loadtests.peers.base import PROBE_TIMEOUT_S, Running, Setup, answers
+from loadtests.peers.children import child, free_port
+from loadtests.peers.clients import GrpcClient, HttpClient
+from loadtests.peers.cost import family
+from loadtests.peers.errors import PeerError
+from loadtests.peers.load import Client
+from loadtests.processes import MODEL
+
+START_TIMEOUT_S: Final = 240.0
+HAPROXY: Final = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+APP: Final = "sim"
+GRPC_METHOD: Final = "/kvlane.v1.Inference/Generate"
+_METADATA: Final = (("application", APP),)
+# Names of processes as the kernel keeps them, in 15 characters.
+_PROXIES: Final = frozenset({"ray::ProxyActor", "ray::HAProxyManager"[:15]})
+_REPLICAS: Final = frozenset({"ray::ServeReplica"[:15]})
+
+
+class Order(msgspec.Struct, frozen=True):
+    """What `loadtests.peers.ray_app` is to serve."""
+
+    protocol: str
+    port: int
+    replicas: int
+    engine: dict[str, Any]
+    """The simulated engine's options."""
+    temp_dir: str
+    """For Ray's own files."""
+
+
+def ray_serve(name: str, env: Mapping[str, str] | None = None) -> Callable[[Setup], AbstractContextManager[Running]]:
+    """Starts a Ray of its own with the application on it."""
+
+    @contextmanager
+    def start(setup: Setup) -> Iterator[Running]:
+        port = free_port()
+        with tempfile.TemporaryDirectory(prefix="peers-", ignore_cleanup_errors=True) as temp_dir:
+            order = Order(setup.protocol, port, setup.replicas, setup.engine, temp_dir)
+            command = [sys.executable, "-m", "loadtests.peers.ray_app", msgspec.json.encode(order).decode()]
+            serves = _serves_grpc if setup.protocol == "grpc" else answers
+            with child(
+                name,
+                command,
+                setup.log,
+                lambda: serves(port),
+                env=_own_places(temp_dir, env),
+                timeout_s=START_TIMEOUT_S,
+            ) as pid:
+                client: Client = (
+                    GrpcClient(port, GRPC_METHOD, _METADATA) if setup.protocol == "grpc" else HttpClient([port])
+                )
+                yield Running(client, _named(name, pid, _PROXIES), _named(name, pid, _REPLICAS))
+
+    return start
+
+
+def _own_places(temp_dir: str, env: Mapping[str, str] | None) -> dict[str, str]:
+    """HAProxy's files and ports would else be those of all clusters on a machine."""
+    return {
+        **(env or {}),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{temp_dir}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{temp_dir}/haproxy.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": temp_dir,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{temp_dir}/haproxy-state",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+    }
+
+
+def _named(name: str, pid: int, names: frozenset[str]) -> tuple[int, ...]:
+    """Those of a cluster's processes that have one of the names. Raises `PeerError` where there is none."""
+    found = tuple(each for each in family([pid]) if Path(f"/proc/{each}/comm").read_text().strip() in names)
+    if not found:
+        raise PeerError(name, f"has none of the processes {', '.join(sorted(names))}")
+    return found
+
+
+def _serves_grpc(port: int) -> bool:
+    """Whether a call of one token is answered there."""
+    request = pb.GenerateRequest(model=MODEL, text="ready?", sampling=pb.SamplingParams(max_tokens=1))
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_stream(GRPC_METHOD, pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString)
+        try:
+            return any(answer.text for answer in call(request, metadata=_METADATA, timeout=PROBE_TIMEOUT_S))
+        except grpc.RpcError:
+            return False
