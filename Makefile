@@ -35,7 +35,7 @@ test: $(DEV_STAMP) ## every test
 .PHONY: test-fast
 test-fast: $(DEV_STAMP) ## the tests that need neither Ray nor vLLM, in under a minute
 	$(call install_source,$(VENV))
-	$(BIN)/python -m pytest -m "not slow and not ray and not vllm" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not ray and not vllm" $(ARGS)
 
 .PHONY: check
 check: $(DEV_STAMP) ## format, lint, types, protobuf drift

@@ -24,6 +24,8 @@ from tests.unit.test_vllm_events import Engine, Publisher, batch, config, events
 
 zmq = pytest.importorskip("zmq")
 
+pytestmark = pytest.mark.vllm
+
 PATH = "/v1/completions"
 LONG = 32
 FOREIGN = pack_chain(Chain(16, 7, (1, 2), 40))

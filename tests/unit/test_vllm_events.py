@@ -17,6 +17,8 @@ from tests.fakes import DEADLINE_S, eventually
 
 zmq = pytest.importorskip("zmq")
 
+pytestmark = pytest.mark.vllm
+
 
 class Publisher:
     """Binds and publishes as vLLM's does: topic, number, payload."""
