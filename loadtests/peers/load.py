@@ -11,7 +11,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from itertools import count
 from typing import Final, Protocol
@@ -132,15 +132,14 @@ async def closed_loop(
     client: Client, streams: int, tokens: int, prompts: Prompts, *, rounds: int, limit_s: float
 ) -> Tally:
     """Each stream asks `rounds` times, the next request as soon as the last answer is whole."""
-    return await _closed(client, streams, tokens, prompts, lambda done: done < rounds, None, limit_s)
+    return await _closed(client, streams, tokens, prompts, limit_s, rounds=rounds)
 
 
 async def saturation(
     client: Client, streams: int, tokens: int, prompts: Prompts, *, seconds: float, limit_s: float
 ) -> Tally:
     """Each stream asks on for `seconds`; only what came within them counts."""
-    until = time.perf_counter() + seconds
-    return await _closed(client, streams, tokens, prompts, lambda _: time.perf_counter() < until, until, limit_s)
+    return await _closed(client, streams, tokens, prompts, limit_s, seconds=seconds)
 
 
 async def _closed(
@@ -148,27 +147,30 @@ async def _closed(
     streams: int,
     tokens: int,
     prompts: Prompts,
-    goes_on: Callable[[int], bool],
-    until: float | None,
     limit_s: float,
+    *,
+    rounds: float = math.inf,
+    seconds: float | None = None,
 ) -> Tally:
+    """Of each stream `rounds` requests, or those that it begins in `seconds`."""
     answers: list[Answer] = []
 
     async def stream(number: int, caller: Caller) -> None:
         done = 0
-        while goes_on(done):
+        while done < rounds and (until is None or time.perf_counter() < until):
             answers.append(await caller.ask(prompts.next(number), tokens))
             done += 1
 
     async with client.callers(streams) as callers:
-        began = time.perf_counter()
         with _undisturbed():
+            began = time.perf_counter()  # A collection before it may take as long as a short load.
+            until = None if seconds is None else began + seconds
             late = await _finish(
                 [asyncio.ensure_future(stream(number, caller)) for number, caller in enumerate(callers)], limit_s
             )
         ended = time.perf_counter()
     answers += [Answer(tokens, failure=f"not answered within {limit_s:g} s")] * late
-    return tally(answers, client.read, (ended if until is None else until) - began, until)
+    return tally(answers, client.read, ended - began if seconds is None else seconds, until)
 
 
 async def arrivals(
@@ -191,8 +193,8 @@ async def arrivals(
             answers.append(await caller.ask(prompts.next(number), tokens))
             free.put_nowait(caller)
 
-        began = time.perf_counter()
         with _undisturbed():
+            began = time.perf_counter()
             late = await _finish(
                 [
                     asyncio.ensure_future(one(number, began + (number + number * GOLDEN % 1) / rate))

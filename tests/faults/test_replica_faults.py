@@ -57,12 +57,12 @@ async def test_requests_outlive_a_killed_replica_and_its_replacement_takes_traff
         ):
             before = {lane.replica for lane in app.replicas.lanes()}
             # Each replica runs 16 at a time, half of them gRPC streams; the others wait and have no byte yet.
-            streams = [asyncio.create_task(ask_grpc(over_rpc, MODEL, 150)) for _ in range(16)]
+            streams = [asyncio.create_task(ask_grpc(over_rpc, MODEL, 400)) for _ in range(16)]
             await until(lambda: sum(in_flight(app)) == 16, "the first gRPC streams are in flight")
-            streams += [asyncio.create_task(ask(client, url(app), MODEL, 150, stream=True)) for _ in range(40)]
+            streams += [asyncio.create_task(ask(client, url(app), MODEL, 400, stream=True)) for _ in range(40)]
             await until(lambda: sum(in_flight(app)) == 56, "the HTTP streams are in flight")
-            streams += [asyncio.create_task(ask_grpc(over_rpc, MODEL, 150)) for _ in range(24)]
-            wholes = [asyncio.create_task(ask(client, url(app), MODEL, 100, stream=False)) for _ in range(20)]
+            streams += [asyncio.create_task(ask_grpc(over_rpc, MODEL, 400)) for _ in range(24)]
+            wholes = [asyncio.create_task(ask(client, url(app), MODEL, 300, stream=False)) for _ in range(20)]
             await until(lambda: sum(in_flight(app)) == 100, "all requests are in flight")
             await until(lambda: all(lane.tokens > 100 for lane in app.replicas.lanes()), "streams have begun")
             os.kill(replica_processes()[0], signal.SIGKILL)
