@@ -6,12 +6,13 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import msgspec
 
+from loadtests.arguments import Parser, many, number
 from loadtests.peers import trivial
 from loadtests.peers.children import leaving_nothing
 from loadtests.peers.environments import BENCH
@@ -35,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     """Exit status 0; 1 where something failed, 2 where the arguments make no sense."""
     try:
         args = _parser().parse_args(argv)
+        args.streams = list(dict.fromkeys(args.streams))
         speaking = [name for name, system in SYSTEMS.items() if args.protocol in system.protocols]
         chosen = contenders(args.systems or speaking, args.policy, args.protocol)
         if args.json:
@@ -61,7 +63,9 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 def _compare(args: argparse.Namespace, chosen: Sequence[Contender]) -> int:
     shape = Shape(args.tokens, args.prompt_kb, args.repeated_prompts, args.step_ms, args.seconds)
-    plan = Plan(shape, args.streams, args.reps, args.replicas, args.protocol, args.limit_s, BENCH / "logs")
+    plan = Plan(
+        shape, list(dict.fromkeys(args.streams)), args.reps, args.replicas, args.protocol, args.limit_s, BENCH / "logs"
+    )
     outcome = run(plan, chosen, lambda line: print(f"peers: {line}", file=sys.stderr, flush=True))
     if outcome.rows:
         print(markdown(outcome.rows))
@@ -92,19 +96,14 @@ def _check_writable(path: Path) -> None:
         raise PermissionError(f"--json: {path} cannot be written")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raises `ValueError`, so that all complaints are told in the same way."""
-        raise ValueError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("python -m loadtests peers", description=__doc__, epilog=EPILOG)
-    streams, whole, positive = _number(int, 1, MAX_STREAMS), _number(int, 1, 100_000), _number(float, 0.01, 100_000)
-    parser.add_argument("--systems", type=_many(str), default=[], help="by commas (default: all that speak it)")
-    parser.add_argument("--policy", type=_many(str), default=[], help="by commas (default: all of each system)")
+    parser = Parser("python -m loadtests peers", description=__doc__, epilog=EPILOG)
+    few = number(int, least=1, most=64)
+    streams, whole, positive = number(int, least=1, most=MAX_STREAMS), number(int, least=1), number(float, above=0)
+    parser.add_argument("--systems", type=many(str), default=[], help="by commas (default: all that speak it)")
+    parser.add_argument("--policy", type=many(str), default=[], help="by commas (default: all of each system)")
     parser.add_argument("--protocol", choices=("http", "grpc"), default="http")
-    parser.add_argument("--streams", type=_many(streams), default=[32, 256], help=f"by commas, up to {MAX_STREAMS}")
+    parser.add_argument("--streams", type=many(streams), default=[32, 256], help=f"by commas, up to {MAX_STREAMS}")
     parser.add_argument("--tokens", type=whole, default=200, help="of an answer where chunks are measured")
     parser.add_argument("--prompt-kb", type=positive, default=4.0)
     parser.add_argument(
@@ -112,33 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--reps", type=whole, default=5, help="repetitions, the order of systems turned each time")
     parser.add_argument("--step-ms", type=positive, default=20.0, help="duration of a simulated engine's step")
-    parser.add_argument("--replicas", type=_number(int, 1, 64), default=2, help="simulated replicas of each system")
+    parser.add_argument("--replicas", type=few, default=2, help="simulated replicas of each system")
     parser.add_argument("--seconds", type=positive, default=3.0, help="length of each timed load")
     parser.add_argument("--limit-s", type=positive, default=7200.0, help="of all loads; then the rest is left out")
     parser.add_argument("--ceiling", action="store_true", help="only tell what the load generator can take")
     parser.add_argument("--json", metavar="FILE", help="write the rows here as well")
     return parser
-
-
-def _many(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def parse(text: str) -> list[Any]:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        if not parts:
-            raise argparse.ArgumentTypeError("nothing is named")
-        return list(dict.fromkeys(kind(part) for part in parts))
-
-    return parse
-
-
-def _number(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            what = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {least:g} to {most:g}")
-        return value
-
-    return parse

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import msgspec
 
+from loadtests.arguments import Parser, many, number
 from loadtests.simulate import traces
 from loadtests.simulate.measure import WARM_UP, Result
 from loadtests.simulate.perf import PROFILES
@@ -145,23 +145,17 @@ def _line(result: Result) -> str:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raises `ValueError`, so that all complaints are told in the same way."""
-        raise ValueError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("python -m loadtests simulate", description=__doc__, epilog=ERRORS)
+    parser = Parser("python -m loadtests simulate", description=__doc__, epilog=ERRORS)
     known = ", ".join((*traces.FILES, *traces.GENERATED))
-    delay, error = _number(float, least=0), _number(float, least=0, below=1)
-    positive, count, share = _number(float, above=0), _number(int, least=1), _number(float, least=0, most=1)
+    delay, error = number(float, least=0), number(float, least=0, below=1)
+    positive, count, share = number(float, above=0), number(int, least=1), number(float, least=0, most=1)
     parser.add_argument("--trace", required=True, help=f"{known}, or a file in the Mooncake format")
-    parser.add_argument("--replicas", type=_many(count), default=[8], help="fleet sizes (default 8)")
+    parser.add_argument("--replicas", type=many(count), default=[8], help="fleet sizes (default 8)")
     parser.add_argument(
-        "--load", type=_many(positive), default=[0.8], help="shares of least-queue's saturation rate (default 0.8)"
+        "--load", type=many(positive), default=[0.8], help="shares of least-queue's saturation rate (default 0.8)"
     )
-    parser.add_argument("--policies", type=_many(str), required=True, help="names, or classes as module:Class")
+    parser.add_argument("--policies", type=many(str), required=True, help="names, or classes as module:Class")
     parser.add_argument("--goodput", action="store_true", help="search for the highest rate instead of using --load")
     parser.add_argument("--staleness-ms", type=delay, default=0.0, help="how late replicas' reports come")
     parser.add_argument("--routers", type=count, default=1)
@@ -175,9 +169,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slow-replica", type=positive, default=1.0, metavar="FACTOR", help="one replica's steps take longer"
     )
-    parser.add_argument("--join", type=_many(share), default=[], metavar="SHARE", help="replicas join there in the run")
-    parser.add_argument("--leave", type=_many(share), default=[], metavar="SHARE", help="replicas are lost there")
-    parser.add_argument("--seed", type=_many(_number(int)), default=[0])
+    parser.add_argument("--join", type=many(share), default=[], metavar="SHARE", help="replicas join there in the run")
+    parser.add_argument("--leave", type=many(share), default=[], metavar="SHARE", help="replicas are lost there")
+    parser.add_argument("--seed", type=many(number(int)), default=[0])
     parser.add_argument("--profile", choices=PROFILES, default="h200-8b")
     parser.add_argument(
         "--options", type=_options, default={}, help='policies\' options as JSON: {"cost": {"price": 2}}'
@@ -185,44 +179,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=count, default=1, help="processes")
     parser.add_argument("--json", metavar="FILE", help="for the results; FILE.part while there are more to come")
     return parser
-
-
-def _many(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def parse(text: str) -> list[Any]:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        if not parts:
-            raise argparse.ArgumentTypeError("nothing is named")
-        return [kind(part) for part in parts]
-
-    return parse
-
-
-def _number(
-    kind: Callable[[str], float],
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    below: float = math.inf,
-    most: float = math.inf,
-) -> Callable[[str], float]:
-    """A finite number within bounds."""
-    bounds = [f"at least {least}"] if least is not None else []
-    bounds += [f"above {above}"] if above is not None else []
-    bounds += [f"below {below}"] if below < math.inf else []
-    bounds += [f"at most {most}"] if most < math.inf else []
-    what = " ".join(["an integer" if kind is int else "a number", " and ".join(bounds)]).strip()
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        low = (least is None or value >= least) and (above is None or value > above)
-        if not (math.isfinite(value) and low and value < below and value <= most):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-
-    return parse
 
 
 def _options(text: str) -> Options:
