@@ -55,7 +55,12 @@ protos: $(DEV_STAMP) ## generate the protobuf code anew
 	$(BIN)/python protos/generate.py
 
 .PHONY: bench
-bench: $(DEV_STAMP) ## CPU per chunk and per request, added time to first token
+bench: $(DEV_STAMP) ## kvlane beside other routers on the same load; ARGS as in `python -m loadtests peers --help`
+	$(call install_source,$(VENV))
+	$(BIN)/python -m loadtests peers $(or $(ARGS),--quick)
+
+.PHONY: bench-router
+bench-router: $(DEV_STAMP) ## kvlane alone: CPU per chunk and per request, added time to first token
 	$(call install_source,$(VENV))
 	$(BIN)/python -m loadtests.router_cost $(ARGS)
 
@@ -64,6 +69,11 @@ bench-routing: $(DEV_STAMP) ## cost of hashing, index and a whole routing decisi
 	$(call install_source,$(VENV))
 	$(BIN)/python -m loadtests.index_cost
 	$(BIN)/python -m loadtests.routing_cost
+
+.PHONY: profile
+profile: $(DEV_STAMP) ## flame graphs of router and replica under load, into build/profiles
+	$(call install_source,$(VENV))
+	$(BIN)/python -m loadtests profile $(ARGS)
 
 .PHONY: simulate
 simulate: $(DEV_STAMP) ## routing policies on real traces; ARGS as in `python -m loadtests simulate --help`

@@ -7,7 +7,18 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Final
 
-COMMANDS: Final = {"peers": "loadtests.peers.command", "simulate": "loadtests.simulate.command"}
+COMMANDS: Final = {
+    "peers": "loadtests.peers.command",
+    "grpc-edges": "loadtests.grpc_edges",
+    "simulate": "loadtests.simulate.command",
+    "vllm": "loadtests.vllm.command",
+    "fleet": "loadtests.fleet",
+    "slow": "loadtests.slow",
+    "soak": "loadtests.soak",
+    "stalls": "loadtests.stalls",
+    "profile": "loadtests.profiles",
+    "workers": "loadtests.workers",
+}
 """Name to the module whose `main(argv) -> int` does it; only the one that is asked for is imported."""
 
 

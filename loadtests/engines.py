@@ -12,6 +12,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Awaitable
 from typing import Any, Final
 
 import uvloop
@@ -69,7 +70,7 @@ class Pages(Routes):
         "/version": Reply(200, "application/json", b'{"version":"0.0.0"}'),
     }
 
-    def own(self, request: HttpRequest, target: Target) -> Reply | None:
+    def own(self, request: HttpRequest, target: Target) -> Reply | Awaitable[Reply] | None:
         return self._PROBED.get(target.path) or super().own(request, target)
 
 

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from loadtests.engines import SECRET
+from router.control import Order, spawn_arguments
 from router.options import (
     Config,
     GrpcOptions,
@@ -24,7 +25,6 @@ from router.options import (
     PolicyOptions,
     StaticReplica,
 )
-from router.workers import Order, spawn_arguments
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 MODEL = "sim"
@@ -61,26 +61,46 @@ def descendants(pid: int) -> list[int]:
 
 def peak_rss_mb(pid: int) -> float:
     """The most memory that the process has held, in MiB."""
+    return _status_mb(pid, "VmHWM")
+
+
+def rss_mb(pid: int) -> float:
+    """The memory that the process holds now, in MiB."""
+    return _status_mb(pid, "VmRSS")
+
+
+def _status_mb(pid: int, name: str) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
+        if line.startswith(name):
             return int(line.split()[1]) / 1024
     raise ProcessLookupError(pid)
 
 
-@contextmanager
-def engines(replicas: int, options: dict[str, Any]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+def engines(replicas: int, options: dict[str, Any]) -> AbstractContextManager[tuple[int, list[dict[str, Any]]]]:
     """A process of simulated replicas: its pid and their addresses."""
-    arguments = [sys.executable, "-m", "loadtests.engines", MODEL, str(replicas), json.dumps(options)]
-    with _child(arguments) as child:
+    return replica_process("loadtests.engines", str(replicas), json.dumps(options))
+
+
+@contextmanager
+def replica_process(module: str, *arguments: str, model: str = MODEL) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """A process that prints the addresses of its replicas when they listen: its pid, and those."""
+    with _child([sys.executable, "-m", module, model, *arguments]) as child:
         assert child.stdout is not None
         yield child.pid, json.loads(child.stdout.readline())
 
 
 @contextmanager
 def router(
-    addresses: list[dict[str, Any]], policy: str, *, workers: int = 1, env: dict[str, str] | None = None
+    addresses: list[dict[str, Any]],
+    policy: str,
+    *,
+    workers: int = 1,
+    env: dict[str, str] | None = None,
+    edge: Literal["h2", "aio"] = "h2",
+    command: list[str] | None = None,
+    max_connections: int = HttpOptions().max_connections,
 ) -> Iterator[tuple[int, int, int]]:
-    """A router over those replicas: its process, its HTTP port and its gRPC port."""
+    """A router over those replicas: its process, its HTTP port and its gRPC port. `command` runs it in another way."""
     with tempfile.NamedTemporaryFile() as secret:
         secret.write(SECRET)
         secret.flush()
@@ -89,14 +109,14 @@ def router(
             for address in addresses
         )
         config = Config(
-            http=HttpOptions(port=0),
-            grpc=GrpcOptions(port=0),
+            http=HttpOptions(port=0, max_connections=max_connections),
+            grpc=GrpcOptions(port=0, edge=edge),
             membership=MembershipOptions(kind="static", replicas=replicas),
             policy=PolicyOptions(name=policy),
             log=LogOptions(level="warning"),
             workers=workers,
         )
-        with _child(spawn_arguments(), env) as child:
+        with _child(command or spawn_arguments(), env) as child:
             assert child.stdin is not None
             assert child.stdout is not None
             child.stdin.write(msgspec.json.encode(Order(config)).decode() + "\n")

@@ -115,7 +115,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     config = _load(arguments, _router_flags(arguments))
     workers.log_to_stderr(config)
-    return workers.serve(config, ready=workers.say)
+    return workers.serve(config, read_again=lambda: _load(arguments, _router_flags(arguments)), ready=workers.say)
 
 
 def _deploy(arguments: argparse.Namespace) -> int:

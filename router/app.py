@@ -11,9 +11,12 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
+
+import msgspec
 
 from router.admission import Admission
+from router.control import SHUTDOWN_GRACE_S
 from router.dispatch import Dispatcher
 from router.errors import ConfigError
 from router.ingress.admin import AdminPort
@@ -36,20 +39,41 @@ from router.types import EngineInfo
 
 log = logging.getLogger(__name__)
 
-SHUTDOWN_GRACE_S = 30.0
-"""How long streams in flight may go on after a stop was asked for."""
+
+class Sockets(msgspec.Struct, frozen=True):
+    """What a worker listens on, shared with its siblings: bound to the configured addresses, by slot."""
+
+    http: Sequence[Sequence[socket.socket]] = ()
+    grpc: Sequence[Sequence[socket.socket]] = ()
+    admin: Sequence[socket.socket] = ()
+    """Its own alone."""
 
 
 class App:
     """One router process."""
 
-    def __init__(self, config: Config, *, reuse_port: bool = False, joined: Callable[[], None] = lambda: None) -> None:
-        """`joined` is called once the process has joined Ray. Raises `ConfigError` for what cannot be built."""
+    def __init__(
+        self,
+        config: Config,
+        *,
+        joined: Callable[[], None] = lambda: None,
+        worker: int = 0,
+        sockets: Sockets | None = None,
+        page: Callable[[], Awaitable[tuple[bytes, str]]] | None = None,
+    ) -> None:
+        """`joined` is called once the process has joined Ray. One of several workers has its number, the `sockets`
+        to listen on when `listen` says so, and `page` for the metrics of all of them.
+
+        Raises `ConfigError` for what cannot be built.
+        """
         self.config = config
         self.http_port = self.grpc_port = self.admin_port = 0
-        self._reuse_port = reuse_port
+        self._sockets = sockets
         rng = random.Random()
-        self._metrics = Metrics()
+        self._metrics = Metrics(worker=worker)
+        self.figures = self._metrics.snapshot
+        """This process's metrics."""
+        self._page = page or self._metrics.exposition
         self._routes = RouteLog(config.admin.routes) if config.admin.enabled else None
         self.prefixes = Prefixes(config.prefix, time.monotonic)
         self._admission = Admission(config.limits.max_streams)
@@ -89,40 +113,47 @@ class App:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Binds the ports and begins to follow membership. Raises `ConfigError` for a port that cannot be bound."""
-        config = self.config
+        """Binds the ports, unless they are shared, and begins to follow membership.
+
+        Raises `ConfigError` for a port that cannot be bound.
+        """
+        config, shared = self.config, self._sockets
         self._tasks = [
             asyncio.create_task(self._membership.run(self.replicas.listed), name="membership"),
             asyncio.create_task(self.replicas.keep_alive(), name="keep alive"),
             asyncio.create_task(self.replicas.sweep(), name="sweep"),
             asyncio.create_task(self._publish_readiness(), name="readiness"),
+            asyncio.create_task(self._metrics.loop_lag.watch(), name="loop lag"),
         ]
         for task in self._tasks:
             task.add_done_callback(_report)
         try:
             if self._routes is not None:
-                self._admin = AdminPort(
-                    config.admin, self.replicas, metrics=self._metrics.exposition, routes=self._routes.page
-                )
-                self.admin_port = await self._admin.start()
+                self._admin = AdminPort(config.admin, self.replicas, metrics=self._page, routes=self._routes.page)
+                if shared is None:
+                    self.admin_port = await self._admin.start()
             if config.http.enabled:
                 self._http = HttpIngress(
                     config.http,
                     self.dispatcher,
                     self.replicas,
-                    metrics=self._metrics.exposition,
+                    metrics=self._page,
                     refused=self._metrics.refused,
                 )
-                self.http_port = await self._http.start(reuse_port=self._reuse_port)
+                if shared is None:
+                    self.http_port = await self._http.start()
             if config.grpc.enabled:
                 self._grpc = GrpcIngress(
                     config.grpc,
                     self.dispatcher,
                     self.replicas,
-                    reuse_port=self._reuse_port,
+                    reuse_port=shared is not None,
                     refused=self._metrics.refused,
                 )
-                self.grpc_port = await self._grpc.start()
+                if shared is None:
+                    self.grpc_port = await self._grpc.start()
+            if shared is not None:
+                await self._listen(shared, ())  # So that what cannot be used is refused before anybody relies on it.
         except (OSError, RuntimeError) as error:
             await self.stop(0)
             raise ConfigError(f"cannot listen: {error}") from error
@@ -131,6 +162,34 @@ class App:
         """Returns once every required model has a ready replica."""
         while not self.replicas.readiness().ready:
             await self.replicas.wait_for_news()
+
+    async def listen(self, slots: Collection[int]) -> None:
+        """Accepts connections on these slots of the shared sockets, on no others, and on its own admin sockets."""
+        shared = self._sockets
+        assert shared is not None
+        await self._listen(shared, slots)
+        if self._admin is not None:
+            await self._admin.listen(shared.admin)
+
+    async def _listen(self, shared: Sockets, slots: Collection[int]) -> None:
+        if self._http is not None:
+            await self._http.listen(_of(shared.http, slots))
+        if self._grpc is not None:
+            await self._grpc.listen(_of(shared.grpc, slots))
+
+    async def drain(self, limit_s: float) -> None:
+        """Others have taken over: accepts nothing more; returns when what is connected has gone, or after that time.
+
+        What is asked on open connections is still answered, so that no request fails only because it came now.
+        """
+        if self._admin is not None:
+            await self._admin.listen(())
+        ingresses = [ingress.last_call() for ingress in (self._http, self._grpc) if ingress is not None]
+        try:
+            async with asyncio.timeout(limit_s):
+                await asyncio.gather(*ingresses)
+        except TimeoutError:
+            log.warning("streams that others did not take over go on after %.0f s and are cut", limit_s)
 
     async def stop(self, grace_s: float = SHUTDOWN_GRACE_S) -> None:
         """Refuses new requests, lets streams in flight end for `grace_s`, and closes everything."""
@@ -152,6 +211,10 @@ class App:
             if self._grpc is not None:
                 await self._grpc.set_ready(self.replicas.readiness().ready)
             await self.replicas.wait_for_news()
+
+
+def _of(sockets: Sequence[Sequence[socket.socket]], slots: Collection[int]) -> list[socket.socket]:
+    return [sock for slot in slots if slot < len(sockets) for sock in sockets[slot]]
 
 
 def model_name(engine: EngineOptions) -> str:

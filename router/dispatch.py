@@ -139,7 +139,7 @@ class Dispatcher:
                     if sink.started or not error.retryable or len(tried) >= self._limits.max_tries:
                         raise
                     self._observer.retried(error)
-                    lost = error
+                    lost = error.with_traceback(None)  # Which would hold this frame, which holds the error.
 
     async def _candidates(self, model: str, tried: set[str]) -> Snapshot:
         """The pool without the replicas that failed this request; while the pool is empty, waits for one to come."""

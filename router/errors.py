@@ -103,6 +103,14 @@ class BodyTooLarge(InvalidRequest):
 class HeadersTooLarge(InvalidRequest):
     name = "headers_too_large"
     http_status = 431
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class BadFraming(InvalidRequest):
+    """A gRPC request whose bytes are no messages."""
+
+    name = "bad_framing"
+    grpc_status = "INTERNAL"
 
 
 class NotSupported(InvalidRequest):

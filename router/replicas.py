@@ -20,6 +20,7 @@ from router.ingress.base import CacheStatus, ModelStatus, Readiness
 from router.lane.carriers import Carrier
 from router.lane.client import Lane, Lease
 from router.lane.frames import CacheReport
+from router.lane.meter import FrameMeter
 from router.load.account import Blind, Foresight
 from router.membership.base import ReplicaRecord
 from router.options import LaneOptions
@@ -34,6 +35,9 @@ FORGET_S = 600.0
 
 SWEEP_INTERVAL_S: Final = 0.1
 """How often what the caches' observer put off is done."""
+IDLE_SWEEP_INTERVAL_S: Final = 1.0
+"""The same where nothing was put off for `IDLE_AFTER_S`: to wake up costs more than to look."""
+IDLE_AFTER_S: Final = 5.0
 SLICE_PAUSE_S: Final = 0.003
 """Between two slices of it; one takes up to a millisecond, so most of the time stays for the traffic."""
 COMPLAIN_INTERVAL_S: Final = 60.0
@@ -209,7 +213,7 @@ class _Member:
 
     def _new_lane(self) -> Lane:
         owner = self._owner
-        self.lane = Lane(self.record.replica, self.record.secret, owner.name, self, owner.foresee)
+        self.lane = Lane(self.record.replica, self.record.secret, owner.name, self, owner.foresee, owner.meter)
         return self.lane
 
     def lane_opened(self, lane: Lane) -> None:
@@ -267,8 +271,8 @@ class _Pool:
         if versions != self._seen:
             self._seen = versions
             views = tuple([account.view() for account in self.accounts])
-        else:  # What changed one of them has made its view anew.
-            views = tuple([account.current for account in self.accounts])
+        else:
+            views = tuple([account.current or account.view() for account in self.accounts])
         return Snapshot(model, views, now=now, places=self.places)
 
 
@@ -295,6 +299,8 @@ class Replicas:
         """Takes each stream's time from submit to first output and what it was expected to be, in seconds; an
         expectation of 0 is none."""
         self.foresee = foresee
+        self.meter = FrameMeter()
+        """Samples the frames of all lanes, for metrics."""
         self.random = rng or random.Random()
         self._required = tuple(required)
         self._members: dict[str, _Member] = {}
@@ -314,6 +320,8 @@ class Replicas:
         self._routes: dict[str, tuple[re.Pattern[str], set[str]]] = {}
         self._news = asyncio.Event()
         self._complain_at = 0.0
+        self._idle_at = 0.0
+        """Until then something may have been put off."""
         self._retired_steps = self._retired_tokens = 0
 
     # -- for membership
@@ -356,6 +364,7 @@ class Replicas:
         assert lane.welcome is not None
         self._observed.pop(lane.replica, None)
         self._caches.opened(lane.replica, lane.welcome.info)
+        self._idle_at = asyncio.get_running_loop().time() + IDLE_AFTER_S
         self._observed[lane.replica] = lane
         lane.account.caches(self._caches.mode(lane.replica))
 
@@ -413,8 +422,13 @@ class Replicas:
 
     async def sweep(self) -> None:
         """Does what the caches' observer put off, in slices between which others run, until cancelled."""
+        loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(SLICE_PAUSE_S if self._slice() else SWEEP_INTERVAL_S)
+            if self._slice():
+                pause_s, self._idle_at = SLICE_PAUSE_S, loop.time() + IDLE_AFTER_S
+            else:
+                pause_s = SWEEP_INTERVAL_S if loop.time() < self._idle_at else IDLE_SWEEP_INTERVAL_S
+            await asyncio.sleep(pause_s)
 
     def _slice(self) -> bool:
         """One slice of it; whether there is more. A slice that fails must not end all others."""

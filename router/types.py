@@ -472,7 +472,8 @@ class Sink(Protocol):
     """Where an ingress takes a stream's output. Called from the lane's read, so it must neither block nor await.
 
     Raising a `KvlaneError` aborts this stream alone. `started` turns true once the client may have seen a byte;
-    from then on the request cannot go to another replica.
+    from then on the request cannot go to another replica. A sink that has a method `last`, with the arguments of
+    `data`, gets an answer's last payload there where its end came along with it: all is well and nothing follows.
     """
 
     started: bool

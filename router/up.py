@@ -28,12 +28,12 @@ from rich.console import Console
 
 from engine import deployment
 from router import demo
-from router.app import SHUTDOWN_GRACE_S, model_name
+from router.app import model_name
+from router.control import SHUTDOWN_GRACE_S, STOP_MARGIN_S, Order, spawn_arguments
 from router.errors import ConfigError
 from router.membership import directory
 from router.membership.directory_client import join
 from router.options import Config, EngineOptions
-from router.workers import STOP_MARGIN_S, Order, spawn_arguments
 
 START_TIMEOUT_S = 1800.0
 """A large model takes many minutes to load; longer means that it hangs."""

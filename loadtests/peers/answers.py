@@ -27,7 +27,7 @@ class Answer(msgspec.Struct):
     times: list[float] = []
     """When each piece came."""
     pieces: list[bytes] = []
-    """What each read returned; over gRPC each message."""
+    """What each read returned; over gRPC each DATA frame's part of it."""
     failure: str = ""
     """Why it is not whole; empty where nothing went wrong so far."""
 
@@ -54,6 +54,10 @@ class Tally(msgspec.Struct):
     """Between tokens of one answer; 0 between those of one chunk."""
     seconds: float = 0.0
     """How long the load took."""
+    wall_s: float = 0.0
+    """The same, where `seconds` is only the part of it that counts."""
+    cpu_s: float = 0.0
+    """What the load generator took of its own CPU meanwhile."""
 
 
 def tally(answers: Iterable[Answer], read: Reader, seconds: float, until: float | None = None) -> Tally:
@@ -92,7 +96,7 @@ def read_grpc(answer: Answer) -> list[Chunk]:
     if answer.failure:
         raise ValueError(answer.failure)
     chunks = []
-    for at, message in zip(answer.times, answer.pieces, strict=True):
+    for at, message in _messages(answer):
         try:
             words = len(pb.GenerateResponse.FromString(message).text.split())
         except DecodeError as error:
@@ -100,6 +104,17 @@ def read_grpc(answer: Answer) -> list[Chunk]:
         if words:
             chunks.append((at, words))
     return chunks
+
+
+def _messages(answer: Answer) -> Iterator[tuple[float, bytes]]:
+    """Length-prefixed messages, each with when its last byte came."""
+    raw, ends, at = b"".join(answer.pieces), list(accumulate(map(len, answer.pieces))), 0
+    while at < len(raw):
+        end = at + 5 + int.from_bytes(raw[at + 1 : at + 5], "big")
+        if raw[at] or end > len(raw):
+            raise ValueError("a message that is compressed, or not whole")
+        yield answer.times[bisect_left(ends, end)], raw[at + 5 : end]
+        at = end
 
 
 class _Delta(msgspec.Struct):

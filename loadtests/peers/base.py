@@ -8,11 +8,15 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+import grpc
 import msgspec
+from kvlane.v1 import inference_pb2 as pb
 
+from loadtests.peers.grpc_client import GENERATE
 from loadtests.peers.load import Client
+from loadtests.peers.replicas import EngineOrder
 from loadtests.processes import MODEL
 
 PROBE_TIMEOUT_S: Final = 5.0
@@ -25,8 +29,7 @@ class Setup(msgspec.Struct, frozen=True):
     """In its own words."""
     protocol: str
     replicas: int
-    engine: dict[str, Any]
-    """The simulated engine's options."""
+    engine: EngineOrder
     log: Path
 
 
@@ -62,3 +65,14 @@ def answers(port: int) -> bool:
             return b"[DONE]" in response.read()
     except (urllib.error.URLError, OSError):
         return False
+
+
+def answers_grpc(port: int, method: str = GENERATE, metadata: tuple[tuple[str, str], ...] = ()) -> bool:
+    """Whether a call of one token is answered there."""
+    request = pb.GenerateRequest(model=MODEL, text="ready?", sampling=pb.SamplingParams(max_tokens=1))
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_stream(method, pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString)
+        try:
+            return any(answer.text for answer in call(request, metadata=metadata, timeout=PROBE_TIMEOUT_S))
+        except grpc.RpcError:
+            return False

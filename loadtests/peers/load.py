@@ -1,4 +1,4 @@
-"""The load: closed loops of streams, and arrivals at a rate, over HTTP or gRPC.
+"""The load: closed loops of streams, and requests that come at given times, over HTTP or gRPC.
 
 A caller asks one request at a time and returns the answer as it came; nothing is read in it until the load is over
 (`loadtests.peers.answers`). Loads end in time: what is not answered by then is an error.
@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from itertools import count
 from typing import Final, Protocol
+
+import msgspec
 
 from loadtests.peers.answers import Answer, Chunk, Tally, tally
 from loadtests.processes import MODEL
 
 MAX_STREAMS: Final = 1000
 GOLDEN: Final = (math.sqrt(5) - 1) / 2
+_encode: Final = msgspec.json.Encoder().encode
 
 
 class Prompts:
@@ -36,6 +38,15 @@ class Prompts:
     def next(self, stream: int) -> str:
         """For a stream's next request."""
         return f"{stream if self._repeated else next(self._numbers):012d}{self._rest}"
+
+
+class Due(msgspec.Struct, frozen=True):
+    """A request of an open loop."""
+
+    at_s: float
+    """From the load's beginning."""
+    tokens: int
+    prompt: Callable[[], str]
 
 
 class Caller(Protocol):
@@ -58,8 +69,9 @@ class Client(Protocol):
 class HttpCaller(asyncio.Protocol):
     """One keep-alive connection, opened again where it was lost."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, model: str = MODEL) -> None:
         self._port = port
+        self._model = model
         self._transport: asyncio.Transport | None = None
         self._answer: Answer | None = None
         self._done: asyncio.Future[None] | None = None
@@ -74,7 +86,7 @@ class HttpCaller(asyncio.Protocol):
                 answer.failure = f"no connection: {error.strerror}"
                 return answer
         assert self._transport is not None
-        request = _http_request(prompt, tokens)
+        request = http_request(prompt, tokens, self._model)
         self._answer, self._done = answer, loop.create_future()
         answer.asked_at = time.perf_counter()
         self._transport.write(request)
@@ -119,8 +131,9 @@ class HttpCaller(asyncio.Protocol):
             self._done.set_result(None)
 
 
-def _http_request(prompt: str, tokens: int) -> bytes:
-    body = json.dumps({"model": MODEL, "prompt": prompt, "max_tokens": tokens, "stream": True}).encode()
+def http_request(prompt: str, tokens: int, model: str = MODEL) -> bytes:
+    """A streamed completion."""
+    body = _encode({"model": model, "prompt": prompt, "max_tokens": tokens, "stream": True})
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
@@ -162,15 +175,17 @@ async def _closed(
             done += 1
 
     async with client.callers(streams) as callers:
-        with _undisturbed():
+        with _undisturbed() as spent:
             began = time.perf_counter()  # A collection before it may take as long as a short load.
             until = None if seconds is None else began + seconds
             late = await _finish(
                 [asyncio.ensure_future(stream(number, caller)) for number, caller in enumerate(callers)], limit_s
             )
-        ended = time.perf_counter()
+            ended, cpu_s = time.perf_counter(), spent()
     answers += [Answer(tokens, failure=f"not answered within {limit_s:g} s")] * late
-    return tally(answers, client.read, ended - began if seconds is None else seconds, until)
+    total = tally(answers, client.read, ended - began if seconds is None else seconds, until)
+    total.cpu_s, total.wall_s = cpu_s, ended - began
+    return total
 
 
 async def arrivals(
@@ -179,32 +194,39 @@ async def arrivals(
     """`total` requests that come `rate` to the second, whether or not those before were answered.
 
     The times between them differ by a low-discrepancy sequence, so that they fall evenly into the steps of an engine:
-    those of independent requests do so too, but need many more of them. Of more than `most` at a time some wait.
+    those of independent requests do so too, but need many more of them.
     """
+    due = [Due((number + number * GOLDEN % 1) / rate, tokens, lambda: prompts.next(0)) for number in range(total)]
+    return await open_loop(client, due, most, limit_s=limit_s)
+
+
+async def open_loop(client: Client, due: Sequence[Due], most: int, *, limit_s: float) -> Tally:
+    """Each request at its time, whether or not those before were answered. Of more than `most` at a time some wait."""
     answers: list[Answer] = []
     async with client.callers(most) as callers:
-        free: asyncio.Queue[Caller] = asyncio.Queue()
-        for caller in callers:
+        free: asyncio.LifoQueue[Caller] = asyncio.LifoQueue()  # As few connections as will do.
+        for caller in reversed(callers):
             free.put_nowait(caller)
+        unanswered = dict(enumerate(due))
 
-        async def one(number: int, due: float) -> None:
-            await asyncio.sleep(due - time.perf_counter())
+        async def one(number: int, asked: Due, began: float) -> None:
+            await asyncio.sleep(began + asked.at_s - time.perf_counter())
             caller = await free.get()
-            answers.append(await caller.ask(prompts.next(number), tokens))
+            answers.append(await caller.ask(asked.prompt(), asked.tokens))
+            del unanswered[number]
             free.put_nowait(caller)
 
-        with _undisturbed():
+        with _undisturbed() as spent:
             began = time.perf_counter()
-            late = await _finish(
-                [
-                    asyncio.ensure_future(one(number, began + (number + number * GOLDEN % 1) / rate))
-                    for number in range(total)
-                ],
-                limit_s,
+            await _finish(
+                [asyncio.ensure_future(one(number, asked, began)) for number, asked in enumerate(due)], limit_s
             )
-        ended = time.perf_counter()
-    answers += [Answer(tokens, failure=f"not answered within {limit_s:g} s")] * late
-    return tally(answers, client.read, ended - began)
+            ended, cpu_s = time.perf_counter(), spent()
+    failure = f"not answered within {limit_s:g} s"
+    answers += [Answer(asked.tokens, failure=failure) for asked in unanswered.values()]
+    total = tally(answers, client.read, ended - began)
+    total.cpu_s, total.wall_s = cpu_s, ended - began
+    return total
 
 
 async def _finish(tasks: Sequence[asyncio.Future[None]], limit_s: float) -> int:
@@ -220,11 +242,12 @@ async def _finish(tasks: Sequence[asyncio.Future[None]], limit_s: float) -> int:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No garbage collection, which would stop all streams at once."""
+def _undisturbed() -> Iterator[Callable[[], float]]:
+    """No garbage collection, which would stop all streams at once. Tells the CPU time since its beginning."""
     gc.collect()
     gc.disable()
+    began = time.process_time()
     try:
-        yield
+        yield lambda: time.process_time() - began
     finally:
         gc.enable()

@@ -20,6 +20,10 @@ from loadtests.peers.load import Prompts
 
 REQUESTS: Final = 2000
 """Of one token, to tell what a request costs; fewer where they would take too long, four per stream at the least."""
+PACED_CHUNKS_PER_S: Final = 16_000.0
+"""What engines that set the pace give out at most."""
+MOST_AT_ONCE: Final = 2000
+"""Requests of an open loop under way; of more than so many some wait, and are asked late."""
 GRACE_S: Final = 30.0
 """What a load may take longer than it would without any delay."""
 
@@ -33,9 +37,17 @@ class Shape(msgspec.Struct, frozen=True):
     repeated: bool
     """Whether a stream's requests all have the same prompt."""
     step_ms: float
-    """Of an engine step while the engines set the pace."""
+    """Of an engine step while the engines set the pace; more where so many streams would ask for too much."""
     seconds: float
     """How long each timed load goes on."""
+
+    def open_step_ms(self) -> float:
+        """For open loops: an answer takes a second at most, so that soon as many are under way as ever will be."""
+        return min(self.step_ms, 1e3 / self.tokens)
+
+    def paced_step_ms(self, streams: int) -> float:
+        """The least at which load generator and engines keep up with so many streams on two cores."""
+        return max(self.step_ms, 1e3 * streams / PACED_CHUNKS_PER_S)
 
 
 class Paced(msgspec.Struct):
@@ -61,9 +73,34 @@ class Saturated(msgspec.Struct):
     chunks_per_s: float
     tokens_per_s: float
     requests_per_s: float
+    router_cores: float
+    """How much of a core each side was busy with while chunks were relayed: who is at its limit, and who is not."""
+    engine_cores: float
+    load_cores: float
     errors: int
     causes: Counter[str]
     what = "saturated"
+
+
+class Open(msgspec.Struct):
+    """A repetition of an open loop: arrivals at a fraction of capacity, or a trace."""
+
+    requests_per_s: float
+    """Answered."""
+    chunks_per_s: float
+    cpu_us_per_chunk: float
+    cpu_us_per_token: float
+    cpu_us_per_request: float
+    """The same CPU by requests."""
+    engine_cpu_us_per_chunk: float
+    ttft_mean_ms: float
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    itl_p50_ms: float
+    itl_p99_ms: float
+    errors: int
+    causes: Counter[str]
+    what = "open loop"
 
 
 class Bench:
@@ -108,15 +145,30 @@ class Bench:
 
     def saturated(self, system: str, running: Running, streams: int) -> Saturated:
         """As much as goes through."""
+        router, engine = FamilyCost(running.router_pids), FamilyCost(running.engine_pids)
         long = self._saturation(system, running, streams, self._shape.tokens)
+        router_s, engine_s, took_s = router.cpu_s(), engine.cpu_s(), long.wall_s
         short = self._saturation(system, running, streams, 1)
         return Saturated(
+            router_cores=router_s / took_s,
+            engine_cores=engine_s / took_s,
+            load_cores=long.cpu_s / took_s,
             chunks_per_s=long.chunks / long.seconds,
             tokens_per_s=long.tokens / long.seconds,
             requests_per_s=short.requests / short.seconds,
             errors=long.errors + short.errors,
             causes=long.causes + short.causes,
         )
+
+    def open_loop(self, system: str, running: Running, rate: float) -> Open:
+        """Answers of the shape's length, `rate` of them to the second, for as long as all are under way and then on."""
+        shape = self._shape
+        arriving_s = shape.tokens * shape.step_ms / 1e3 + shape.seconds
+        total = max(20, int(rate * arriving_s))
+        most = min(MOST_AT_ONCE, total)
+        limit_s = arriving_s + self._limit_s(shape.tokens + 1)
+        asked = load.arrivals(running.client, rate, total, most, shape.tokens, self._prompts, limit_s=limit_s)
+        return opened(system, running, asked)
 
     def _closed(self, system: str, running: Running, streams: int, tokens: int, rounds: int) -> Tally:
         limit_s = self._limit_s(rounds * (tokens + 1))
@@ -142,6 +194,28 @@ class Bench:
     def _limit_s(self, steps: int) -> float:
         """For a load that would take so many steps one after the other."""
         return GRACE_S + self._shape.seconds + 2 * steps * self._shape.step_ms / 1e3
+
+
+def opened(system: str, running: Running, asked: Coroutine[Any, Any, Tally]) -> Open:
+    """Runs an open loop and tells what it showed."""
+    router, engine = FamilyCost(running.router_pids), FamilyCost(running.engine_pids)
+    got = _run(system, asked)
+    router_us, engine_us = router.cpu_s() * 1e6, engine.cpu_s() * 1e6
+    return Open(
+        requests_per_s=got.requests / got.seconds,
+        chunks_per_s=got.chunks / got.seconds,
+        cpu_us_per_chunk=router_us / got.chunks,
+        cpu_us_per_token=router_us / got.tokens,
+        cpu_us_per_request=router_us / got.requests,
+        engine_cpu_us_per_chunk=engine_us / got.chunks,
+        ttft_mean_ms=1e3 * statistics.fmean(got.ttft_s),
+        ttft_p50_ms=1e3 * percentile(got.ttft_s, 50),
+        ttft_p99_ms=1e3 * percentile(got.ttft_s, 99),
+        itl_p50_ms=1e3 * percentile(got.gaps_s, 50),
+        itl_p99_ms=1e3 * percentile(got.gaps_s, 99),
+        errors=got.errors,
+        causes=got.causes,
+    )
 
 
 def peak_memory_mb(running: Running) -> float:

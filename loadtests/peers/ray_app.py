@@ -19,9 +19,10 @@ from kvlane.v1 import inference_pb2 as pb
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from engine.base import StreamOut
-from engine.simulated import SimulatedEngine
-from loadtests.peers.ray_serve import APP, GRPC_METHOD, Order
+from engine.base import Engine, StreamOut
+from loadtests.peers.grpc_client import GENERATE
+from loadtests.peers.ray_serve import APP, Order
+from loadtests.peers.replicas import EngineOrder
 from loadtests.processes import MODEL
 from router.errors import KvlaneError
 from router.lane.frames import Submit
@@ -54,15 +55,16 @@ class _Out(StreamOut):
 class _Engine:
     """One replica's; begins with the first request, on the loop that requests run on."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._options = options
-        self._engine: SimulatedEngine | None = None
+    def __init__(self, order: EngineOrder) -> None:
+        self._order = order
+        self._engine: Engine | None = None
 
     async def stream(self, rpc: Rpc, path: str, body: bytes) -> AsyncIterator[tuple[_Out, bytes]]:
         """What the engine writes, with the stream's head."""
         if self._engine is None:
-            self._engine = SimulatedEngine(self._options, MODEL)
-            await self._engine.start()
+            engine = self._order.make(MODEL)
+            await engine.start()
+            self._engine = engine
         out = _Out()
         abort = self._engine.submit(Submit(1, "ray", rpc, "POST", path, (), body), out)
         try:
@@ -81,8 +83,8 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 class HttpApp:
     """ASGI."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._engine = _Engine(options)
+    def __init__(self, order: EngineOrder) -> None:
+        self._engine = _Engine(order)
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -105,11 +107,11 @@ class HttpApp:
 class GrpcApp:
     """The method of the gRPC service that is measured."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._engine = _Engine(options)
+    def __init__(self, order: EngineOrder) -> None:
+        self._engine = _Engine(order)
 
     async def Generate(self, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
-        async for _, piece in self._engine.stream(Rpc.GRPC, GRPC_METHOD, request.SerializeToString()):
+        async for _, piece in self._engine.stream(Rpc.GRPC, GENERATE, request.SerializeToString()):
             yield pb.GenerateResponse.FromString(piece)
 
 

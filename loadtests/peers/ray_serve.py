@@ -11,24 +11,22 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import grpc
 import msgspec
-from kvlane.v1 import inference_pb2 as pb
 
-from loadtests.peers.base import PROBE_TIMEOUT_S, Running, Setup, answers
+from loadtests.peers.base import Running, Setup, answers, answers_grpc
 from loadtests.peers.children import child, free_port
-from loadtests.peers.clients import GrpcClient, HttpClient
+from loadtests.peers.clients import HttpClient
 from loadtests.peers.cost import family
 from loadtests.peers.errors import PeerError
+from loadtests.peers.grpc_client import GrpcClient
 from loadtests.peers.load import Client
-from loadtests.processes import MODEL
+from loadtests.peers.replicas import EngineOrder
 
 START_TIMEOUT_S: Final = 240.0
 HAPROXY: Final = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 APP: Final = "sim"
-GRPC_METHOD: Final = "/kvlane.v1.Inference/Generate"
 _METADATA: Final = (("application", APP),)
 # Names of processes as the kernel keeps them, in 15 characters.
 _PROXIES: Final = frozenset({"ray::ProxyActor", "ray::HAProxyManager"[:15]})
@@ -41,8 +39,7 @@ class Order(msgspec.Struct, frozen=True):
     protocol: str
     port: int
     replicas: int
-    engine: dict[str, Any]
-    """The simulated engine's options."""
+    engine: EngineOrder
     temp_dir: str
     """For Ray's own files."""
 
@@ -56,17 +53,20 @@ def ray_serve(name: str, env: Mapping[str, str] | None = None) -> Callable[[Setu
         with tempfile.TemporaryDirectory(prefix="peers-", ignore_cleanup_errors=True) as temp_dir:
             order = Order(setup.protocol, port, setup.replicas, setup.engine, temp_dir)
             command = [sys.executable, "-m", "loadtests.peers.ray_app", msgspec.json.encode(order).decode()]
-            serves = _serves_grpc if setup.protocol == "grpc" else answers
+
+            def serves() -> bool:
+                return answers_grpc(port, metadata=_METADATA) if setup.protocol == "grpc" else answers(port)
+
             with child(
                 name,
                 command,
                 setup.log,
-                lambda: serves(port),
+                serves,
                 env=_own_places(temp_dir, env),
                 timeout_s=START_TIMEOUT_S,
             ) as pid:
                 client: Client = (
-                    GrpcClient(port, GRPC_METHOD, _METADATA) if setup.protocol == "grpc" else HttpClient([port])
+                    GrpcClient(port, metadata=_METADATA) if setup.protocol == "grpc" else HttpClient([port])
                 )
                 yield Running(client, _named(name, pid, _PROXIES), _named(name, pid, _REPLICAS))
 
@@ -94,14 +94,3 @@ def _named(name: str, pid: int, names: frozenset[str]) -> tuple[int, ...]:
     if not found:
         raise PeerError(name, f"has none of the processes {', '.join(sorted(names))}")
     return found
-
-
-def _serves_grpc(port: int) -> bool:
-    """Whether a call of one token is answered there."""
-    request = pb.GenerateRequest(model=MODEL, text="ready?", sampling=pb.SamplingParams(max_tokens=1))
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = channel.unary_stream(GRPC_METHOD, pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString)
-        try:
-            return any(answer.text for answer in call(request, metadata=_METADATA, timeout=PROBE_TIMEOUT_S))
-        except grpc.RpcError:
-            return False

@@ -9,28 +9,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import msgspec
 
 from loadtests.peers.base import Running, Setup, System, answers
 from loadtests.peers.children import child, free_port
-from loadtests.peers.clients import GrpcClient, HttpClient
+from loadtests.peers.clients import HttpClient
 from loadtests.peers.environments import installed
 from loadtests.peers.errors import PeerError
+from loadtests.peers.grpc_client import GrpcClient
 from loadtests.peers.load import Client
 from loadtests.peers.ray_serve import HAPROXY, ray_serve
-from loadtests.processes import engines, router
+from loadtests.peers.replicas import Replicas
+from loadtests.processes import replica_process, router
+
+
+def _engines(setup: Setup) -> AbstractContextManager[tuple[int, list[dict[str, Any]]]]:
+    order = Replicas(setup.replicas, setup.engine)
+    return replica_process("loadtests.peers.replicas", msgspec.json.encode(order).decode())
 
 
 @contextmanager
 def _direct(setup: Setup) -> Iterator[Running]:
-    with engines(setup.replicas, setup.engine) as (pid, addresses):
+    with _engines(setup) as (pid, addresses):
         yield Running(HttpClient([address["http"] for address in addresses]), engine_pids=(pid,))
 
 
 @contextmanager
 def _kvlane(setup: Setup) -> Iterator[Running]:
     with ExitStack() as stack:
-        engine, addresses = stack.enter_context(engines(setup.replicas, setup.engine))
+        engine, addresses = stack.enter_context(_engines(setup))
         try:
             pid, http, grpc = stack.enter_context(router(addresses, setup.policy))
         except KeyError as error:  # Its line on standard output did not come.
@@ -69,7 +78,7 @@ def _packaged(package: str, version: str, command: Command) -> Callable[[Setup],
     @contextmanager
     def start(setup: Setup) -> Iterator[Running]:
         programs = installed(package, version)
-        with engines(setup.replicas, setup.engine) as (engine, addresses):
+        with _engines(setup) as (engine, addresses):
             port = free_port()
             workers = [f"http://127.0.0.1:{address['http']}" for address in addresses]
             arguments = command(programs, port, free_port(), setup.policy, workers)
@@ -79,11 +88,11 @@ def _packaged(package: str, version: str, command: Command) -> Callable[[Setup],
     return start
 
 
-_THEIR_POLICIES: Final = {"round_robin": "round_robin", "cache_aware": "cache_aware"}
+_THEIR_POLICIES: Final = {"cache_aware": "cache_aware", "round_robin": "round_robin"}
 
 SYSTEMS: Final[dict[str, System]] = {
     "direct": System(_direct, protocols=("http", "grpc")),
-    "kvlane": System(_kvlane, {"round_robin": "power-of-two", "cache_aware": "cost"}, ("http", "grpc")),
+    "kvlane": System(_kvlane, {"cache_aware": "cost", "round_robin": "round-robin"}, ("http", "grpc")),
     "vllm-router": System(_packaged("vllm-router", "0.1.17", _vllm_router), _THEIR_POLICIES),
     "smg": System(_packaged("smg", "1.13.0", _smg), _THEIR_POLICIES),
     "ray-serve": System(ray_serve("ray-serve"), quiet=False),

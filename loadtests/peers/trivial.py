@@ -1,7 +1,8 @@
-"""What the load generator can take: a server that does nothing but write, and the load against it.
+"""What the load generator can take: servers that do nothing but write, and the load against them.
 
-`python -m loadtests.peers.trivial PORT` serves until it is told to end. It writes one event to each stream in turn, as
-often as it can, which is the least that any server does; so the figure is a lower bound of what the load could take.
+`python -m loadtests.peers.trivial PROTOCOL PORT` serves until it is told to end. It writes one token to each stream in
+turn, as often as it can, which is the least that any server does; so the figures are a lower bound of what the load
+generator could take.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-import time
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import uvloop
+from kvlane.v1 import inference_pb2 as pb
 
-from loadtests.peers import load
-from loadtests.peers.base import answers
+from loadtests.peers import http2, load
+from loadtests.peers.base import answers, answers_grpc
 from loadtests.peers.children import child, free_port
 from loadtests.peers.clients import HttpClient
-from loadtests.peers.load import Prompts
+from loadtests.peers.grpc_client import GrpcClient
+from loadtests.peers.load import Client, Prompts
 
 _HEAD: Final = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -33,46 +36,63 @@ _CHUNK: Final = b"%x\r\n%b\r\n" % (len(_EVENT), _EVENT)
 _END: Final = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 _LENGTH: Final = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _TOKENS: Final = re.compile(rb'"max_tokens": *(\d+)')
+_MESSAGE: Final = pb.GenerateResponse(text="k42 ", token_ids=[42]).SerializeToString()
+_PREFIXED: Final = b"\x00" + len(_MESSAGE).to_bytes(4, "big") + _MESSAGE
+_GRPC_HEAD: Final = http2.STATUS_200 + http2.literals([("content-type", "application/grpc")])
+_TRAILERS: Final = http2.literals([("grpc-status", "0")])
 
 
 class Ceiling(msgspec.Struct):
-    """What the load took."""
+    """What the load generator took in."""
 
+    protocol: str
+    streams: int
     chunks_per_s: float
     requests_per_s: float
     cpu_us_per_chunk: float
-    """The load generator's own."""
+    """The load generator's own, as is the next."""
+    cpu_us_per_request: float
+    cores: float
+    """How much of one it was busy with while it took in so many chunks."""
 
 
-class _Pump:
-    """Writes one event to each open stream, over and over."""
+class Stream(msgspec.Struct):
+    """What is written of one answer."""
+
+    write: Callable[[bytes], object]
+    left: int
+    token: bytes
+    end: bytes
+
+
+class Pump:
+    """Writes one token to each open stream, over and over."""
 
     def __init__(self) -> None:
-        self._left: dict[asyncio.Transport, int] = {}
+        self._streams: dict[Hashable, Stream] = {}
 
-    def begin(self, transport: asyncio.Transport, tokens: int) -> None:
-        transport.write(_HEAD)
-        self._left[transport] = tokens
-        if len(self._left) == 1:
+    def begin(self, key: Hashable, stream: Stream) -> None:
+        self._streams[key] = stream
+        if len(self._streams) == 1:
             asyncio.get_running_loop().call_soon(self._turn)
 
-    def end(self, transport: asyncio.Transport) -> None:
-        self._left.pop(transport, None)
+    def end(self, key: Hashable) -> None:
+        self._streams.pop(key, None)
 
     def _turn(self) -> None:
-        for transport, left in list(self._left.items()):
-            if left > 1:
-                self._left[transport] = left - 1
-                transport.write(_CHUNK)
+        for key, stream in list(self._streams.items()):
+            if stream.left > 1:
+                stream.left -= 1
+                stream.write(stream.token)
             else:
-                del self._left[transport]
-                transport.write(_CHUNK + _END)
-        if self._left:
+                del self._streams[key]
+                stream.write(stream.token + stream.end)
+        if self._streams:
             asyncio.get_running_loop().call_soon(self._turn)
 
 
-class _Connection(asyncio.Protocol):
-    def __init__(self, pump: _Pump) -> None:
+class _Http(asyncio.Protocol):
+    def __init__(self, pump: Pump) -> None:
         self._pump = pump
         self._held = b""
 
@@ -87,38 +107,84 @@ class _Connection(asyncio.Protocol):
             return
         self._held = b""
         tokens = _TOKENS.search(body)
-        self._pump.begin(self._transport, int(tokens[1]) if tokens else 1)
+        self._transport.write(_HEAD)
+        self._pump.begin(self, Stream(self._transport.write, int(tokens[1]) if tokens else 1, _CHUNK, _END))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._pump.end(self._transport)
+        self._pump.end(self)
 
 
-async def serve(port: int) -> None:
+class _Grpc(asyncio.Protocol):
+    """Trusts that windows are as large as the load's are."""
+
+    def __init__(self, pump: Pump) -> None:
+        self._pump = pump
+        self._frames = http2.Frames()
+        self._bodies: dict[int, bytes] = {}
+        self._preface = len(http2.PREFACE)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: asyncio.Transport = transport  # type: ignore[assignment]
+        transport.write(  # type: ignore[attr-defined]
+            http2.settings(initial_window_size=http2.MOST_WINDOW)
+            + http2.window_update(0, http2.MOST_WINDOW - http2.DEFAULT_WINDOW)
+        )
+
+    def data_received(self, data: bytes) -> None:
+        skipped = min(self._preface, len(data))
+        self._preface -= skipped
+        for kind, flags, stream, payload in self._frames.feed(data[skipped:]):
+            if kind == http2.SETTINGS and not flags & http2.ACK:
+                self._transport.write(http2.frame(http2.SETTINGS, http2.ACK, 0))
+            elif kind == http2.PING and not flags & http2.ACK:
+                self._transport.write(http2.frame(http2.PING, http2.ACK, 0, payload))
+            elif kind == http2.DATA:
+                body = self._bodies.pop(stream, b"") + payload
+                if flags & http2.END_STREAM:
+                    self._asked(stream, body)
+                else:
+                    self._bodies[stream] = body
+
+    def _asked(self, stream: int, body: bytes) -> None:
+        tokens = pb.GenerateRequest.FromString(body[5:]).sampling.max_tokens
+        self._transport.write(http2.frame(http2.HEADERS, http2.END_HEADERS, stream, _GRPC_HEAD))
+        end = http2.frame(http2.HEADERS, http2.END_HEADERS | http2.END_STREAM, stream, _TRAILERS)
+        token = http2.frame(http2.DATA, 0, stream, _PREFIXED)
+        self._pump.begin((self, stream), Stream(self._transport.write, tokens, token, end))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport.abort()
+
+
+async def serve(protocol: str, port: int) -> None:
     """Until it is cancelled."""
-    pump = _Pump()
+    pump, kind = Pump(), {"http": _Http, "grpc": _Grpc}[protocol]
     server = await asyncio.get_running_loop().create_server(
-        lambda: _Connection(pump), "127.0.0.1", port, backlog=load.MAX_STREAMS
+        lambda: kind(pump), "127.0.0.1", port, backlog=load.MAX_STREAMS
     )
     await server.serve_forever()
 
 
-def measure(streams: int, tokens: int, prompts: Prompts, seconds: float, log: Path) -> Ceiling:
+def measure(protocol: str, streams: int, tokens: int, prompts: Prompts, seconds: float, log: Path) -> Ceiling:
     """Raises `PeerError` where the trivial server cannot be started."""
     port = free_port()
-    arguments = [sys.executable, "-m", "loadtests.peers.trivial", str(port)]
-    with child("trivial server", arguments, log, lambda: answers(port)):
-        client, limit_s = HttpClient([port]), seconds + 30.0
-        began = time.process_time()
-        long = uvloop.run(load.closed_loop(client, streams, tokens, prompts, rounds=1, limit_s=limit_s))
-        cpu_s = time.process_time() - began
-        sated = uvloop.run(load.saturation(client, streams, tokens, prompts, seconds=seconds, limit_s=limit_s))
+    arguments = [sys.executable, "-m", "loadtests.peers.trivial", protocol, str(port)]
+    client: Client = GrpcClient(port) if protocol == "grpc" else HttpClient([port])
+    serves = answers_grpc if protocol == "grpc" else answers
+    with child("trivial server", arguments, log, lambda: serves(port)):
+        limit_s = seconds + 30.0
+        long = uvloop.run(load.saturation(client, streams, tokens, prompts, seconds=seconds, limit_s=limit_s))
         short = uvloop.run(load.saturation(client, streams, 1, prompts, seconds=seconds, limit_s=limit_s))
     return Ceiling(
-        chunks_per_s=sated.chunks / sated.seconds,
-        requests_per_s=short.requests / short.seconds,
-        cpu_us_per_chunk=1e6 * cpu_s / max(1, long.chunks),
+        protocol=protocol,
+        streams=streams,
+        chunks_per_s=round(long.chunks / long.seconds, 1),
+        requests_per_s=round(short.requests / short.seconds, 1),
+        cpu_us_per_chunk=round(1e6 * long.cpu_s / max(1, long.chunks), 2),
+        cpu_us_per_request=round(1e6 * short.cpu_s / max(1, short.requests), 2),
+        cores=round(long.cpu_s / long.wall_s, 2),
     )
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1])))
+    uvloop.run(serve(sys.argv[1], int(sys.argv[2])))

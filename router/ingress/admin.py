@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from router.errors import MethodNotAllowed, PathNotFound, cut
@@ -16,7 +16,7 @@ from router.ingress.base import Fleet
 from router.ingress.http import HttpServer
 from router.ingress.http_parser import HttpRequest
 from router.ingress.http_response import Reply
-from router.ingress.http_routes import Routes, Target
+from router.ingress.http_routes import Metrics, Routes, Target
 from router.lane.frames import End
 from router.options import AdminOptions, HttpOptions
 from router.types import Request, Sink
@@ -34,7 +34,7 @@ class AdminPort(HttpServer):
         options: AdminOptions,
         fleet: Fleet,
         *,
-        metrics: Callable[[], tuple[bytes, str]],
+        metrics: Metrics,
         routes: Callable[[str], bytes],
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -53,14 +53,14 @@ class AdminPages(Routes):
         self,
         options: HttpOptions,
         fleet: Fleet,
-        metrics: Callable[[], tuple[bytes, str]],
+        metrics: Metrics,
         wall: Callable[[], float],
         routes: Callable[[str], bytes],
     ) -> None:
         super().__init__(options, fleet, metrics, wall, random.Random())
         self._routes = routes
 
-    def own(self, request: HttpRequest, target: Target) -> Reply | None:
+    def own(self, request: HttpRequest, target: Target) -> Reply | Awaitable[Reply] | None:
         """The page. Raises `PathNotFound`, `MethodNotAllowed`, and `InvalidRequest` for a query that says nothing."""
         path = target.path
         if path in _SHARED:

@@ -11,14 +11,14 @@ import logging
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from typing import Final
 
 from router.ingress.base import Dispatch, Fleet
 from router.ingress.cors import Cors
 from router.ingress.http_connection import Connection, Pages
-from router.ingress.http_routes import Routes
+from router.ingress.http_routes import Metrics, Routes
 from router.options import HttpOptions
 
 logger = logging.getLogger("kvlane.http")
@@ -56,37 +56,65 @@ class HttpServer:
         self._connections: set[Connection] = set()
         self._orphans: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
-        self._server: asyncio.Server | None = None
+        self._servers: dict[int, asyncio.Server] = {}
+        """By the descriptor of the socket that was given; 0 where the address was."""
         self._timer: asyncio.TimerHandle | None = None
+        self._last_call = False
         self._stopping = False
 
-    async def start(self, sock: socket.socket | None = None, reuse_port: bool = False) -> int:
-        """Listens on `sock`, else on the configured address; returns the port. Raises `OSError`."""
+    async def start(self) -> int:
+        """Listens on the configured address; returns the port. Raises `OSError`."""
+        self._begin()
+        host, port = self.options.host, self.options.port
         loop = asyncio.get_running_loop()
-        self._stopping = False
-
-        def connect() -> Connection:
-            return Connection(self, loop)
-
-        if sock is None:
-            host, port = self.options.host, self.options.port
-            self._server = await loop.create_server(
-                connect, host, port, reuse_port=reuse_port or None, backlog=_BACKLOG
-            )
-        else:
-            self._server = await loop.create_server(connect, sock=sock, backlog=_BACKLOG)
-        for listener in self._server.sockets:
+        server = await loop.create_server(self._connect, host, port, backlog=_BACKLOG)
+        self._servers[0] = server
+        for listener in server.sockets:
             _keep_alive(listener)
-        self._tick(loop)
-        bound: int = self._server.sockets[0].getsockname()[1]
+        bound: int = server.sockets[0].getsockname()[1]
         return bound
+
+    async def listen(self, socks: Sequence[socket.socket]) -> None:
+        """Accepts connections on these sockets and on no others; they stay their owner's.
+
+        Other processes may accept on them too: what waits there when this one ceases is theirs, and is not reset.
+        """
+        self._begin()
+        loop = asyncio.get_running_loop()
+        for number in self._servers.keys() - {sock.fileno() for sock in socks}:
+            self._servers.pop(number).close()
+        for sock in socks:
+            if sock.fileno() not in self._servers:
+                _keep_alive(sock)
+                self._servers[sock.fileno()] = await loop.create_server(
+                    self._connect, sock=sock.dup(), backlog=_BACKLOG
+                )
+
+    def _begin(self) -> None:
+        if self._timer is None:
+            self._stopping = False
+            self._loop = asyncio.get_running_loop()
+            self._tick(self._loop)
+
+    def _connect(self) -> Connection:
+        return Connection(self, self._loop)
+
+    async def last_call(self) -> None:
+        """Accepts nothing more, and returns when all connections have ended, each after one more request at most."""
+        self._last_call = True
+        await self.listen(())
+        for connection in tuple(self._connections):
+            connection.last_call()
+        if self._connections:
+            await self._empty.wait()
 
     async def stop(self, grace_s: float) -> None:
         """Accepts nothing more, lets responses under way finish for `grace_s` seconds, then ends them."""
-        if self._server is None:
+        if self._timer is None:
             return
         self._stopping = True
-        self._server.close()
+        for server in self._servers.values():
+            server.close()
         for connection in tuple(self._connections):
             connection.retire()
         if not await self._emptied(grace_s) and self._connections:
@@ -98,10 +126,11 @@ class HttpServer:
                 connection.abort()
         await self._empty.wait()
         await asyncio.gather(*self._orphans, return_exceptions=True)
-        await self._server.wait_closed()
-        self._server = None
-        if self._timer is not None:
-            self._timer.cancel()
+        for server in self._servers.values():
+            await server.wait_closed()
+        self._servers.clear()
+        self._timer.cancel()
+        self._timer = None
 
     async def _emptied(self, limit_s: float) -> bool:
         if not self._connections:
@@ -132,6 +161,8 @@ class HttpServer:
         self._empty.clear()
         if self._stopping:
             connection.retire()
+        elif self._last_call:
+            connection.last_call()
         if len(self._connections) > limit + _REFUSALS:
             connection.abort()
         return len(self._connections) <= limit
@@ -168,7 +199,7 @@ class HttpIngress(HttpServer):
         dispatch: Dispatch,
         fleet: Fleet,
         *,
-        metrics: Callable[[], tuple[bytes, str]],
+        metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         chance: random.Random | None = None,

@@ -13,7 +13,7 @@ import asyncio
 import math
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, Protocol, cast
 
 from router.errors import ClientTooSlow, InternalError, KvlaneError, RequestTimeout, ShuttingDown, TooManyConnections
@@ -34,6 +34,9 @@ MAX_QUEUED_BYTES: Final = 1 << 20
 MAX_HELD_BYTES: Final = 1 << 20
 """Input that waits to be parsed; a client that sends more is cut off. Reading never pauses, because a connection that
 is not read cannot tell that its client is gone."""
+LAST_CALL_S: Final = 5.0
+"""How long an open connection of a server that accepts no more may be idle: its client's next request is answered, and
+told that there will be no other."""
 LINGER_S: Final = 5.0
 """How long a closing connection may stand still: its output unread, or its client still sending after an error."""
 
@@ -57,8 +60,8 @@ class Pages(Protocol):
     def request_id(self, request: HttpRequest | None) -> str:
         """By which the request goes in logs; None for input that could not be read."""
 
-    def own(self, request: HttpRequest, target: Target) -> Reply | None:
-        """The router's own answer; None where a replica must give it. Raises `KvlaneError`."""
+    def own(self, request: HttpRequest, target: Target) -> Reply | Awaitable[Reply] | None:
+        """The router's own answer, at once or later; None where a replica must give it. Raises `KvlaneError`."""
 
     def relay(self, request: HttpRequest, target: Target, request_id: str) -> Request:
         """The request for a replica. Raises `KvlaneError`."""
@@ -106,6 +109,7 @@ class Connection(asyncio.Protocol):
         self._held_bytes = 0
         self._unflushed = 0
         self._retiring = False
+        self._last_call = False
         self._closing = False
         self._lost = False
 
@@ -208,7 +212,7 @@ class Connection(asyncio.Protocol):
             method=request.method,
             path="",
             http_1_0=request.http_1_0,
-            keep_alive=request.keep_alive and not self._retiring,
+            keep_alive=request.keep_alive and not (self._retiring or self._last_call),
             cors=site.cors.lines(noted.get("origin")),
             date=site.date,
         )
@@ -231,13 +235,34 @@ class Connection(asyncio.Protocol):
     def _route(self, request: HttpRequest, target: Target, envelope: Envelope) -> None:
         routes = self._site.routes
         reply = routes.own(request, target)
-        if reply is not None:
+        if isinstance(reply, Reply):
             self._reply(reply, envelope)
+            return
+        if reply is not None:
+            exchange = self._exchange = Exchange(self, envelope)
+            self._task = self._loop.create_task(self._give(reply, exchange))
             return
         routed = routes.relay(request, target, envelope.request_id)
         exchange = Exchange(self, envelope)
         self._exchange = exchange
         self._task = self._loop.create_task(self._relay(routed, exchange))
+
+    async def _give(self, reply: Awaitable[Reply], exchange: Exchange) -> None:
+        """The router's own answer that takes a while."""
+        try:
+            page = await reply
+            exchange.head(page.status, (("content-type", page.content_type), ("content-length", str(len(page.body)))))
+            exchange.data(page.body, 0)
+            exchange.finish()
+        except KvlaneError as error:
+            log_failure(error, exchange.envelope)
+            exchange.fail(error)
+        except asyncio.CancelledError:
+            exchange.fail(ShuttingDown("The request was cancelled"))
+            raise
+        except Exception:
+            log_defect("answer", exchange.envelope.method, exchange.envelope.path)
+            exchange.fail(InternalError("Internal error"))
 
     async def _relay(self, request: Request, exchange: Exchange) -> None:
         try:
@@ -367,6 +392,13 @@ class Connection(asyncio.Protocol):
         elif not self._queue and self._parser.state == IDLE:
             self._close()
 
+    def last_call(self) -> None:
+        """One more request at most: it is answered, and told that the connection ends."""
+        self._last_call = True
+        if self._exchange is None and self._waits_for[0] == _WAITING:
+            self._waits_for = _NOTHING
+            self._set_deadline()
+
     def stop_short(self) -> None:
         """Ends the response under way with an error and closes."""
         exchange, task = self._exchange, self._task
@@ -399,7 +431,7 @@ class Connection(asyncio.Protocol):
             self._waits_for = _NOTHING  # The pause is what is limited, so any byte starts it anew.
             self._wait(_IN_BODY, options.body_timeout_s)
         elif self._parser.begun:
-            self._wait(_WAITING, options.idle_timeout_s)
+            self._wait(_WAITING, LAST_CALL_S if self._last_call else options.idle_timeout_s)
 
     def _wait(self, what: str, limit_s: float) -> None:
         """Sets the deadline, unless this very wait has one already."""

@@ -89,6 +89,11 @@ class _Refused(Exception):
     """Stops llhttp inside a callback; carries no more than that."""
 
 
+_INERT: Final = httptools.HttpRequestParser(object())
+"""In the place of a parser that is done with: its callbacks are methods of its owner, and the two would hold each
+other until the garbage collector came."""
+
+
 class RequestParser:
     """Feed it bytes; take requests and at most one last error from `complete`.
 
@@ -146,6 +151,7 @@ class RequestParser:
     def stop(self) -> None:
         """Ignores whatever comes from now on."""
         self.state = ENDED
+        self._parser = _INERT
 
     def _weigh(self, size: int) -> None:
         """Counts bytes of a request that is not complete: llhttp holds them back where it calls no callback."""

@@ -114,6 +114,7 @@ class Exchange:
     """One relayed request's response; a `Sink`."""
 
     __slots__ = (
+        "_complete",
         "_ending",
         "_head",
         "_left",
@@ -138,6 +139,8 @@ class Exchange:
         self._write = output.write_now
         self._open = False
         """The short way is open: chunked, the head is out and the client keeps up."""
+        self._complete = False
+        """All of it is written; the replica's `End` is on its way through dispatch."""
         self._receipt: Receipt | None = None
         self._head: bytes | None = None
         self._ending = _CHUNKED
@@ -197,6 +200,17 @@ class Exchange:
         elif payload and not self.done:
             self._data(payload)
 
+    def last(self, payload: bytes, tokens: int) -> None:
+        """Relays the last payload of an answer that is complete with it, where possible in one write with the end.
+        Raises as `data`."""
+        if self._ending != _CHUNKED or self._head is None or not payload or self.done or not self._output.flowing:
+            self.data(payload, tokens)
+            return
+        head = b"" if self.started else self._head
+        self.started = self._complete = True
+        self._open = False
+        self._write(b"%b%x\r\n%b\r\n0\r\n\r\n" % (head, len(payload), payload))
+
     def _data(self, payload: bytes) -> None:
         head = self._head
         if head is None:
@@ -222,11 +236,15 @@ class Exchange:
 
     def flow(self) -> None:
         """The client began or ceased to keep up."""
-        self._open = self.started and not self.done and self._ending == _CHUNKED and self._output.flowing
+        able = self.started and not self.done and not self._complete
+        self._open = able and self._ending == _CHUNKED and self._output.flowing
 
     def finish(self) -> None:
         """The replica's answer is complete."""
         if self.done:
+            return
+        if self._complete:
+            self._answered(close=False)
             return
         if self._head is None:
             self.fail(ReplicaFailed("The replica ended the stream without an answer"))
@@ -245,6 +263,9 @@ class Exchange:
     def fail(self, error: KvlaneError) -> None:
         """The answer cannot be completed: an error response, an error event, or a broken connection."""
         if self.done:
+            return
+        if self._complete:  # The client has all of it.
+            self._answered(close=False)
             return
         close = openai.ends_connection(error)
         if not self.started:

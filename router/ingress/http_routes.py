@@ -8,7 +8,7 @@ resets, weight updates …) are one engine's administration and must not be in r
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 from urllib.parse import parse_qsl, unquote_to_bytes
 
@@ -33,6 +33,9 @@ _ONE_REPLICAS_STATE: Final = frozenset({"/v1/load_lora_adapter", "/v1/unload_lor
 _OWN: Final = frozenset({"/healthz", "/readyz", "/metrics", "/v1/models"})
 _MODEL_PREFIX: Final = "/v1/models/"
 _JSON: Final = "application/json"
+
+Metrics = Callable[[], tuple[bytes, str] | Awaitable[tuple[bytes, str]]]
+"""Makes ``/metrics``: its body and content type, at once or after others were asked."""
 
 
 class Target(msgspec.Struct):
@@ -77,7 +80,7 @@ class Routes:
         self,
         options: HttpOptions,
         fleet: Fleet,
-        metrics: Callable[[], tuple[bytes, str]],
+        metrics: Metrics,
         wall: Callable[[], float],
         chance: random.Random,
     ) -> None:
@@ -97,8 +100,8 @@ class Routes:
                 return given
         return f"{self._random_bits(128):032x}"
 
-    def own(self, request: HttpRequest, target: Target) -> Reply | None:
-        """The router's own answer; None where a replica must give it. Raises `KvlaneError`."""
+    def own(self, request: HttpRequest, target: Target) -> Reply | Awaitable[Reply] | None:
+        """The router's own answer, at once or later; None where a replica must give it. Raises `KvlaneError`."""
         path = target.path
         if path not in _OWN and not path.startswith(_MODEL_PREFIX):
             return None
@@ -110,8 +113,8 @@ class Routes:
             readiness = self._fleet.readiness()
             return Reply(200 if readiness.ready else 503, _JSON, msgspec.json.encode(readiness))
         if path == "/metrics":
-            body, content_type = self._metrics()
-            return Reply(200, content_type, body)
+            page = self._metrics()
+            return _page(*page) if isinstance(page, tuple) else _later(page)
         return self._models(path)
 
     def _models(self, path: str) -> Reply:
@@ -180,3 +183,11 @@ class Routes:
             return model
         base_models = [status.card.name for status in self._fleet.models() if not status.card.parent]
         return base_models[0] if len(base_models) == 1 else ""
+
+
+def _page(body: bytes, content_type: str) -> Reply:
+    return Reply(200, content_type, body)
+
+
+async def _later(page: Awaitable[tuple[bytes, str]]) -> Reply:
+    return _page(*await page)

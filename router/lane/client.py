@@ -27,6 +27,7 @@ from router.lane.frames import (
     Welcome,
     pack_chain,
 )
+from router.lane.meter import SAMPLE, FrameMeter
 from router.load.account import Account, Blind, Foresight
 from router.types import NO_CHARGE, Charge, EngineInfo, Request, Sink
 
@@ -64,10 +65,12 @@ def _blind(info: EngineInfo) -> Foresight:
 
 
 class _Stream:
-    __slots__ = ("began", "done", "expected_s", "sink")
+    __slots__ = ("began", "data", "done", "expected_s", "last", "sink")
 
     def __init__(self, sink: Sink, done: asyncio.Future[End], began: float, expected_s: float) -> None:
         self.sink = sink
+        self.data = sink.data
+        self.last: Callable[[bytes, int], None] = getattr(sink, "last", sink.data)
         self.done = done
         self.began = began
         """When it was submitted, in loop time; 0 once output came."""
@@ -87,8 +90,9 @@ class Lane(asyncio.Protocol):
         router: str,
         listener: LaneListener,
         foresee: Callable[[EngineInfo], Foresight] = _blind,
+        meter: FrameMeter | None = None,
     ) -> None:
-        """`foresee` gives what the load model knows of the engine that answers."""
+        """`foresee` gives what the load model knows of the engine that answers; `meter` samples its frames."""
         self.replica = replica
         self.welcome: Welcome | None = None
         self.steps = 0
@@ -101,6 +105,7 @@ class Lane(asyncio.Protocol):
         self._splitter = frames.FrameSplitter(limit=frames.MAX_FRAME_BYTES)
         self._streams: dict[int, _Stream] = {}
         self._foresee = foresee
+        self._meter = meter or FrameMeter()
         self._last_stream = 0
         self._last_report = 0
         self._resyncing = False
@@ -195,6 +200,8 @@ class Lane(asyncio.Protocol):
         self._heard = True
         try:
             for body in self._splitter.feed(data):
+                if not self.steps % SAMPLE:
+                    self._meter.frame(len(body))
                 self._received(frames.decode_down(body))
         except FrameError as error:
             self._lose(LaneRefused(f"replica {self.replica} broke the lane protocol: {error}"))
@@ -219,9 +226,10 @@ class Lane(asyncio.Protocol):
             self._lose(LaneRefused(f"replica {self.replica} refused the lane ({frame.code}): {frame.message}"))
 
     def _stepped(self, step: Step) -> None:
-        self.account.stepped(step.load, step.acked, self._loop.time())
         self.steps += 1
-        streams = self._streams
+        if not self.steps % SAMPLE:
+            self._meter.step(len(step.outputs))
+        streams, tokens = self._streams, 0
         for output in step.outputs:
             stream = streams.get(output.stream)
             if stream is None:  # aborted meanwhile
@@ -233,8 +241,12 @@ class Lane(asyncio.Protocol):
                     if stream.began:
                         self._listener.first_output(self._loop.time() - stream.began, stream.expected_s)
                         stream.began = 0.0
-                    self.tokens += output.tokens
-                    stream.sink.data(output.payload, output.tokens)
+                    tokens += output.tokens
+                    end = output.end
+                    if end is None or end.error:
+                        stream.data(output.payload, output.tokens)
+                    else:
+                        stream.last(output.payload, output.tokens)
             except KvlaneError as error:
                 self._fail(stream, error)
             except Exception as error:
@@ -245,6 +257,9 @@ class Lane(asyncio.Protocol):
                     del streams[output.stream]
                     if not stream.done.done():
                         stream.done.set_result(output.end)
+        self.tokens += tokens
+        # After the output: no token waits for it, and nobody asks before the loop goes on.
+        self.account.stepped(step.load, step.acked, self._loop.time())
         if step.cache is not None:  # last, so that no token waits for it
             self._reported(step.cache)
 
@@ -260,7 +275,7 @@ class Lane(asyncio.Protocol):
     def _fail(self, stream: _Stream, error: Exception) -> None:
         if not stream.done.done():
             stream.done.set_exception(error)  # `run` still finds the stream in flight and aborts it
-        stream.sink = _DEAF
+        stream.sink, stream.data, stream.last = _DEAF, _DEAF.data, _DEAF.data
 
     def _challenged(self, challenge: frames.Challenge) -> None:
         if challenge.version != frames.VERSION:

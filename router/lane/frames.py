@@ -244,8 +244,10 @@ class FrameSplitter:
             data = bytes(self._rest)
             self._rest.clear()
         view = memoryview(data)
-        bodies = []
         start, size = 0, len(data)
+        if size >= 4 and size == 4 + self._length_at(data, 0):
+            return [view[4:]]
+        bodies = []
         while size - start >= 4:
             end = start + 4 + self._length_at(data, start)
             if end > size:

@@ -1,8 +1,8 @@
 """The account of one replica: what it last said of its load, and what this router sent it since.
 
 Sans-IO. The rule: a submit is charged from the moment it is written until a step acknowledges it, so that the load
-between steps is exact without a counter that could drift. The view is made where something changes and not where it is
-asked for: a decision asks all replicas at once. The lane owns it.
+between steps is exact without a counter that could drift. The view is made when a decision asks for it and kept until
+something changes: most steps come without one in between. The lane owns it.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ class Account:
         self._tokens = 0
         self._pairs = 0.0
         self._version = 0
-        self.current = self._look()
-        """What `view` gives, unless there are news."""
+        self._outlook: Outlook | None = None
+        """As of `_version`; None where something has changed since."""
+        self.current: ReplicaView | None = None
+        """What `view` gives, unless there are news; None where something has changed since."""
 
     @property
     def unacked(self) -> int:
@@ -84,51 +86,51 @@ class Account:
         self._charges.append((stream, charge))
         self._tokens += charge.tokens
         self._pairs += charge.pairs
-        self._look()
+        self._outlook = self.current = None
 
     def stepped(self, load: Load, acked: int, now: float) -> None:
         """A step came at `now` in loop time: `load` counts all streams up to `acked`."""
         self.load = load
         charges = self._charges
-        while charges and charges[0][0] <= acked:
-            charge = charges.popleft()[1]
-            self._tokens -= charge.tokens
-            self._pairs -= charge.pairs
-        if not charges:
-            self._pairs = 0.0  # what rounding left
+        if charges:
+            while charges and charges[0][0] <= acked:
+                charge = charges.popleft()[1]
+                self._tokens -= charge.tokens
+                self._pairs -= charge.pairs
+            if not charges:
+                self._pairs = 0.0  # what rounding left
         self._foresight.observe(load, now)
-        self._look()
+        self._outlook = self.current = None
 
     def leased(self, change: int) -> None:
         """One lease more or less."""
         self.leases += change
-        self.current = self._seen(self.current.outlook)  # What to expect does not change.
+        self.current = None
 
     def caches(self, mode: CacheMode) -> None:
         """What is known of its KV cache changed."""
         self.cache = mode
-        self._look()
+        self.current = None
 
     def view(self) -> ReplicaView:
         """The replica as policies see it; the same object until something changes."""
-        return self.current if self._version == self.news.version else self._look()
-
-    def _look(self) -> ReplicaView:
-        self._version = self.news.version
-        outlook = self._foresight.outlook(self.load, self._tokens, self._pairs, len(self._charges))
-        self.current = self._seen(outlook)
-        return self.current
-
-    def _seen(self, outlook: Outlook) -> ReplicaView:
-        return ReplicaView(
-            self.replica,
-            self.load,
-            len(self._charges),
-            self.leases,
-            self._max_num_seqs,
-            outlook,
-            self._tokens,
-            self._pairs,
-            self._kv_tokens,
-            self.cache,
-        )
+        version = self.news.version
+        outlook, current = self._outlook, self.current
+        if outlook is None or version != self._version:
+            current, self._version = None, version
+            outlook = self._foresight.outlook(self.load, self._tokens, self._pairs, len(self._charges))
+            self._outlook = outlook
+        if current is None:
+            self.current = current = ReplicaView(
+                self.replica,
+                self.load,
+                len(self._charges),
+                self.leases,
+                self._max_num_seqs,
+                outlook,
+                self._tokens,
+                self._pairs,
+                self._kv_tokens,
+                self.cache,
+            )
+        return current

@@ -38,6 +38,8 @@ _LEARN_EVERY: Final = 4
 _LEARNED_STEPS: Final = 256
 _FRESH_S: Final = 0.5
 """How old an idle replica's outlook may be; to make all of them anew takes as long as several decisions."""
+_FACTOR_S: Final = 0.25
+"""How old its factor may be: evidence for it loses half of its weight in twenty times as long."""
 _GUESS_TOKEN_MS: Final = 0.05
 """Before anything is known; the first steps override it."""
 _GUESS_BUDGET: Final = 2048.0
@@ -173,6 +175,8 @@ class ReplicaModel:
         self._fleet = fleet
         self._pace = Pace()
         self._as_of = 0.0
+        self._factor = 1.0
+        self._factor_until = -math.inf
         self._steps = 0
         self._last: tuple[float, int, int, int] | None = None
         self._queued = False
@@ -212,33 +216,36 @@ class ReplicaModel:
             ms = min(ms, _OUTLIER * expected * factor)
             self._pace.stepped(fleet.now, ms, expected)
             fleet.pace.stepped(fleet.now, ms, expected)
+            self._factor_until = -math.inf
             ms *= common / factor
         if fit.learn(tokens, load.step_prefill_pairs, load.step_context_tokens, ms):
             fleet.fitted(early=fit.steps <= _LEARNED_STEPS)
 
     def outlook(self, load: Load, unacked_tokens: int, unacked_pairs: float, unacked: int) -> Outlook:
         fleet = self._fleet
-        scale = self._factor() * 1e-3
+        if fleet.now >= self._factor_until:
+            self._compare()
+        scale = self._factor * 1e-3
         batch, token, pair, read = fleet.prefill.coefficients
-        decodes, context = load.step_decodes, float(load.step_context_tokens)
+        decodes, context = load.step_decodes, load.step_context_tokens
         if decodes > load.running:  # What has ended since, and will not be in the next step.
-            decodes, context = load.running, context * load.running / decodes
+            decodes, context = load.running, context * load.running // decodes
         beside = batch + token * decodes + read * context
         per_token = token + beside / fleet.budget
-        queued_ms = per_token * load.queued_prefill_tokens + pair * load.queued_prefill_pairs
         return Outlook(
-            wait_s=queued_ms * scale,
-            step_s=fleet.decode.expect_ms(decodes + unacked, 0.0, context) * scale,
-            token_s=per_token * scale,
-            pair_s=pair * scale,
-            batch_s=beside * scale,
-            as_of=self._as_of,
-            sent_s=(per_token * unacked_tokens + pair * unacked_pairs) * scale,
+            (per_token * load.queued_prefill_tokens + pair * load.queued_prefill_pairs) * scale,
+            fleet.decode.expect_ms(decodes + unacked, 0.0, context) * scale,
+            per_token * scale,
+            pair * scale,
+            beside * scale,
+            self._as_of,
+            (per_token * unacked_tokens + pair * unacked_pairs) * scale,
         )
 
-    def _factor(self) -> float:
+    def _compare(self) -> None:
         """How much longer its steps take than the fit says; the same as for all others where that may be chance."""
         now = self._fleet.now
         common = self._fleet.pace.factor(now, 1.0)
         factor = self._pace.factor(now, common)
-        return common if common / _CHANCE < factor < common * _CHANCE else factor
+        self._factor = common if common / _CHANCE < factor < common * _CHANCE else factor
+        self._factor_until = now + _FACTOR_S

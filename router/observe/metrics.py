@@ -9,13 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from router.admission import Admission
 from router.errors import KvlaneError
+from router.observe.histograms import Counts, powers_of_two
+from router.observe.loop_lag import LoopLag
+from router.observe.merge import Families, exposition, merge, snapshot
 from router.observe.policies import PolicyMetrics
 from router.observe.prefixes import PrefixMetrics
 from router.prefix.prefixes import Prefixes
@@ -25,17 +33,23 @@ from router.types import Receipt, Request, Rpc
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2, 4, 10)
+_FRAME_BITS = range(6, 25, 2)
+_BATCH_BITS = range(13)
 _RPC_NAMES = {Rpc.HTTP: "http", Rpc.GRPC: "grpc"}
 
 
 class Metrics:
     """The metrics of one router process (`router.dispatch.Observer`)."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, worker: int = 0) -> None:
+        """`worker` is this process's number among those that share its ports."""
         self._clock = clock
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        self.loop_lag = LoopLag(worker)
+        registry.register(self.loop_lag)
         self._requests = Counter(
             "kvlane_requests",
             "Requests ended, by outcome: ok or an error's name.",
@@ -43,26 +57,8 @@ class Metrics:
             registry=registry,
         )
         self._counters: dict[tuple[str, str], Counter] = {}
-        durations = Histogram(
-            "kvlane_request_seconds",
-            "Time from dispatch to the end of a request.",
-            ["rpc"],
-            buckets=_DURATION_BUCKETS_S,
-            registry=registry,
-        )
-        self._durations = {rpc: durations.labels(name) for rpc, name in _RPC_NAMES.items()}
-        self._ttft = Histogram(
-            "kvlane_first_output_seconds",
-            "Time from submit on a lane to the stream's first output.",
-            buckets=_TTFT_BUCKETS_S,
-            registry=registry,
-        )
-        self._foresight = Histogram(
-            "kvlane_first_output_ratio",
-            "That time over what the load model expected of it; 1 where it is right.",
-            buckets=_RATIO_BUCKETS,
-            registry=registry,
-        )
+        self._times = _Times()
+        registry.register(self._times)
         self._retries = Counter(
             "kvlane_retries", "Requests sent to another replica, by the error before.", ["error"], registry=registry
         )
@@ -83,7 +79,7 @@ class Metrics:
     def ended(self, request: Request, began: float, outcome: str) -> None:
         """A request ended: `ok`, `cancelled` or an error's name."""
         self._count(_RPC_NAMES[request.rpc], outcome)
-        self._durations[request.rpc].observe(self._clock() - began)
+        self._times.durations[request.rpc].add(self._clock() - began)
 
     def refused(self, rpc: str, error: str) -> None:
         """An ingress answered a request with that error without dispatching it."""
@@ -97,9 +93,9 @@ class Metrics:
 
     def first_output(self, waited_s: float, expected_s: float) -> None:
         """A stream's first output came; 0 expected where nobody knew."""
-        self._ttft.observe(waited_s)
+        self._times.first_outputs.add(waited_s)
         if expected_s > 0.0:
-            self._foresight.observe(waited_s / expected_s)
+            self._times.ratios.add(waited_s / expected_s)
 
     def hashed(self, seconds: float) -> None:
         """A prompt was read and hashed."""
@@ -118,9 +114,40 @@ class Metrics:
         """A request goes to another replica."""
         self._retries.labels(error.name).inc()
 
+    def snapshot(self) -> Families:
+        """All figures of this process now."""
+        return snapshot(self._registry)
+
     def exposition(self) -> tuple[bytes, str]:
-        """What a scrape gets: the text, and its content type."""
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+        """What a scrape of this process alone gets: the text, and its content type."""
+        return exposition(merge([self.snapshot()]))
+
+
+class _Times(Collector):
+    """What is measured once per request."""
+
+    def __init__(self) -> None:
+        self.durations = {rpc: Counts(_DURATION_BUCKETS_S) for rpc in _RPC_NAMES}
+        self.first_outputs = Counts(_TTFT_BUCKETS_S)
+        self.ratios = Counts(_RATIO_BUCKETS)
+
+    def collect(self) -> Iterator[Metric]:
+        durations = HistogramMetricFamily(
+            "kvlane_request_seconds", "Time from dispatch to the end of a request.", labels=["rpc"]
+        )
+        for rpc, took in self.durations.items():
+            took.show(durations, [_RPC_NAMES[rpc]])
+        yield durations
+        first = HistogramMetricFamily(
+            "kvlane_first_output_seconds", "Time from submit on a lane to the stream's first output."
+        )
+        self.first_outputs.show(first)
+        yield first
+        ratios = HistogramMetricFamily(
+            "kvlane_first_output_ratio", "That time over what the load model expected of it; 1 where it is right."
+        )
+        self.ratios.show(ratios)
+        yield ratios
 
 
 class _State(Collector):
@@ -135,6 +162,7 @@ class _State(Collector):
         steps, tokens = self._replicas.totals()
         yield CounterMetricFamily("kvlane_steps", "Step frames received.", steps)
         yield CounterMetricFamily("kvlane_tokens", "Tokens received.", tokens)
+        yield from self._frames()
         ready = GaugeMetricFamily("kvlane_replicas_ready", "Ready replicas of a model.", labels=["model"])
         for status in self._replicas.models():
             ready.add_metric([status.card.name], status.ready_replicas)
@@ -155,3 +183,14 @@ class _State(Collector):
             gauges["kv_usage"].add_metric([lane.replica], account.load.kv_usage)
             gauges["leases"].add_metric([lane.replica], account.leases)
         yield from gauges.values()
+
+    def _frames(self) -> Iterator[Metric]:
+        meter = self._replicas.meter
+        sizes = HistogramMetricFamily("kvlane_lane_frame_bytes", "Size of frames from replicas; one of seven counts.")
+        powers_of_two(meter.sizes, _FRAME_BITS, sizes, meter.bytes)
+        yield sizes
+        batches = HistogramMetricFamily(
+            "kvlane_step_outputs", "Streams that a step frame brings output for; one of seven counts."
+        )
+        powers_of_two(meter.batches, _BATCH_BITS, batches, meter.outputs)
+        yield batches

@@ -5,41 +5,28 @@ Rule: the only metrics that run once per decision; children are looked up once. 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator
-from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
+
+from router.observe.histograms import Counts
 
 _DECISION_BUCKETS_S = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 _DIFFERENCE_BUCKETS_S = (-5.0, -1.0, -0.25, -0.05, -0.01, -0.001, 0.0, 0.001, 0.01, 0.05, 0.25, 1.0, 5.0)
 
 
-class _Took:
-    """One policy's decisions by how long they took."""
-
-    __slots__ = ("counts", "seconds")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(_DECISION_BUCKETS_S) + 1)
-        """By bucket, each decision in one; the last has those above all bounds."""
-        self.seconds = 0.0
-
-
 class _Decisions(Collector):
-    """The histogram of them, made when somebody scrapes: the library's own takes 5 µs per decision."""
+    """Each policy's decisions by how long they took; the library's own histogram takes 5 µs per decision."""
 
-    def __init__(self, took: dict[str, _Took]) -> None:
+    def __init__(self, took: dict[str, Counts]) -> None:
         self._took = took
 
     def collect(self) -> Iterator[Metric]:
         found = HistogramMetricFamily("kvlane_policy_seconds", "Time that a policy took to decide.", labels=["policy"])
-        bounds = [*map(floatToGoString, _DECISION_BUCKETS_S), "+Inf"]
         for policy, took in self._took.items():
-            found.add_metric([policy], list(zip(bounds, accumulate(took.counts), strict=True)), took.seconds)
+            took.show(found, [policy])
         yield found
 
 
@@ -47,7 +34,7 @@ class PolicyMetrics:
     """Counts for `router.policies.guard.Guard` and `router.policies.shadow.Shadow`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._took: dict[str, _Took] = {}
+        self._took: dict[str, Counts] = {}
         registry.register(_Decisions(self._took))
         self._failures = Counter(
             "kvlane_policy_failures",
@@ -94,9 +81,8 @@ class PolicyMetrics:
         """A policy answered or raised after that time."""
         took = self._took.get(policy)
         if took is None:
-            took = self._took[policy] = _Took()
-        took.counts[bisect_left(_DECISION_BUCKETS_S, seconds)] += 1
-        took.seconds += seconds
+            took = self._took[policy] = Counts(_DECISION_BUCKETS_S)
+        took.add(seconds)
 
     def policy_failed(self, policy: str, kind: str) -> None:
         """The fallback decided instead of the policy."""

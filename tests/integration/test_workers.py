@@ -43,6 +43,16 @@ def test_workers_share_the_ports_and_a_dead_one_is_started_again() -> None:
     assert not any(map(alive, [supervisor, *workers]))
 
 
+def test_a_router_that_cannot_reload_says_so_and_serves_on() -> None:
+    with engines(1, {"step_base_ms": 1.0}) as (_, addresses):
+        for workers in (1, 2):
+            with router(addresses, "random", workers=workers) as (process, http, _):
+                for each in (process, *descendants(process)):
+                    os.kill(each, signal.SIGHUP)
+                assert {ask(http) for _ in range(10)} == {200}
+                assert len(descendants(process)) == workers * (workers > 1)
+
+
 def test_a_worker_ends_when_its_supervisor_is_killed() -> None:
     with engines(1, {}) as (_, addresses), router(addresses, "random", workers=2) as (supervisor, _, _):
         workers = descendants(supervisor)

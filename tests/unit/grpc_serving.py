@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import grpc.aio
@@ -20,6 +20,8 @@ from router.options import GrpcOptions
 from router.types import ModelCard, Reason, Receipt, Request, Sink
 
 Script = Callable[[Request, Sink], Awaitable[None]]
+EDGE: Literal["h2", "aio"] = "h2"
+"""The edge that is served; tests that hold for both set it in turn."""
 SERVICE = "/kvlane.v1.Inference/"
 PROMPT = pb.GenerateRequest(model="tiny", text="hi")
 
@@ -114,7 +116,7 @@ async def serving(script: Script, **options: Any) -> AsyncIterator[Served]:
     ids = iter(range(1_000_000))
     refused: list[tuple[str, str]] = []
     ingress = GrpcIngress(
-        GrpcOptions(port=0, **options),
+        GrpcOptions(port=0, **{"edge": EDGE} | options),
         dispatch,
         FakeFleet(),
         new_id=lambda: f"made-{next(ids)}",

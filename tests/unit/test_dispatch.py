@@ -1,7 +1,9 @@
 """Dispatch over real lanes with engines under the test's control: choice, retry, leases, deadlines."""
 
 import asyncio
+import gc
 import time
+import weakref
 from array import array
 from collections.abc import AsyncIterator, Sequence
 
@@ -140,6 +142,25 @@ async def test_a_request_without_a_byte_is_tried_on_another_replica_when_its_rep
     assert sink.receipts[-1].reason is Reason.RETRY
     assert router.notes.retries == ["replica_lost"]
     assert router.leases() == 0
+
+
+async def test_a_request_that_was_tried_again_leaves_nothing_to_the_garbage_collector(router: Router) -> None:
+    def refuse(call: Submit, out: StreamOut) -> None:
+        out.fail(ReplicaLost("not now"))
+
+    await router.replicas("a", "b")
+    router.fleet.engines["a"].respond = refuse
+    router.fleet.engines["b"].respond = answer
+    sink = RecordingSink()
+    left = weakref.ref(sink)
+    gc.disable()
+    try:
+        await router.dispatcher.run(make_request(), sink)
+        assert router.notes.retries == ["replica_lost"]
+        del sink
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_request_with_a_byte_out_is_not_tried_again(router: Router) -> None:

@@ -17,6 +17,7 @@ from kvlane.v1 import inference_pb2 as pb
 from router import errors
 from router.errors import KvlaneError, MethodNotAllowed, ModelNotFound, Overloaded, ReplicaLost
 from router.types import Reason, Request, Rpc, Sink
+from tests.unit import grpc_serving
 from tests.unit.grpc_serving import (
     PROMPT,
     SERVICE,
@@ -31,6 +32,13 @@ from tests.unit.grpc_serving import (
 )
 
 pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(params=["h2", "aio"], autouse=True)
+def edge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test holds on both edges."""
+    monkeypatch.setattr(grpc_serving, "EDGE", request.param)
+    return str(request.param)
 
 
 async def test_a_stream_arrives_in_order_after_its_route() -> None:
@@ -315,7 +323,7 @@ async def test_what_a_client_sends_cannot_forge_or_flood_the_log(caplog: pytest.
     async def script(request: Request, sink: Sink) -> None:
         raise ModelNotFound(f"The model `{request.model}` does not exist.")
 
-    caplog.set_level(logging.INFO, "router.ingress.grpc")
+    caplog.set_level(logging.INFO, "router.ingress")
     async with serving(script) as served:
         for model in ("x\n2026-01-01 ERROR forged", "m" * 100_000):
             await served.error("Generate", pb.GenerateRequest(model=model, text="a").SerializeToString())

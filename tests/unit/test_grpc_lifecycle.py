@@ -12,16 +12,18 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from kvlane.v1 import inference_pb2 as pb
 
 from router import errors
 from router.errors import KvlaneError, ReplicaLost
-from router.ingress import grpc as grpc_ingress
+from router.ingress import grpc_aio
 from router.ingress.grpc import GrpcIngress
-from router.ingress.grpc_sink import StreamSink
+from router.ingress.grpc_aio import AioSink
+from router.ingress.h2_call import H2Sink
 from router.options import GrpcOptions
 from router.types import Request, Sink
+from tests.unit import grpc_serving
 from tests.unit.grpc_serving import (
     PROMPT,
     SERVICE,
@@ -42,6 +44,13 @@ from tests.unit.grpc_serving import (
 )
 
 pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(params=["h2", "aio"], autouse=True)
+def edge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test holds on both edges."""
+    monkeypatch.setattr(grpc_serving, "EDGE", request.param)
+    return str(request.param)
 
 
 async def test_a_message_over_the_limit_is_refused_and_one_within_passes() -> None:
@@ -110,7 +119,7 @@ async def test_no_task_is_left_after_calls_of_every_end() -> None:
             await within(asyncio.wait([asyncio.ensure_future(call.read())]))
             call.cancel()
     assert {task for task in asyncio.all_tasks() if "pump" in repr(task)} <= before
-    assert not served.ingress._calls
+    assert not served.ingress._service.calls
 
 
 async def test_a_slow_client_is_cut_off_and_others_go_on() -> None:
@@ -146,7 +155,7 @@ async def test_a_call_that_sends_no_request_is_ended(method: str) -> None:
             await within(call.read())
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert trailers(caught.value)["kvlane-error"] == "request_timeout"
-        await until(lambda: not served.ingress._calls)
+        await until(lambda: not served.ingress._service.calls)
         assert [response.text async for response in served.generate()] == ["", "a"]
     assert served.refused == [("grpc", "request_timeout")]
 
@@ -155,7 +164,7 @@ async def test_a_call_that_has_sent_no_request_does_not_hold_a_stop_up() -> None
     async with serving(says("a")) as served:
         call: Any = served.channel.stream_stream(f"{SERVICE}Generate")()
         reading = asyncio.ensure_future(call.read())
-        await until(lambda: bool(served.ingress._reading))
+        await until(lambda: bool(served.ingress._service.reading))
         await within(served.ingress.stop(600))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await within(reading)
@@ -180,11 +189,11 @@ def _much(error: KvlaneError | None) -> Script:
 async def test_a_client_that_never_reads_an_ended_stream_is_given_up(
     error: KvlaneError | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpc_ingress, "STATUS_S", 0.05)
+    monkeypatch.setattr(grpc_aio, "STATUS_S", 0.05)
     async with serving(_much(error), stream_buffer_bytes=64 << 20, read_timeout_s=0.05) as served:
         slow = served.generate()
         await within(served.dispatch.running.wait())
-        await until(lambda: not served.ingress._calls)
+        await until(lambda: not served.ingress._service.calls)
         # Its status waits behind what it has not read.
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for _ in slow:
@@ -209,16 +218,17 @@ async def test_a_client_that_is_too_slow_leaves_nothing_behind_and_holds_no_stop
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def script(request: Request, sink: Sink) -> None:
-        assert isinstance(sink, StreamSink)
+        assert isinstance(sink, AioSink | H2Sink)
+        waiting = sink._messages if isinstance(sink, AioSink) else sink._output._messages
         while True:
             sink.data(message("x" * (8 << 20)), 1)
-            await until(lambda: not sink._messages)  # It is being written.
+            await until(lambda: not waiting)  # It is being written.
 
-    monkeypatch.setattr(grpc_ingress, "STATUS_S", 0.05)
+    monkeypatch.setattr(grpc_aio, "STATUS_S", 0.05)
     async with serving(script, stream_buffer_bytes=1 << 20) as served:
         slow = served.generate()
         await within(served.dispatch.failed.wait())
-        await until(lambda: not served.ingress._calls)
+        await until(lambda: not served.ingress._service.calls)
         assert not [task for task in asyncio.all_tasks() if "pump" in repr(task)]
         await within(served.ingress.stop(600))
         slow.cancel()
@@ -256,17 +266,76 @@ async def test_health_follows_readiness() -> None:
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def _reflected(served: Served) -> list[str]:
+async def test_a_watch_sees_each_change_and_the_stop() -> None:
+    async with serving(says("a")) as served:
+        health: Any = health_pb2_grpc.HealthStub(served.channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(service="kvlane.v1.Inference"))
+        assert (await within(watch.read())).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await served.ingress.set_ready(True)
+        assert (await within(watch.read())).status == health_pb2.HealthCheckResponse.SERVING
+        stopping = asyncio.create_task(served.ingress.stop(60))
+        assert (await within(watch.read())).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await within(watch.read())
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        await within(stopping)
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_compressed_requests_are_read(compression: grpc.Compression) -> None:
+    request = pb.GenerateRequest(model="tiny", text="word " * 50_000)
+    async with serving(says("a")) as served:
+        assert [each.text async for each in served.generate(request, compression=compression)] == ["", "a"]
+    assert served.dispatch.requests[0].body == request.SerializeToString()
+
+
+async def test_a_large_request_passes() -> None:
+    request = pb.GenerateRequest(model="tiny", text="x" * (20 << 20))
+    async with serving(says("a")) as served:
+        assert [each.text async for each in served.generate(request)] == ["", "a"]
+    assert served.dispatch.requests[0].body == request.SerializeToString()
+
+
+async def test_binary_metadata_is_no_fault() -> None:
+    metadata = (("some-bin", b"\0\xff\n"), ("x-session-id", "s"))
+    async with serving(says("a")) as served:
+        assert [each.text async for each in served.generate(metadata=metadata)] == ["", "a"]
+    assert served.dispatch.requests[0].session_id == "s"
+
+
+async def test_one_connection_serves_many_calls_one_after_the_other() -> None:
+    async with serving(says("a")) as served:
+        for number in range(300):
+            served.dispatch.script = says(str(number))
+            assert [each.text async for each in served.generate()] == ["", str(number)]
+
+
+async def test_an_ipv6_address_is_served() -> None:
+    ingress = GrpcIngress(GrpcOptions(host="::1", port=0, edge=grpc_serving.EDGE), FakeDispatch(says("a")), FakeFleet())
+    port = await ingress.start()
+    try:
+        async with grpc.aio.insecure_channel(f"[::1]:{port}") as channel:
+            assert [each.text async for each in generate_on(channel)(PROMPT, timeout=10)] == ["", "a"]
+    finally:
+        await ingress.stop(0)
+
+
+async def _reflected(served: Served, version: str = "v1alpha") -> list[str]:
     channel: Any = served.channel
-    stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
-    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    method = channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    call = method(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
     response = await within(call.read())
     return [service.name for service in response.list_services_response.service]
 
 
 async def test_reflection_lists_the_services_and_can_be_turned_off() -> None:
     async with serving(says("a")) as served:
-        assert {"kvlane.v1.Inference", "grpc.health.v1.Health"} <= set(await _reflected(served))
+        for version in ("v1alpha", "v1"):
+            assert {"kvlane.v1.Inference", "grpc.health.v1.Health"} <= set(await _reflected(served, version))
     async with serving(says("a"), reflection=False) as served:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await _reflected(served)
@@ -318,7 +387,7 @@ async def test_stop_ends_what_outlives_the_grace_with_unavailable() -> None:
 
 async def test_two_servers_share_a_port_only_when_told_to() -> None:
     def ingress(port: int, *, reuse_port: bool) -> GrpcIngress:
-        options = GrpcOptions(port=port)
+        options = GrpcOptions(port=port, edge=grpc_serving.EDGE)
         return GrpcIngress(options, FakeDispatch(says()), FakeFleet(), reuse_port=reuse_port)
 
     first = ingress(0, reuse_port=True)
@@ -333,7 +402,7 @@ async def test_two_servers_share_a_port_only_when_told_to() -> None:
 
 async def test_a_port_in_use_is_a_config_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        options = GrpcOptions(port=taken.getsockname()[1])
+        options = GrpcOptions(port=taken.getsockname()[1], edge=grpc_serving.EDGE)
         with pytest.raises(errors.ConfigError, match="cannot listen"):
             await GrpcIngress(options, FakeDispatch(says()), FakeFleet()).start()
 
@@ -407,6 +476,6 @@ async def test_tls_files_that_cannot_be_used_stop_the_start(
     pems: Path, cert: str, key: str, ca: str, text: str
 ) -> None:
     cert, key, ca = (str(pems / file) if file else "" for file in (cert, key, ca))
-    options = GrpcOptions(port=0, tls_cert_file=cert, tls_key_file=key, tls_client_ca_file=ca)
+    options = GrpcOptions(port=0, edge=grpc_serving.EDGE, tls_cert_file=cert, tls_key_file=key, tls_client_ca_file=ca)
     with pytest.raises(errors.ConfigError, match=text):
         await GrpcIngress(options, FakeDispatch(says()), FakeFleet()).start()

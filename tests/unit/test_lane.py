@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from engine.replica import Replica
-from router.errors import ClientTooSlow, InvalidRequest, ReplicaDraining, ReplicaLost
+from router.errors import ClientTooSlow, InvalidRequest, ReplicaDraining, ReplicaFailed, ReplicaLost
 from router.lane import frames
 from router.lane.client import Lane
 from router.lane.frames import CacheReport, End
@@ -604,3 +604,43 @@ async def test_a_cache_report_without_sense_costs_the_replica_its_lane() -> None
     lane.data_received(step(1, CacheReport(1, stored=b"odd")))
     (error,) = listener.lost
     assert "cache report" in error.message
+
+
+class EndingSink(RecordingSink):
+    """Tells last payloads apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lasts: list[bytes] = []
+
+    def last(self, payload: bytes, tokens: int) -> None:
+        self.lasts.append(payload)
+
+
+async def test_a_sink_is_told_which_payload_is_the_last_where_nothing_went_wrong() -> None:
+    lane, _ = open_lane(Listener())
+    sinks = [EndingSink(), EndingSink(), EndingSink()]
+    tasks = [asyncio.create_task(lane.run(make_request(), sink)) for sink in sinks]
+    await asyncio.sleep(0)
+    lane.data_received(step(1, None, *(frames.Output(stream, b"one", 1) for stream in (1, 2, 3))))
+    failed = End("", "replica_failed", "no more")
+    ends = [frames.Output(1, b"two", 1, End("stop")), frames.Output(2, b"two", 1, failed), frames.Output(3, b"two", 1)]
+    lane.data_received(step(2, None, *ends, frames.Output(3, b"", 0, End("stop"))))
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [sink.lasts for sink in sinks] == [[b"two"], [], []]
+    assert [b"".join(sink.payloads) for sink in sinks] == [b"one", b"onetwo", b"onetwo"]
+    assert found[0] == found[2] == End("stop")
+    assert isinstance(found[1], ReplicaFailed)
+
+
+async def test_tokens_are_counted_and_a_request_sees_its_own_steps_load() -> None:
+    lane, _ = open_lane(Listener())
+    task = asyncio.create_task(lane.run(make_request(), RecordingSink()))
+    await asyncio.sleep(0)
+    assert lane.account.view().queue_depth == 1
+    load = Load(running=3)
+    outputs = [frames.Output(1, b"a", 2), frames.Output(9, b"b", 5), frames.Output(1, b"c", 1, End())]
+    lane.data_received(frames.encode(frames.Step(1, 1, load, outputs)))
+    assert lane.tokens == 3, "those of a stream that is not there do not count"
+    assert lane.account.view().queue_depth == 3
+    assert await task == End()

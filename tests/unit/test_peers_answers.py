@@ -23,6 +23,10 @@ def framed(*parts: bytes) -> bytes:
     return HEAD + b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
+def prefixed(message: bytes) -> bytes:
+    return b"\x00" + len(message).to_bytes(4, "big") + message
+
+
 DONE = b"data: [DONE]\n\n"
 STREAM = (event("a01 "), event("b02 "), event("c03 ") + DONE)
 
@@ -116,8 +120,22 @@ def test_grpc_messages_with_text_are_chunks() -> None:
         pb.GenerateResponse(text="a01 "),
         pb.GenerateResponse(text="b02 c03 ", finish_reason="length"),
     ]
-    packed = [message.SerializeToString() for message in messages]
+    packed = [prefixed(message.SerializeToString()) for message in messages]
     total = tally([answer(packed, 3)], read_grpc, 1.0)
     assert (total.requests, total.chunks, total.tokens, total.errors) == (1, 2, 3, 0)
-    broken = tally([answer([b"\xff\xff"], 3)], read_grpc, 1.0)
-    assert broken.errors == 1
+
+
+@given(places=st.lists(st.integers(1, 40), max_size=10))
+def test_messages_may_be_cut_anywhere_and_come_with_their_last_byte(places: list[int]) -> None:
+    raw = b"".join(prefixed(pb.GenerateResponse(text=text).SerializeToString()) for text in ("a01 ", "b02 ", "c03 "))
+    pieces = cut(raw, [place for place in places if place < len(raw)])
+    chunks = read_grpc(answer(pieces, 3))
+    assert [tokens for _, tokens in chunks] == [1, 1, 1]
+    assert chunks[-1][0] == 10.0 + len(pieces)
+
+
+@pytest.mark.parametrize(
+    "raw", [prefixed(b"\xff\xff"), b"\x01" + prefixed(b"")[1:], prefixed(b"whole")[:-1], b"\x00\x00"]
+)
+def test_what_is_no_message_is_an_error(raw: bytes) -> None:
+    assert tally([answer([raw], 3)], read_grpc, 1.0).errors == 1

@@ -13,7 +13,8 @@ import pytest
 from loadtests.peers import load, trivial
 from loadtests.peers.children import free_port
 from loadtests.peers.clients import HttpClient
-from loadtests.peers.load import Prompts
+from loadtests.peers.grpc_client import GrpcClient
+from loadtests.peers.load import Client, Due, Prompts
 
 FIRST_TOKEN_S = 0.03
 BETWEEN_S = 0.01
@@ -90,6 +91,18 @@ async def test_arrivals_do_not_wait_for_answers() -> None:
     assert min(tally.ttft_s) >= FIRST_TOKEN_S * 0.9
 
 
+async def test_an_open_loop_asks_each_at_its_time_and_waits_where_too_many_are_under_way() -> None:
+    server = Known()
+    due = [Due(0.0, 2, lambda: "one"), Due(0.05, 4, lambda: "two"), Due(0.07, 1, lambda: "three")]
+    async with server.serving() as port:
+        tally = await load.open_loop(HttpClient([port]), due, 1, limit_s=20)
+    assert server.prompts == ["one", "two", "three"]
+    assert server.connections == 1
+    assert (tally.requests, tally.tokens, tally.errors) == (3, 7, 0)
+    assert tally.wall_s == tally.seconds
+    assert 0 < tally.cpu_s < tally.wall_s
+
+
 async def test_saturation_counts_only_its_own_time() -> None:
     server = Known()
     async with server.serving() as port:
@@ -164,12 +177,14 @@ async def test_no_two_prompts_are_alike_unless_asked_for() -> None:
     assert len(set(server.prompts)) == 3
 
 
-async def test_the_trivial_server_writes_what_is_asked() -> None:
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+async def test_the_trivial_server_writes_what_is_asked(protocol: str) -> None:
     port = free_port()
-    task = asyncio.create_task(trivial.serve(port))
+    client: Client = GrpcClient(port) if protocol == "grpc" else HttpClient([port])
+    task = asyncio.create_task(trivial.serve(protocol, port))
     async with asyncio.timeout(10):
         while True:
-            tally = await load.closed_loop(HttpClient([port]), 3, 7, Prompts(4.0), rounds=2, limit_s=20)
+            tally = await load.closed_loop(client, 3, 7, Prompts(4.0), rounds=2, limit_s=20)
             if "no connection" not in "".join(tally.causes):
                 break
     task.cancel()

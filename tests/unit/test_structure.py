@@ -33,6 +33,7 @@ STAGES = {
     "router.load",
     "router.observe",
 }
+SUPERVISION = {"router.control", "router.listeners", "router.observe.merge", "router.observe.workers"}
 # What a module or package may import of ours beyond itself; the longest name that fits a module counts. A name stands
 # for all that is in it.
 ALLOWED: dict[str, set[str]] = {
@@ -56,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     | SEAMS
     | {"router.admission", "router.prefix.prefixes", "router.replicas"},  # It reads their figures.
     # Where stages meet.
-    "router.replicas": WORDS | SEAMS | {"router.lane.client", "router.load"},
+    "router.replicas": WORDS | SEAMS | {"router.lane.client", "router.lane.meter", "router.load"},
     "router.receipts": WORDS | SEAMS,
     "router.dispatch": WORDS | SEAMS | {"router.admission", "router.prefix", "router.receipts", "router.replicas"},
     "router.app": {"router"},
@@ -69,10 +70,20 @@ ALLOWED: dict[str, set[str]] = {
     "router.config": WORDS | {"router.fields", "router.policies.registry"},
     "router.reference": {"router.config", "router.fields"},
     "router.testing": WORDS | SEAMS,
-    "router.workers": WORDS | {"router.app"},
+    "router.garbage": set(),
+    "router.signals": set(),
+    # A supervisor and its workers.
+    "router.control": WORDS | {"router.observe.merge"},
+    "router.listeners": WORDS,
+    "router.worker_process": WORDS | SUPERVISION,
+    "router.generation": WORDS | SUPERVISION | {"router.worker_process"},
+    "router.supervisor": WORDS | SUPERVISION | {"router.generation", "router.worker_process"},
+    "router.serving": WORDS | {"router.app", "router.control", "router.garbage", "router.signals"},
+    "router.workers": WORDS
+    | {"router.control", "router.listeners", "router.serving", "router.signals", "router.supervisor"},
     "router.demo": {"kvlane"},
     "router.up": WORDS
-    | {"router.app", "router.demo", "router.workers", "engine.deployment"}
+    | {"router.app", "router.control", "router.demo", "engine.deployment"}
     | {"router.membership.directory", "router.membership.directory_client"},
     "router.__main__": WORDS
     | {"router.config", "router.fields", "router.policies.registry", "router.up", "router.workers"},

@@ -22,6 +22,7 @@ from router.errors import (
     Overloaded,
     ReplicaLost,
 )
+from router.ingress.http_response import Exchange
 from router.types import Candidate, Request, Sink
 from tests.unit.http_ingress.serving import CHAT, JSON, SSE, echo, get, post, receipt, served, stream
 
@@ -583,3 +584,83 @@ async def test_a_receipt_with_candidates_goes_out_as_one_header() -> None:
     route = answer.headers["x-kvlane-route"]
     assert route.startswith("replica=r-1;policy=random;reason=random;queue=3;candidates=replica-0(matched=1 ")
     assert len(route) < 2200
+
+
+def finished(request: Request, sink: Sink) -> Exchange:
+    """The exchange that was told its head and receipt."""
+    assert isinstance(sink, Exchange)
+    sink.routed(receipt(request))
+    sink.head(200, SSE)
+    return sink
+
+
+@pytest.mark.parametrize("before", [0, 1])
+async def test_the_last_payload_and_the_end_are_one_write(before: int) -> None:
+    writes: list[bytes] = []
+
+    async def short(request: Request, sink: Sink) -> None:
+        exchange = finished(request, sink)
+        write = exchange._write
+        exchange._write = lambda data: (writes.append(data), write(data))
+        for _ in range(before):
+            exchange.data(b"data: one\n\n", 1)
+        exchange.last(b"data: two\n\n", 1)
+
+    async with served(short) as serving:
+        client = await serving.connect()
+        for _ in range(2):  # The connection is good for another request.
+            client.write(post())
+            answer = await client.answer()
+            assert (answer.status, answer.body) == (200, b"data: one\n\n" * before + b"data: two\n\n")
+        await client.close()
+    assert len(writes) == 2
+    assert all(write.endswith(b"b\r\ndata: two\n\n\r\n0\r\n\r\n") for write in writes)
+
+
+async def test_a_last_payload_for_a_client_that_does_not_keep_up_waits_its_turn() -> None:
+    async def short(request: Request, sink: Sink) -> None:
+        exchange = finished(request, sink)
+        exchange.data(b"data: one\n\n", 1)
+        (connection,) = serving.ingress._connections
+        connection.pause_writing()
+        exchange.last(b"data: two\n\n", 1)
+        asyncio.get_running_loop().call_soon(connection.resume_writing)
+
+    async with served(short) as serving:
+        answer = await serving.say(post())
+    assert answer.body == b"data: one\n\ndata: two\n\n"
+
+
+@pytest.mark.parametrize("lines", [JSON, (*JSON, ("content-length", "2"))])
+async def test_a_last_payload_is_framed_as_the_answer_is(lines: tuple[tuple[str, str], ...]) -> None:
+    async def short(request: Request, sink: Sink) -> None:
+        assert isinstance(sink, Exchange)
+        sink.head(200, lines)
+        sink.last(b"{}", 0)
+
+    async with served(short) as serving:
+        assert (await serving.say(post())).body == b"{}"
+        request = post().replace(b"HTTP/1.1", b"HTTP/1.0")
+        assert (await serving.say(request)).body == b"{}"
+
+
+async def test_an_answer_that_is_whole_stays_so_whatever_happens_after() -> None:
+    async def short(request: Request, sink: Sink) -> None:
+        finished(request, sink).last(b"data: one\n\n", 1)
+        raise ReplicaLost("too late to matter")
+
+    async with served(short) as serving:
+        client = await serving.connect()
+        for _ in range(2):
+            client.write(post())
+            assert (await client.answer()).body == b"data: one\n\n"
+        await client.close()
+
+
+async def test_a_last_payload_without_a_head_is_a_failure_of_the_replica() -> None:
+    async def short(request: Request, sink: Sink) -> None:
+        assert isinstance(sink, Exchange)
+        sink.last(b"data: one\n\n", 1)
+
+    async with served(short) as serving:
+        assert (await serving.say(post())).status == 500

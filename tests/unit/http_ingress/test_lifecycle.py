@@ -274,10 +274,10 @@ async def test_stopping_ends_what_outlasts_the_grace_with_an_explicit_error() ->
 async def test_it_serves_on_a_socket_it_is_given() -> None:
     async with served() as serving:
         await serving.ingress.stop(0)
-        sock = socket.create_server(("127.0.0.1", 0))
-        serving.port = sock.getsockname()[1]
-        assert await serving.ingress.start(sock) == serving.port
-        assert (await serving.say(get("/healthz"))).body == b"ok"
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            serving.port = sock.getsockname()[1]
+            await serving.ingress.listen([sock])
+            assert (await serving.say(get("/healthz"))).body == b"ok"
 
 
 async def test_a_stream_that_breaks_in_http_1_0_tells_so_and_closes() -> None:

@@ -1,0 +1,243 @@
+"""`python -m loadtests stalls`: whether long prompts, large bodies or stalled clients hold up other streams.
+
+Streams of one model are read while another model's requests disturb the same router, each kind between two quiet
+times. The two models' engines are in processes of their own, and so are those who disturb, so that only the router is
+shared. A token is late by what its gap is longer than a step. The machine's other processes make tokens late too, so
+the router's own part is told beside it: the longest times that its event loop computed without a pause, in CPU time,
+in which no stream could get its token; and from its metrics, how late its timers ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import uvloop
+
+from loadtests import loop_lag, watched
+from loadtests.arguments import Parser, many, number
+from loadtests.loop_lag import Lag
+from loadtests.peers import load
+from loadtests.peers.children import leaving_nothing
+from loadtests.peers.clients import HttpClient
+from loadtests.peers.load import HttpCaller, Prompts, http_request
+from loadtests.peers.measure import percentile
+from loadtests.peers.replicas import EngineOrder, Replicas
+from loadtests.processes import replica_process, router
+from loadtests.results import Row, spread, table, write_json
+from loadtests.watched import Told
+
+OTHER: Final = "other"
+"""The model of those who disturb."""
+PROMPT_KB, PROMPTS_PER_S = 32.0, 20.0
+BODY_KB, BODIES_PER_S = 10.0 * 1024, 2.0
+STALLED, STALLED_TOKENS = 16, 1_000_000
+SETTLE_S: Final = 0.5
+"""For what a disturbance left behind, and at first for connections to open."""
+QUIET: Final = "quiet"
+KINDS: Final = {
+    "prompts": f"{PROMPTS_PER_S:g} prompts of {PROMPT_KB:g} KB a second",
+    "bodies": f"{BODIES_PER_S:g} bodies of {BODY_KB / 1024:g} MB a second",
+    "stalled": f"{STALLED} clients that do not read",
+}
+COLUMNS: Final = {
+    "what": "beside the streams",
+    "late_p50_ms": "token late p50, ms",
+    "late_p99_ms": "p99, ms",
+    "late_max_ms": "max, ms",
+    "added_p99_ms": "added to quiet p99, ms",
+    "added_max_ms": "max, ms",
+    "busy_p99_ms": "router busy without a pause p99, ms",
+    "busy_p999_ms": "p99.9, ms",
+    "busy_max_ms": "max, ms",
+    "busy_over_5_ms": "over 5 ms",
+    "lag_p99_ms": "loop lag p99 at most, ms",
+    "errors": "errors",
+}
+
+
+class Window(msgspec.Struct):
+    """What one time showed."""
+
+    late_ms: list[float]
+    lag: Lag
+    told: Told
+    errors: int
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status 0; 1 where a stream was not whole, 2 where the arguments make no sense."""
+    try:
+        args = _parser().parse_args(argv)
+    except ValueError as error:
+        print(f"stalls: {error}", file=sys.stderr)
+        return 2
+    with leaving_nothing():
+        rows = measure(args)
+    print(table(rows, COLUMNS))
+    write_json(args.json, rows)
+    return 1 if any(row["errors"] for row in rows) else 0
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """A row for each kind, the quiet times first."""
+    windows: dict[str, list[tuple[Window, Window]]] = {kind: [] for kind in args.kinds}
+    with ExitStack() as stack:
+        own = _order(args.replicas, args.step_ms)
+        _, addresses = stack.enter_context(replica_process("loadtests.peers.replicas", own))
+        other = replica_process("loadtests.peers.replicas", _order(2, 2.0), model=OTHER)
+        _, others = stack.enter_context(other)
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "told"
+        command = watched.command(file)
+        pid, port, _ = stack.enter_context(router([*addresses, *others], args.policy, command=command))
+        where = _Router(pid, port, file)
+        for rep in range(args.reps):
+            for kind in args.kinds[:: -1 if rep % 2 else 1]:
+                uvloop.run(_streams(port, args, SETTLE_S))
+                quiet = _window(where, args)
+                with _disturbed(kind, port):
+                    windows[kind].append((_window(where, args), quiet))
+                print(f"stalls: {kind}, repetition {rep + 1}", file=sys.stderr, flush=True)
+    quiet_times = [quiet for pairs in windows.values() for _, quiet in pairs]
+    rows = [row(QUIET, [(quiet, quiet) for quiet in quiet_times])]
+    return rows + [row(KINDS[kind], pairs) for kind, pairs in windows.items()]
+
+
+def row(what: str, pairs: Sequence[tuple[Window, Window]]) -> Row:
+    """`pairs` are times with a disturbance, each with the quiet one before it."""
+    loud = [window for window, _ in pairs]
+    return {
+        "what": what,
+        **spread("late_p50_ms", [percentile(each.late_ms, 50) for each in loud]),
+        **spread("late_p99_ms", [percentile(each.late_ms, 99) for each in loud]),
+        **spread("late_max_ms", [max(each.late_ms) for each in loud]),
+        **spread("added_p99_ms", [percentile(a.late_ms, 99) - percentile(b.late_ms, 99) for a, b in pairs]),
+        **spread("added_max_ms", [max(a.late_ms) - max(b.late_ms) for a, b in pairs]),
+        **spread("lag_p99_ms", [each.lag.p99_ms for each in loud]),
+        **spread("busy_p99_ms", [each.told.stretch_ms(0.99) for each in loud]),
+        **spread("busy_p999_ms", [each.told.stretch_ms(0.999) for each in loud]),
+        **spread("busy_max_ms", [each.told.stretch_ms(1.0) for each in loud]),
+        "busy_over_5_ms": sum(each.told.longer(5.0) for each in loud),
+        "lag_over_5_ms": sum(each.lag.over_5_ms for each in loud),
+        "tokens": sum(len(each.late_ms) for each in loud),
+        "errors": sum(each.errors for each in loud),
+    }
+
+
+def _order(replicas: int, step_ms: float) -> str:
+    order = Replicas(replicas, EngineOrder(options={"step_ms": step_ms, "spread": True}))
+    return msgspec.json.encode(order).decode()
+
+
+class _Router(msgspec.Struct, frozen=True):
+    pid: int
+    port: int
+    file: Path
+
+
+def _window(router: _Router, args: argparse.Namespace) -> Window:
+    before = loop_lag.scrape(router.port)
+    watched.ask(router.pid, router.file)
+    late, errors = uvloop.run(_streams(router.port, args, args.seconds))
+    told = watched.ask(router.pid, router.file)
+    return Window(late, loop_lag.between(before, loop_lag.scrape(router.port)), told, errors)
+
+
+async def _streams(port: int, args: argparse.Namespace, seconds: float) -> tuple[list[float], int]:
+    """By how much tokens were late, in milliseconds, and how many streams were not whole."""
+    tokens = max(2, int(seconds * 1e3 / args.step_ms))
+    tally = await load.closed_loop(
+        HttpClient([port]), args.streams, tokens, Prompts(1.0), rounds=1, limit_s=2 * seconds + 30
+    )
+    return [max(0.0, 1e3 * gap - args.step_ms) for gap in tally.gaps_s], tally.errors
+
+
+# -- those who disturb
+
+
+@contextmanager
+def _disturbed(kind: str, port: int) -> Iterator[None]:
+    """A process that disturbs until the end."""
+    command = [sys.executable, "-m", "loadtests.stalls", kind, str(port)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdout.readline()  # It has begun.
+            yield
+        finally:
+            process.stdin.close()
+
+
+async def _disturb(kind: str, port: int) -> None:
+    closed = asyncio.Event()
+    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), closed.set)
+    task = asyncio.create_task(_stall(port) if kind == "stalled" else _ask(kind, port))
+    sys.stdout.write("begun\n")
+    sys.stdout.flush()
+    ended = asyncio.create_task(closed.wait())
+    await asyncio.wait([task, ended], return_when=asyncio.FIRST_COMPLETED)
+    for each in (task, ended):
+        each.cancel()
+    await asyncio.gather(task, ended, return_exceptions=True)
+    if not ended.cancelled() and not closed.is_set():
+        task.result()
+
+
+async def _ask(kind: str, port: int) -> None:
+    kilobytes, rate = (PROMPT_KB, PROMPTS_PER_S) if kind == "prompts" else (BODY_KB, BODIES_PER_S)
+    prompts, caller = Prompts(kilobytes), HttpCaller(port, OTHER)
+    while True:
+        answer = await caller.ask(prompts.next(0), 1)
+        if answer.failure:
+            raise RuntimeError(answer.failure)
+        await asyncio.sleep(1 / rate)
+
+
+async def _stall(port: int) -> None:
+    """Asks for long answers and reads none of them."""
+    prompts, held = Prompts(1.0), []
+    for _ in range(STALLED):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", port))
+        client.sendall(http_request(prompts.next(0), STALLED_TOKENS, OTHER))
+        held.append(client)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        for client in held:
+            client.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("python -m loadtests stalls", description=__doc__)
+    whole, positive = number(int, least=1), number(float, above=0)
+    parser.add_argument("--kinds", type=many(_kind), default=list(KINDS), help=f"by commas: {', '.join(KINDS)}")
+    parser.add_argument("--replicas", type=whole, default=8, help="whose steps come at times of their own")
+    parser.add_argument("--streams", type=whole, default=32)
+    parser.add_argument("--step-ms", type=positive, default=10.0)
+    parser.add_argument("--policy", default="cost")
+    parser.add_argument("--seconds", type=positive, default=5.0, help="of each quiet and each disturbed time")
+    parser.add_argument("--reps", type=whole, default=5)
+    parser.add_argument("--json", metavar="FILE", default="", help="write the rows here as well")
+    return parser
+
+
+def _kind(name: str) -> str:
+    if name not in KINDS:
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(KINDS)}")
+    return name
+
+
+if __name__ == "__main__":
+    uvloop.run(_disturb(sys.argv[1], int(sys.argv[2])))

@@ -1,0 +1,124 @@
+"""The workers of one configuration, each kept alive until the generation drains or closes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from router.listeners import Listeners
+from router.observe.workers import WorkerMetrics
+from router.options import Config
+from router.worker_process import State, WorkerProcess
+
+log = logging.getLogger(__name__)
+
+RESTART_MIN_S: Final = 1.0
+RESTART_MAX_S: Final = 30.0
+"""Between two starts of a worker that dies again and again."""
+STEADY_S: Final = 60.0
+"""A worker that lived so long is not in a crash loop: it is started again at once."""
+
+
+def restart_delay_s(early_ends: int) -> float:
+    """How long to wait with another start after so many lives in a row that were too short: 0, 1, 2, 4 … 30 s."""
+    return 0.0 if early_ends <= 1 else min(RESTART_MAX_S, RESTART_MIN_S * 2.0 ** min(early_ends - 2, 10))
+
+
+class Generation:
+    """Starts its workers when it is made, in the running loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        listeners: Listeners,
+        metrics: WorkerMetrics,
+        changed: Callable[[], None],
+        scraped: Callable[[WorkerProcess, int], None],
+        gone: Callable[[WorkerProcess], None],
+    ) -> None:
+        """`changed` and `scraped` are the workers' (see `WorkerProcess.start`); `gone` takes each that has ended."""
+        self.workers: dict[int, WorkerProcess] = {}
+        """Those that run, by number."""
+        self.failed = asyncio.Event()
+        """One ended that was never ready."""
+        self.status = 0
+        """Its exit status."""
+        self._config = config
+        self._listeners = listeners
+        self._metrics = metrics
+        self._changed = changed
+        self._scraped = scraped
+        self._gone = gone
+        self._draining = False
+        self._keepers = [
+            asyncio.create_task(self._keep(number), name=f"worker {number}") for number in range(config.workers)
+        ]
+
+    @property
+    def started(self) -> bool:
+        """Whether all its workers can listen."""
+        return self._all(State.STARTED, State.READY)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all its workers are ready."""
+        return self._all(State.READY)
+
+    def _all(self, *states: State) -> bool:
+        running = self.workers.values()
+        return len(running) == self._config.workers and all(worker.state in states for worker in running)
+
+    async def drain(self, limit_s: float) -> None:
+        """Lets its workers finish what they have, and returns when all have ended."""
+        self._draining = True
+        for worker in tuple(self.workers.values()):
+            worker.drain(limit_s)
+        for number, keeper in enumerate(self._keepers):
+            if number not in self.workers:
+                keeper.cancel()  # It waits to start one again.
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Stops its workers and waits for their end."""
+        self._draining = True
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+
+    async def _keep(self, number: int) -> None:
+        """Runs one worker, again when it dies."""
+        early_ends, once_ready = 0, False
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            try:
+                status, was_ready = await self._live(number)
+            except OSError as error:
+                log.error("worker %d could not be started: %s", number, error)
+                status, was_ready = 1, False
+            if self._draining:
+                return
+            once_ready = once_ready or was_ready
+            if not once_ready:
+                self.status = status or 1
+                self.failed.set()
+                self._changed()
+                return
+            early_ends = early_ends + 1 if loop.time() - began < STEADY_S else 1
+            self._metrics.restarted()
+            delay_s = restart_delay_s(early_ends)
+            log.error("worker %d ended with status %d; it is started again in %.0f s", number, status, delay_s)
+            await asyncio.sleep(delay_s)
+
+    async def _live(self, number: int) -> tuple[int, bool]:
+        """One worker's life: its exit status, and whether it was ever ready."""
+        worker = await WorkerProcess.start(number, self._config, self._listeners, self._changed, self._scraped)
+        self.workers[number] = worker
+        try:
+            status = await worker.run()
+        finally:
+            del self.workers[number]
+            self._gone(worker)
+        return status, worker.was_ready

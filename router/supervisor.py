@@ -1,0 +1,197 @@
+"""The supervisor: keeps the asked number of workers alive, and replaces them by others with a new configuration.
+
+Job: start workers, restart those that die, reload, and add up their figures. Rule: a worker is replaced before it is
+taken away: its successor is ready and has the sockets, with whatever waits there, before it is told to drain. The
+supervisor owns the listening sockets and the processes; it serves nothing itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Final
+
+from router.errors import ConfigError
+from router.generation import Generation
+from router.listeners import Listeners, share
+from router.observe.merge import Families, exposition, merge, remains
+from router.observe.workers import WorkerMetrics
+from router.options import Config
+from router.worker_process import State, WorkerProcess
+
+log = logging.getLogger(__name__)
+
+READY_LIMIT_S: Final = 120.0
+"""For the workers of a new configuration to become ready, where those of the old one are."""
+DRAIN_LIMIT_S: Final = 3600.0
+"""For the streams of replaced workers to end."""
+COLLECT_LIMIT_S: Final = 2.0
+"""For a worker to tell its figures; a healthy one takes milliseconds."""
+
+
+class Supervisor:
+    """Runs workers until told to stop."""
+
+    def __init__(self, config: Config, read_again: Callable[[], Config] | None) -> None:
+        """Binds the ports. `read_again` reads the configuration anew; None where there is nothing to read it from.
+
+        Raises `ConfigError`.
+        """
+        self._read_again = read_again
+        self._listeners = Listeners(config)
+        self._generations: list[Generation] = []
+        """The last serves; those before it drain."""
+        self._ended: Families = []
+        """What workers had counted that have ended."""
+        self._metrics = WorkerMetrics(self._states)
+        self._news = asyncio.Event()
+        self._hangup = asyncio.Event()
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    async def run(self, config: Config, ready: Callable[[Listeners], None], stop: asyncio.Event) -> int:
+        """Until `stop` is set; returns the exit status. `ready` is called once all workers are.
+
+        That is the status of a worker that ended before it was ever ready, where that happens at the start: another
+        try would end the same way.
+        """
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hangup.set)
+        first = self._generation(config, self._listeners)
+        self._generations.append(first)
+        self._own(self._announce(ready), "announce")
+        self._own(self._reloads(), "reloads")
+        ends = [asyncio.create_task(stop.wait()), asyncio.create_task(first.failed.wait())]
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return first.status
+        finally:
+            # First of all, so that nobody new waits for workers that accept no more.
+            self._listeners.close()
+            for task in (*ends, *self._tasks):
+                task.cancel()
+            await asyncio.gather(*ends, *self._tasks, return_exceptions=True)
+            await asyncio.gather(*(generation.close() for generation in self._generations))
+
+    def _generation(self, config: Config, listeners: Listeners) -> Generation:
+        return Generation(config, listeners, self._metrics, self._changed, self._scraped, self._gone)
+
+    def _own(self, work: Coroutine[object, object, object], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("%s failed; the workers go on without it", task.get_name(), exc_info=error)
+
+    # Who listens where.
+
+    def _changed(self) -> None:
+        """Some worker's state is another."""
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+        if self._generations:
+            self._share_out()
+
+    def _share_out(self) -> None:
+        """Tells the workers that serve which slots are theirs."""
+        workers = self._generations[-1].workers
+        ready = [number for number, worker in workers.items() if worker.state is State.READY]
+        started = [number for number, worker in workers.items() if worker.state is State.STARTED]
+        shares = share(self._listeners.slots, ready, started)
+        for number, worker in workers.items():
+            if worker.state in (State.STARTED, State.READY):
+                worker.listen(shares.get(number, ()))
+
+    async def _announce(self, ready: Callable[[Listeners], None]) -> None:
+        while not self._generations[-1].ready:
+            await self._news.wait()
+        ready(self._listeners)
+
+    # Reloads.
+
+    async def _reloads(self) -> None:
+        while True:
+            await self._hangup.wait()
+            self._hangup.clear()
+            outcome = await self._reload()
+            self._metrics.reloaded(outcome)
+
+    async def _reload(self) -> str:
+        log.info("reloading the configuration")
+        if self._read_again is None:
+            log.error("reload refused: this router was not started from a configuration that could be read again")
+            return "refused"
+        try:
+            config = self._read_again()
+            listeners = Listeners(config, self._listeners)
+        except ConfigError as error:
+            log.error("reload refused, the configuration in use stays: %s", error.message)
+            return "refused"
+        old, new = self._generations[-1], self._generation(config, listeners)
+        taken_over = False
+        try:
+            taken_over = await self._can_take_over(new, old)
+        finally:
+            if not taken_over:
+                await new.close()
+                listeners.abandon()
+        if not taken_over:
+            log.error("reload failed, the configuration in use stays: its workers did not become ready")
+            return "failed"
+        self._listeners = listeners
+        self._generations.append(new)
+        self._share_out()
+        self._own(self._drain(old), "drain")
+        for address in listeners.dropped:
+            address.close()
+        logging.getLogger().setLevel(config.log.level.upper())
+        log.info("reloaded: %d workers serve, %d finish what they have", len(new.workers), len(old.workers))
+        return "ok"
+
+    async def _can_take_over(self, new: Generation, old: Generation) -> bool:
+        """Waits until the new workers are as ready as the old ones; False where they do not become so."""
+        try:
+            async with asyncio.timeout(READY_LIMIT_S):
+                while not (new.ready or (new.started and not old.ready)):
+                    if new.failed.is_set():
+                        return False
+                    await self._news.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _drain(self, generation: Generation) -> None:
+        await generation.drain(DRAIN_LIMIT_S)
+        self._generations.remove(generation)
+
+    # Figures.
+
+    def _gone(self, worker: WorkerProcess) -> None:
+        """It has ended and is none of its generation's workers any more: what it had counted stays."""
+        self._ended = merge([self._ended, remains(worker.figures)])
+        self._changed()
+
+    def _workers(self) -> list[WorkerProcess]:
+        return [worker for generation in self._generations for worker in generation.workers.values()]
+
+    def _states(self) -> dict[str, int]:
+        counts = Counter(worker.state for worker in self._workers())
+        return {state.value: counts[state] for state in State}
+
+    def _scraped(self, worker: WorkerProcess, number: int) -> None:
+        self._own(self._tell(worker, number), "scrape")
+
+    async def _tell(self, asking: WorkerProcess, number: int) -> None:
+        workers = self._workers()
+        answered = await asyncio.gather(*(worker.collect(COLLECT_LIMIT_S) for worker in workers))
+        fresh = {worker for worker, has in zip(workers, answered, strict=True) if has}
+        # Those that there are now: one that ended meanwhile is among the ended, and must not count twice.
+        there = self._workers()
+        counted = [worker for worker in there if worker in fresh]
+        silent = [remains(worker.figures) for worker in there if worker not in fresh]
+        figures = [self._metrics.snapshot(len(counted)), *(worker.figures for worker in counted), *silent, self._ended]
+        asking.page(number, exposition(merge(figures)))

@@ -1,0 +1,170 @@
+"""`kvlane serve` as an operator runs it, over simulated replicas, and a load that counts what fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from kvlane.client import Client
+
+from loadtests.engines import SECRET
+from loadtests.processes import MODEL, descendants
+from tests.integration.ray_local import alive, wait_until
+
+STOP_DEADLINE_S = 60.0
+TOKENS = 40
+_SAMPLE = re.compile(r"^(\w+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
+_READY = re.compile(r"^ready http=http://\S+:(\d+) grpc=\S+:(\d+) admin=http://\S+:(\d+)$")
+
+
+class Served:
+    """A running `kvlane serve`."""
+
+    process: subprocess.Popen[str]
+    http = grpc = admin = 0
+    """Its ports."""
+
+    def __init__(self, folder: Path, addresses: list[dict[str, Any]]) -> None:
+        self.config = folder / "config.toml"
+        self._log = folder / "log"
+        self._addresses = addresses
+
+    def write(self, text: str = "", *, workers: int = 2, secret: str = "secret") -> None:
+        """Its configuration file, with more TOML at the end."""
+        lines = [f"workers = {workers}", "[http]", "port = 0", "[grpc]", "port = 0"]
+        lines += ["[admin]", "enabled = true", "port = 0", "[membership]", 'kind = "static"']
+        for address in self._addresses:
+            lines += ["[[membership.replicas]]", f'name = "{address["replica"]}"', f"port = {address['lane']}"]
+            lines.append(f'secret_file = "{self.config.with_name(secret)}"')
+        self.config.write_text("\n".join([*lines, text]))
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def workers(self) -> set[int]:
+        return set(descendants(self.process.pid))
+
+    def reload(self) -> None:
+        """Asks for it, and waits until it has come to an end."""
+        before = self._reloads()
+        self.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: self._reloads() != before, "the reload has ended")
+
+    def _reloads(self) -> dict[str, float]:
+        return {name: value for name, value in self.metrics().items() if name.startswith("kvlane_reloads_total")}
+
+    def metrics(self, port: int = 0) -> dict[str, float]:
+        """All samples, by name and labels; from the public port unless another is given."""
+        answer = httpx.get(f"http://127.0.0.1:{port or self.http}/metrics", timeout=30)
+        answer.raise_for_status()
+        return {name: float(value) for name, value in _SAMPLE.findall(answer.text)}
+
+
+@contextmanager
+def serving(folder: Path, addresses: list[dict[str, Any]], text: str = "", workers: int = 2) -> Iterator[Served]:
+    """The command with that configuration, ready."""
+    (folder / "secret").write_bytes(SECRET)
+    command = [sys.executable, "-m", "router", "serve", "--config", str(folder / "config.toml")]
+    with (folder / "log").open("w") as log:
+        served = Served(folder, addresses)
+        served.write(text, workers=workers)
+        served.process = process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        assert process.stdout is not None
+        ready = _READY.match(process.stdout.readline())
+        assert ready is not None, served.log()
+        served.http, served.grpc, served.admin = map(int, ready.groups())
+        yield served
+    finally:
+        started = [process.pid, *served.workers()]
+        process.terminate()
+        try:
+            process.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        wait_until(lambda: not any(map(alive, started)), "no process is left")
+
+
+class Load:
+    """What clients of all kinds got while it ran."""
+
+    def __init__(self, served: Served) -> None:
+        self.whole: Counter[str] = Counter()
+        """Answers that came whole, by kind of client."""
+        self.broken: list[str] = []
+        self._served = served
+        self._over = False
+
+    @asynccontextmanager
+    async def running(self, *, streams: int = 8, callers: int = 4, newcomers: int = 4) -> AsyncIterator[None]:
+        """Streams over kept HTTP connections, gRPC streams, and requests on a connection of their own each."""
+        limits = httpx.Limits(max_connections=streams)
+        async with (
+            httpx.AsyncClient(timeout=60, limits=limits) as http,
+            Client(f"127.0.0.1:{self._served.grpc}") as grpc,
+        ):
+            tasks = [asyncio.create_task(self._repeat("http", self._stream, http)) for _ in range(streams)]
+            tasks += [asyncio.create_task(self._repeat("grpc", self._call, grpc)) for _ in range(callers)]
+            tasks += [asyncio.create_task(self._repeat("new", self._come_and_go, None)) for _ in range(newcomers)]
+            try:
+                yield
+            finally:
+                self._over = True
+                await asyncio.gather(*tasks)
+
+    async def more(self, count: int = 20) -> None:
+        """Returns once each kind of client got so many more answers."""
+        wanted = {kind: self.whole[kind] + count for kind in tuple(self.whole)}
+        async with asyncio.timeout(60):
+            while any(self.whole[kind] < least for kind, least in wanted.items()):
+                await asyncio.sleep(0.02)
+
+    async def _repeat(self, kind: str, ask: Any, client: Any) -> None:
+        self.whole[kind] += 0
+        while not self._over:
+            try:
+                fault = await ask(client)
+            except Exception as error:
+                fault = repr(error)
+            if fault:
+                self.broken.append(f"{kind}: {fault}")
+                await asyncio.sleep(0.05)
+            else:
+                self.whole[kind] += 1
+
+    async def _stream(self, client: httpx.AsyncClient) -> str:
+        body = {"model": MODEL, "prompt": "hello", "max_tokens": TOKENS, "stream": True}
+        async with client.stream("POST", f"http://127.0.0.1:{self._served.http}/v1/completions", json=body) as answer:
+            lines = [line async for line in answer.aiter_lines() if line]
+        chunks = sum(line.startswith("data: {") for line in lines)
+        whole = answer.status_code == 200 and lines[-1] == "data: [DONE]" and chunks >= TOKENS
+        return "" if whole else f"{answer.status_code}, {chunks} chunks, {lines[-1:]}"
+
+    async def _call(self, client: Client) -> str:
+        deltas = [delta async for delta in client.generate(MODEL, "hello", max_tokens=TOKENS, timeout_s=60)]
+        tokens = sum(len(delta.token_ids) for delta in deltas)
+        return "" if tokens == TOKENS else f"{tokens} tokens"
+
+    async def _come_and_go(self, _: None) -> str:
+        body = json.dumps({"model": MODEL, "prompt": "hello", "max_tokens": 1}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
+        async with asyncio.timeout(30):
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._served.http)
+            try:
+                writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+                answer = await reader.read()
+            finally:
+                writer.close()
+        return "" if answer.startswith(b"HTTP/1.1 200 ") else repr(answer[:80])

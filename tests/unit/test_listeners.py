@@ -1,0 +1,159 @@
+"""The sockets that workers share, and who of them listens on which."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import msgspec
+import pytest
+
+from router.errors import ConfigError
+from router.listeners import MAX_PORT, Listeners, admin_port, share
+from router.options import AdminOptions, Config, GrpcOptions, HttpOptions
+
+Make = Callable[..., Listeners]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    with ExitStack() as stack:
+
+        def listeners(config: Config, before: Listeners | None = None) -> Listeners:
+            made = Listeners(config, before)
+            stack.callback(made.close)
+            return made
+
+        yield listeners
+
+
+def config(workers: int = 2, **fields: Any) -> Config:
+    parts: dict[str, Any] = {"http": HttpOptions(port=0), "grpc": GrpcOptions(port=0)} | fields
+    return Config(workers=workers, **parts)
+
+
+def port_of(listeners: Listeners) -> int:
+    assert listeners.http is not None
+    return listeners.http.port
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as client:
+        client.settimeout(5)
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_every_worker_has_a_socket_at_each_address(make: Make) -> None:
+    found = make(config(3, admin=AdminOptions(enabled=True, port=0)))
+    assert found.http is not None
+    assert found.grpc is not None
+    assert [len(found.http.slots), len(found.grpc.slots), len(found.admin)] == [3, 3, 3]
+    ports = {sock.getsockname()[1] for slot in found.http.slots for sock in slot}
+    assert ports == {found.http.port}
+    assert found.slots == 3
+    settled = [found.settled(config(3, admin=AdminOptions(enabled=True, port=0)), worker) for worker in range(3)]
+    assert {each.http.port for each in settled} == {found.http.port}
+    assert len({each.admin.port for each in settled}) == 3
+    assert all(each.workers == 1 for each in settled)
+
+
+def test_nobody_is_accepted_before_a_worker_listens_and_nobody_is_reset_when_it_ceases(make: Make) -> None:
+    found = make(config(1))
+    assert not accepts(port_of(found))
+    assert found.http is not None
+    ((sock,),) = found.http.slots
+    with sock.dup() as workers:
+        workers.listen()
+        client = socket.create_connection(("127.0.0.1", port_of(found)), timeout=5)
+    with client, sock.dup() as successors:  # The first has closed its socket, and the client waits in the queue.
+        successors.settimeout(5)
+        accepted, _ = successors.accept()
+        accepted.sendall(b"served")
+        accepted.close()
+        assert client.recv(10) == b"served"
+
+
+def test_a_port_that_somebody_listens_on_is_refused_even_where_it_could_be_shared(make: Make) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f":{port}: Address already in use"):
+            make(config(http=HttpOptions(port=port)))
+
+
+def test_a_host_that_cannot_be_found_is_refused(make: Make) -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on 203\.0\.113\.1:0"):
+        make(config(http=HttpOptions(host="203.0.113.1", port=0)))
+
+
+def test_a_new_configuration_takes_the_sockets_of_the_same_addresses_over(make: Make) -> None:
+    old = make(config(2))
+    new = make(config(3), old)
+    assert new.http is old.http
+    assert new.grpc is old.grpc
+    assert new.slots == 3
+    assert new.dropped == []
+    fewer = make(config(1), new)
+    assert fewer.slots == 3  # Those too many are listened on by whoever is there.
+
+
+def test_an_address_that_is_not_in_the_new_configuration_is_to_be_dropped(make: Make) -> None:
+    old = make(config())
+    new = make(config(http=HttpOptions(host="127.0.0.2", port=0), grpc=GrpcOptions(enabled=False)), old)
+    assert new.http is not old.http
+    assert new.dropped == [old.http, old.grpc]
+    assert new.grpc is None
+
+
+def test_a_configuration_that_cannot_be_bound_leaves_the_one_before_as_it_was(make: Make) -> None:
+    old = make(config(1))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError):
+            make(config(1, grpc=GrpcOptions(port=port)), old)
+    assert old.http is not None
+    old.http.slots[0][0].listen()
+    assert accepts(port_of(old))
+
+
+def test_an_abandoned_configuration_closes_only_what_was_bound_for_it(make: Make) -> None:
+    old = make(config(1))
+    new = make(config(1, grpc=GrpcOptions(host="127.0.0.2", port=0)), old)
+    new.abandon()
+    assert new.grpc is not None
+    assert new.grpc.slots[0][0].fileno() == -1
+    assert old.http is not None
+    assert old.http.slots[0][0].fileno() >= 0
+
+
+def test_each_worker_has_an_admin_port_of_its_own() -> None:
+    given = Config(admin=AdminOptions(enabled=True, port=9100), workers=3)
+    assert [admin_port(given, worker) for worker in range(3)] == [9100, 9101, 9102]
+    anywhere = msgspec.structs.replace(given, admin=AdminOptions(enabled=True, port=0))
+    assert admin_port(anywhere, 2) == 0
+    last = msgspec.structs.replace(given, admin=AdminOptions(enabled=True, port=MAX_PORT))
+    assert admin_port(last, 0) == MAX_PORT
+    with pytest.raises(ConfigError, match=r"admin\.port"):
+        admin_port(last, 1)
+
+
+@pytest.mark.parametrize(
+    ("slots", "ready", "started", "shares"),
+    [
+        (2, [0, 1], [], {0: (0,), 1: (1,)}),
+        (2, [1], [0], {1: (0, 1)}),
+        (2, [], [0, 1], {0: (0,), 1: (1,)}),
+        (2, [], [1], {1: (0, 1)}),
+        (4, [0, 1], [], {0: (0, 2), 1: (1, 3)}),
+        (3, [0, 2], [1], {0: (0,), 2: (1, 2)}),
+        (2, [], [], {}),
+    ],
+)
+def test_every_slot_has_one_listener_as_long_as_there_is_any_worker(
+    slots: int, ready: list[int], started: list[int], shares: dict[int, tuple[int, ...]]
+) -> None:
+    assert share(slots, ready, started) == shares
