@@ -237,7 +237,7 @@ def make_engine(options: EngineOptions) -> Engine:
         return SimulatedEngine(args, name)
     from engine.vllm import VllmEngine
 
-    return VllmEngine(options.model or _tiny_model(), name, args)
+    return VllmEngine(options.model or _tiny_model(), name, args, fast_rendering=options.fast_rendering)
 
 
 def log_to_stderr() -> None:

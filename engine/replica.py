@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
+import time
+from collections.abc import Callable
 
-from engine.base import Abort, Engine
+from engine.base import Engine
 from engine.cache_report import Cursor
-from router.errors import ClientTooSlow, KvlaneError, ReplicaDraining, ReplicaFailed
+from engine.lane_stream import LaneStream
+from router.errors import ReplicaDraining, ReplicaFailed
 from router.lane import frames
 from router.lane.carriers import tune
-from router.lane.frames import CacheReport, Draining, End, FrameError, Head, Output, Step
-from router.types import CacheMode, Headers, Load
+from router.lane.frames import CacheReport, Draining, FrameError, Output, Step
+from router.types import CacheMode, Load, Rpc
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 5.0
-STREAM_BACKLOG_BYTES = 16 << 20
-"""What one stream may hold back while its router does not read the lane."""
 STEP_PAYLOAD_BYTES = 4 << 20
 """After a pause the backlog goes out in frames of about this size, so that none comes near the frame limit."""
-MAX_PAYLOAD_BYTES = 64 << 20
-"""Longer pieces of an HTTP body go in several outputs; gRPC messages are far below this."""
+URGENT_GAP_S = 0.001
+"""Least time between frames that go out for the sake of one stream's first token; others are waiting to be rendered."""
 CLOSE_TIMEOUT_S = 10.0
 """How long the last frames may take to leave when a replica closes."""
 LANE_BUFFER_BYTES = 4 << 20
@@ -139,7 +141,12 @@ class LaneSession(asyncio.Protocol):
         self._ready = False
         self._streams: dict[int, LaneStream] = {}
         self._pending: list[Output] = []
+        self.frame = 0
+        """Rises with each frame of output: what was put under another number does not wait any more, or not alone."""
         self._flush_due = False
+        self.clock: Callable[[], float] = time.monotonic
+        """Not the loop's, which may stand still while the loop turns."""
+        self._urged_at = -math.inf
         self._paused = False
         self._held_back = False
         self._seq = 0
@@ -237,7 +244,7 @@ class LaneSession(asyncio.Protocol):
         if call.stream <= self._acked:
             raise FrameError(f"stream {call.stream} after stream {self._acked}")
         self._acked = call.stream
-        stream = LaneStream(self, call.stream)
+        stream = LaneStream(self, call.stream, joins=call.rpc == Rpc.HTTP)
         self._streams[call.stream] = stream
         self._replica.stream_began()
         if self._replica.draining:
@@ -251,14 +258,19 @@ class LaneSession(asyncio.Protocol):
 
     # -- output
 
-    def put(self, output: Output, urgent: bool) -> None:
-        """Adds to the next step frame, which goes out in this turn of the loop, at once if urgent."""
+    def put(self, output: Output) -> None:
+        """Adds to the next step frame, which goes out in this turn of the loop."""
         self._pending.append(output)
-        if urgent:
-            self._flush()
-        elif not self._flush_due:
+        if not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._flush)
+
+    def urge(self) -> None:
+        """Sends what waits at once, unless that was done a moment ago."""
+        now = self.clock()
+        if now - self._urged_at >= URGENT_GAP_S:
+            self._urged_at = now
+            self._flush()
 
     def schedule_flush(self) -> None:
         if not self._flush_due and self._ready:
@@ -280,6 +292,7 @@ class LaneSession(asyncio.Protocol):
         self._told = (self._acked, load)
         while True:
             outputs, self._pending = _cut(self._pending)
+            self.frame += 1
             self._seq += 1
             self._write(Step(self._seq, self._acked, load, outputs, report))
             if self._paused and not even_paused:
@@ -351,62 +364,3 @@ def _cut(outputs: list[Output]) -> tuple[list[Output], list[Output]]:
         if size > STEP_PAYLOAD_BYTES:
             return outputs[: i + 1], outputs[i + 1 :]
     return outputs, []
-
-
-def _nothing() -> None:
-    """What there is to stop before the engine took a stream."""
-
-
-class LaneStream:
-    """One stream on one lane; the engine writes to it (`engine.base.StreamOut`)."""
-
-    __slots__ = ("_head", "_session", "backlog", "id", "over", "stop")
-
-    def __init__(self, session: LaneSession, stream: int) -> None:
-        self._session = session
-        self._head: Head | None = None
-        self.id = stream
-        self.stop: Abort = _nothing
-        self.over = False
-        self.backlog = 0
-        """Bytes that wait because the router does not read."""
-
-    def head(self, status: int, headers: Headers) -> None:
-        self._head = Head(status, tuple(headers))
-
-    def data(self, payload: bytes, tokens: int = 0, *, urgent: bool = False) -> None:
-        if self.over:
-            return
-        session = self._session
-        if session.paused:
-            if self.backlog > STREAM_BACKLOG_BYTES:
-                self._overflow()
-                return
-            self.backlog += len(payload)
-            session.held_back()
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            self._put_in_pieces(payload, tokens)
-            return
-        session.put(Output(self.id, payload, tokens, None, self._head), urgent)
-        self._head = None
-
-    def end(self, finish: str = "") -> None:
-        self._finish(End(finish))
-
-    def fail(self, error: KvlaneError) -> None:
-        self._finish(End("", error.name, error.message, error.param))
-
-    def _finish(self, end: End) -> None:
-        if not self.over:
-            self._session.put(Output(self.id, b"", 0, end, self._head), False)
-            self._session.forget(self)
-
-    def _overflow(self) -> None:
-        self.fail(ClientTooSlow(f"the router left {self.backlog} bytes of this stream unread"))
-        self.stop()
-
-    def _put_in_pieces(self, payload: bytes, tokens: int) -> None:
-        for start in range(0, len(payload), MAX_PAYLOAD_BYTES):
-            piece = payload[start : start + MAX_PAYLOAD_BYTES]
-            self._session.put(Output(self.id, piece, tokens if not start else 0, None, self._head), False)
-            self._head = None

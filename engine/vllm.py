@@ -11,7 +11,6 @@ import asyncio
 import gc
 import logging
 import multiprocessing
-import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
@@ -19,12 +18,15 @@ from typing import Any, Final
 
 from engine.base import Abort, StreamOut
 from engine.cache_report import CacheFeed
-from engine.vllm_args import prepare_cpu, serve_namespace
+from engine.vllm_args import forget_environment, keep_environment, prepare_cpu, serve_namespace
 from engine.vllm_cache import VllmCache
+from engine.vllm_direct import DirectStreams
 from engine.vllm_errors import FAILED
 from engine.vllm_grpc import GrpcStreams
 from engine.vllm_http import HttpStream
 from engine.vllm_log import keep_levels, shorten_tracebacks
+from engine.vllm_rendering import show_outputs, show_streams
+from engine.vllm_steps import Steps
 from router.errors import ConfigError, KvlaneError, ReplicaFailed, ReplicaLost
 from router.lane.frames import Submit
 from router.types import EngineInfo, Load, ModelCard, RouteInfo, Rpc
@@ -38,18 +40,25 @@ _log = logging.getLogger(__name__)
 
 
 class VllmEngine:
-    """One model on vLLM. `args` are vLLM's engine and server arguments by name; see `engine.vllm_args`."""
+    """One model on vLLM. `args` are vLLM's engine and server arguments by name; see `engine.vllm_args`.
 
-    def __init__(self, model: str, served_model_name: str, args: dict[str, Any]) -> None:
+    `fast_rendering` has plain text streams rendered here where vLLM allows it (`engine.vllm_rendering`).
+    """
+
+    def __init__(
+        self, model: str, served_model_name: str, args: dict[str, Any], *, fast_rendering: bool = True
+    ) -> None:
         self._model = model
         self._served_model_name = served_model_name
         self._args = args
+        self._fast = fast_rendering
+        self._direct: DirectStreams | None = None
         self._engine: Any = None
         self._app: Any = None
         self._grpc: GrpcStreams | None = None
         self._info: EngineInfo | None = None
         self._cache = VllmCache()
-        self._steps = _Steps(self._cache)
+        self._steps = Steps(self._cache)
         self._active: set[_Stream] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
@@ -108,8 +117,8 @@ class VllmEngine:
         return self._cache.feed
 
     def on_step(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` after each engine step, before the tasks that render the step's output have run, when an
-        aborted stream has left the engine, and when the engine is found dead.
+        """Calls `listener` after each engine step, when an aborted stream has left the engine, and when the engine is
+        found dead. Of a step's output, plain text is written by then; what vLLM's server renders comes later.
         """
         self._steps.listeners.append(listener)
 
@@ -123,7 +132,7 @@ class VllmEngine:
             return _nothing
         stream = _Stream(out, self._active)
         if call.rpc == Rpc.HTTP:
-            http = HttpStream(self._app, call, stream, self._lost)
+            http = HttpStream(self._app, call, stream, self._lost, self._direct)
             task = asyncio.create_task(http.run())
             stream.stop = http.disconnect
         else:
@@ -135,6 +144,7 @@ class VllmEngine:
         def abort() -> None:
             if stream in self._active:
                 self._active.discard(stream)
+                stream.data = _dropped  # What the engine's next step brings may come before the task hears of it.
                 # The engine may have no step left that would tell of the lower load.
                 task.add_done_callback(self._steps.tell)
                 stream.stop()
@@ -169,7 +179,7 @@ class VllmEngine:
         if self._tasks:
             await self._await_tasks()
         await self._closing.aclose()
-        self._app = None
+        self._app = self._direct = None
         self._cache.close()
         if self._engine is not None:
             engine, self._engine = self._engine, None
@@ -178,6 +188,7 @@ class VllmEngine:
             for core in self._cores:
                 # A core that is slow to end gets killed, and vLLM does not wait for that.
                 await asyncio.to_thread(core.join, _CLOSE_GRACE_S)
+            forget_environment()
             gc.unfreeze()  # The application froze all that start-up had made; the engine itself may go now.
 
     def _namespace(self) -> argparse.Namespace:
@@ -235,6 +246,9 @@ class VllmEngine:
         # Logs the engine's statistics now and then, and takes the start-up's objects out of garbage collection.
         await self._closing.enter_async_context(self._app.router.lifespan_context(self._app))
         await self._cache.follow(self._engine, state)
+        if self._fast and show_outputs(self._engine) and show_streams(state):
+            self._direct = DirectStreams(self._app)
+        keep_environment()
         self._info = _info(self._engine, self._app)
         self._grpc = GrpcStreams(self._engine, state, self._lost)
 
@@ -268,56 +282,6 @@ class VllmEngine:
             task.cancel()
         if late:
             await asyncio.wait(late, timeout=_CLOSE_GRACE_S)
-
-
-class _Steps:
-    """What the engine's last step said of itself. With several engine cores, each one's last step."""
-
-    def __init__(self, cache: VllmCache) -> None:
-        self._cache = cache
-        self.running = 0
-        self.kv_usage = 0.0
-        self.step_ms = 0.0
-        self.listeners: list[Callable[[], None]] = []
-        self._cores: dict[int, Any] = {}
-        self._last = 0.0
-
-    def logger_factory(self) -> Callable[[Any, int], Any]:
-        """For `AsyncLLM`'s `stat_loggers`."""
-        from vllm.v1.metrics.loggers import StatLoggerBase
-
-        record = self._record
-
-        class StepLogger(StatLoggerBase):  # type: ignore[misc]
-            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-                pass
-
-            def record(
-                self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
-            ) -> None:
-                record(scheduler_stats, iteration_stats, engine_idx)
-
-            def log_engine_initialized(self) -> None:
-                pass
-
-        return StepLogger
-
-    def _record(self, stats: Any, iteration: Any, core: int) -> None:
-        if stats is not None:
-            self._cores[core] = stats
-            self.running = sum(each.num_running_reqs for each in self._cores.values())
-            self.kv_usage = sum(each.kv_cache_usage for each in self._cores.values()) / len(self._cores)
-        if self._cache.stepped(stats, iteration):
-            # The first step after a pause began when its first request came.
-            now = time.perf_counter()
-            self.step_ms = (now - max(self._last, self._cache.busy_since)) * 1e3
-            self._last = now
-        self.tell()
-
-    def tell(self, _: object = None) -> None:
-        """Calls the listeners."""
-        for listener in self.listeners:
-            listener()
 
 
 class _Stream:
@@ -384,6 +348,10 @@ def _info(engine: Any, app: Any) -> EngineInfo:
         prefix_caching=bool(config.cache_config.enable_prefix_caching),
         version=vllm.__version__,
     )
+
+
+def _dropped(payload: bytes, tokens: int = 0, *, urgent: bool = False) -> None:
+    """Output that nobody waits for any more."""
 
 
 def _nothing() -> None:

@@ -101,6 +101,27 @@ def cpu_environment(*, eager: bool, one_process: bool) -> dict[str, str]:
     return environment
 
 
+def keep_environment() -> None:
+    """Has vLLM read its variables from the environment once more and never again: it asks for one per token.
+
+    As its engine core does by itself. 6% of what its front end takes per token.
+    """
+    from vllm import envs
+
+    keep = getattr(envs, "enable_envs_cache", None)
+    if keep is not None:
+        keep()
+
+
+def forget_environment() -> None:
+    """Undoes `keep_environment`: another engine in this process may be given another environment."""
+    from vllm import envs
+
+    forget = getattr(envs, "disable_envs_cache", None)
+    if forget is not None:
+        forget()
+
+
 def _cpu_defaults(wanted: dict[str, Any]) -> dict[str, Any]:
     # float32: the bfloat16 kernels of the CPU build die with SIGILL on virtual machines whose AMX is masked.
     # enforce_eager: compiling takes longer than most CPU engines live.

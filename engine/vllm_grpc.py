@@ -20,6 +20,7 @@ from kvlane.v1 import inference_pb2 as pb
 from engine.base import StreamOut
 from engine.vllm_cache import serving
 from engine.vllm_errors import FAILED, mapped, of_response
+from engine.vllm_rendering import watching
 from engine.vllm_requests import chat_request, completion_request, embedding_request
 from router.errors import InvalidRequest, NotSupported, PathNotFound, ReplicaFailed, ReplicaLost
 from router.lane.frames import Submit
@@ -114,8 +115,9 @@ class GrpcStreams:
             trace_headers=await self._trace_headers(call),
         )
         async with aclosing(results):
-            async for result in results:
-                answer.add(result)
+            with watching(answer):
+                async for result in results:
+                    answer.add(result)
         return answer.finish
 
     async def _trace_headers(self, call: Submit) -> Mapping[str, str] | None:
@@ -138,7 +140,11 @@ class GrpcStreams:
 
 
 class _Answer:
-    """One stream's answer as it grows: a message for each choice of each step, usage on the last."""
+    """One stream's answer as it grows: a message for each choice of each step, usage on the last.
+
+    Where vLLM shows its outputs (`engine.vllm_rendering`) all but the last are taken where its output handler hands
+    them out; the stream's task wakes for the last one, and for what went wrong.
+    """
 
     def __init__(self, out: StreamOut, make: Callable[..., Message], sampling: pb.SamplingParams) -> None:
         self.finish = ""
@@ -150,6 +156,25 @@ class _Answer:
         self._prompt_logprobs: list[pb.PositionLogprobs] = []
         self._prompt_positions = 0
         self._usage: pb.Usage | None = None
+        self._queue: Any = None
+
+    def watch(self, queue: Any, state: Any) -> None:
+        """Takes outputs in place of the stream's collector."""
+        if self._queue is None and state.parent_req is None:
+            self._queue = queue
+            queue.put = self._take
+
+    def _take(self, result: Any) -> None:
+        """What this raised would end the engine: the stream's task raises it instead."""
+        queue = self._queue
+        try:
+            if queue.output is None and not isinstance(result, Exception) and not result.finished:
+                self.add(result)
+                return
+        except Exception as error:
+            result = error
+        del queue.put
+        queue.put(result)
 
     def add(self, result: Any) -> None:
         """Writes what one step brought. Raises `ReplicaFailed` where the engine gave the stream up."""

@@ -1,28 +1,33 @@
 """Runs one HTTP stream through vLLM's OpenAI application in process: no socket, no second parse of anything.
 
-Rule: payload bytes are passed on as the application made them. An abort is what a client's disconnect is to the
-application, which is how it reaches `AsyncLLM.abort` at any moment: cancelling the task that runs the application would
-not, because vLLM's handlers run in a task of their own.
+Rule: payload bytes are passed on as the application made them, or as it would have made them: streams of completions
+and chats go past its web framework (`engine.vllm_direct`), and most events of plain text are rendered beside it
+(`engine.vllm_rendering`). An abort is what a client's disconnect is to the application, which is how it reaches
+`AsyncLLM.abort` at any moment: cancelling the task that runs the application would not, because vLLM's handlers run in
+a task of their own. A stream that goes past the framework runs in this task, which is cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import aclosing
 from typing import Any, Final
 from urllib.parse import unquote
 
 from engine.base import StreamOut
 from engine.vllm_cache import serving
+from engine.vllm_direct import DirectStreams
+from engine.vllm_rendering import Rendering, watching
 from router.errors import ReplicaFailed, ReplicaLost
 from router.lane.frames import Submit
 
 Message = MutableMapping[str, Any]
 
 _DONE: Final = b"data: [DONE]\n\n"
-_URGENT_PIECES: Final = 2
-"""A chat stream's first event holds the role alone; the second holds the first token."""
+_ROLE: Final = b'"delta":{"role":'
+"""In a chat stream's first event, which holds no token and goes with the one that does."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,35 +36,74 @@ class HttpStream:
     """One call of the application.
 
     `lost` says whether the engine is dead. What the application makes of a dead engine is not passed on: the stream
-    fails with `ReplicaLost` instead, so that one without a byte yet can go to another replica.
+    fails with `ReplicaLost` instead, so that one without a byte yet can go to another replica. `direct` are the streams
+    that may go past the application and be rendered beside it; None for none.
     """
 
-    def __init__(self, app: Any, call: Submit, out: StreamOut, lost: Callable[[], bool]) -> None:
+    def __init__(
+        self, app: Any, call: Submit, out: StreamOut, lost: Callable[[], bool], direct: DirectStreams | None
+    ) -> None:
         self._app = app
         self._call = call
         self._out = out
         self._lost = lost
         self._gone = asyncio.Event()
         self._body_taken = False
-        self._pieces = 0
+        self._begun = False
+        """The first token is on its way."""
         self._events = False
         self._complete = False
         self._failed = False
+        self._direct = direct
+        self._task: asyncio.Task[Any] | None = None
+        """While the stream goes past the application."""
+        self._teaches: DirectStreams | None = None
+        """Who wants to know how the application begins such a stream."""
+        self._rendering = Rendering(self._rendered) if direct is not None else None
 
     def disconnect(self) -> None:
         """The client is gone: the application stops its work and what it still sends is dropped."""
         self._gone.set()
+        if self._task is not None:
+            self._task.cancel()
 
     async def run(self) -> None:
         """Returns when the application is done with the call; `out` is ended or failed by then unless disconnected."""
         try:
-            with serving(self._call):
-                await self._app(_scope(self._call), self._receive, self._send)
+            with serving(self._call), watching(self._rendering):
+                if not await self._ran_direct():
+                    await self._app(_scope(self._call), self._receive, self._send)
         except Exception as error:
             # The application answers 500 by itself and raises what happened for its server's log.
             _log.error("request %s: vLLM's application raised", self._call.request_id, exc_info=error)
+        finally:
+            if self._rendering is not None:
+                self._rendering.close()
         if not self._complete and not self._failed and not self._gone.is_set():
             self._fail()
+
+    async def _ran_direct(self) -> bool:
+        """Whether the stream went past the application."""
+        direct = self._direct
+        if direct is None or not direct.takes(self._call) or self._gone.is_set():
+            return False
+        head = direct.head(self._call)
+        if head is None:
+            self._teaches = direct
+            return False
+        self._task = asyncio.current_task()
+        events = await direct.events(self._call, _scope(self._call))
+        if events is None:
+            self._task = None
+            return False
+        async with aclosing(events):
+            await self._send(head)
+            async for event in events:
+                await self._send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+                if self._failed:
+                    return True
+        await self._send({"type": "http.response.body"})
+        return True
 
     async def _receive(self) -> Message:
         if not self._body_taken:
@@ -68,7 +112,7 @@ class HttpStream:
         await self._gone.wait()
         return {"type": "http.disconnect"}
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, message: Mapping[str, Any]) -> None:
         if self._failed or self._gone.is_set():
             return
         if self._lost():
@@ -85,23 +129,34 @@ class HttpStream:
         else:
             self._out.fail(ReplicaFailed("vLLM's application ended without a whole answer"))
 
-    def _start(self, message: Message) -> None:
+    def _start(self, message: Mapping[str, Any]) -> None:
         headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in message["headers"]]
         self._events = any(name == "content-type" and value.startswith("text/event-stream") for name, value in headers)
         self._out.head(message["status"], headers)
+        if self._teaches is not None and self._events:
+            self._teaches.begun(self._call, message)
 
-    def _body(self, message: Message) -> None:
+    def _body(self, message: Mapping[str, Any]) -> None:
         body = message.get("body", b"")
         if body:
-            self._pieces += 1
             # vLLM sends each event as one piece, and an event holds one token as good as always; parsing it to be
             # sure would cost more than the number is worth. Comments (":") keep the connection alive and hold none,
             # and a body that is no event stream counts none.
             tokens = 1 if self._events and body != _DONE and not body.startswith(b":") else 0
-            self._out.data(body, tokens, urgent=self._events and self._pieces <= _URGENT_PIECES)
+            if not self._begun and _ROLE in body:
+                tokens = 0
+            urgent = tokens > 0 and not self._begun
+            self._begun = self._begun or urgent
+            self._out.data(body, tokens, urgent=urgent)
+            if self._rendering is not None and tokens:
+                self._rendering.sent(body)
         if not message.get("more_body", False):
             self._complete = True
             self._out.end()
+
+    def _rendered(self, event: bytes, tokens: int) -> None:
+        if not self._failed and not self._gone.is_set():
+            self._out.data(event, tokens)
 
 
 def _scope(call: Submit) -> dict[str, Any]:

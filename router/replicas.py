@@ -24,7 +24,7 @@ from router.lane.meter import FrameMeter
 from router.load.account import Blind, Foresight
 from router.membership.base import ReplicaRecord
 from router.options import LaneOptions
-from router.types import CacheMode, EngineInfo, ModelCard, Snapshot
+from router.types import CacheMode, Columns, EngineInfo, ModelCard, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -253,27 +253,42 @@ class _Member:
 class _Pool:
     """The ready replicas of one model."""
 
-    __slots__ = ("_news", "_seen", "accounts", "lanes", "places")
+    __slots__ = ("_columns", "_news", "_seen", "_stale", "_views", "accounts", "lanes", "places")
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self.lanes = tuple(lanes)
         self.accounts = [lane.account for lane in lanes]
         self.places = {lane.replica: place for place, lane in enumerate(lanes)}
         self._news = list({id(account.news): account.news for account in self.accounts}.values())
-        self._seen: list[int] = []
+        self._seen = [news.version for news in self._news]
+        self._views = [account.view() for account in self.accounts]
+        self._columns = Columns(tuple(self._views))
+        self._stale: set[int] = set()
+        """Places of those that have changed since."""
 
     def __len__(self) -> int:
         return len(self.lanes)
+
+    def watch(self) -> None:
+        """Follows the replicas from now on, until they are unwatched."""
+        for place, account in enumerate(self.accounts):
+            account.watch(self._stale, place)
 
     def snapshot(self, model: str, now: float) -> Snapshot:
         """All of them as they are now."""
         versions = [news.version for news in self._news]
         if versions != self._seen:
             self._seen = versions
-            views = tuple([account.view() for account in self.accounts])
-        else:
-            views = tuple([account.current or account.view() for account in self.accounts])
-        return Snapshot(model, views, now=now, places=self.places)
+            self._stale.update(range(len(self._views)))
+        columns = self._columns
+        if self._stale:
+            views, put = self._views, columns.put
+            for place in self._stale:
+                view = views[place] = self.accounts[place].view()
+                put(place, view.terms)
+            self._stale.clear()
+            columns.views = tuple(views)
+        return Snapshot(model, columns.views, now=now, places=self.places, pool=columns)
 
 
 class Replicas:
@@ -352,8 +367,12 @@ class Replicas:
             assert lane.welcome is not None
             for card in lane.welcome.info.models:
                 pools.setdefault(card.name, []).append(lane)
+        for lane in (*self._lanes.values(), *lanes):
+            lane.account.unwatch()
         self._lanes = {lane.replica: lane for lane in lanes}
         self._pools = {model: _Pool(pool) for model, pool in pools.items()}
+        for watching in self._pools.values():
+            watching.watch()
         self._caching = _caching(self._pools)
         self._learn()
         news, self._news = self._news, asyncio.Event()
@@ -423,6 +442,7 @@ class Replicas:
     async def sweep(self) -> None:
         """Does what the caches' observer put off, in slices between which others run, until cancelled."""
         loop = asyncio.get_running_loop()
+        self._idle_at = loop.time() + IDLE_AFTER_S  # The first reports are the largest.
         while True:
             if self._slice():
                 pause_s, self._idle_at = SLICE_PAUSE_S, loop.time() + IDLE_AFTER_S

@@ -146,9 +146,8 @@ class Outlook(msgspec.Struct, frozen=True, gc=False):
 
 Terms = tuple[float, float, float, float, float, float, int, int, int, float, int]
 """What a decision asks of each replica: free_at, sent_s, batch_s, step_s, token_s, pair_s, running, queue_depth,
-beyond, kv_usage, leases. Transposed (`zip(*…)`), those of all replicas are columns: to pass over columns takes a third
-of the time of passing over views. *Beyond* is by how much the queue is longer than the largest batch, below 0 while
-there is room in it; a batch of unknown size has room always."""
+beyond, kv_usage, leases. *Beyond* is by how much the queue is longer than the largest batch, below 0 while there is
+room in it; a batch of unknown size has room always."""
 
 
 class ReplicaView(msgspec.Struct, frozen=True, gc=False):
@@ -329,6 +328,25 @@ class Charge(msgspec.Struct, frozen=True, gc=False):
 NO_CHARGE: Final = Charge()
 
 
+class Columns:
+    """The terms of a pool's replicas, transposed: a list for each of `Terms`, in the replicas' order. To pass over them
+    takes a third of the time of passing over views."""
+
+    __slots__ = ("values", "views")
+
+    def __init__(self, views: tuple[ReplicaView, ...]) -> None:
+        self.views = views
+        """Those whose terms are in `values` now."""
+        self.values: tuple[list[Any], ...] = tuple(
+            [list(column) for column in zip(*[v.terms for v in views], strict=True)]
+        )
+
+    def put(self, at: int, terms: Terms) -> None:
+        """The terms of one replica are others now."""
+        for column, term in zip(self.values, terms, strict=True):
+            column[at] = term
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """The ready replicas of one model's pool at one moment, and the prompt to be routed."""
 
@@ -340,8 +358,12 @@ class Snapshot(msgspec.Struct, frozen=True):
     places: Mapping[str, int] = {}
     """Where in `replicas` each one is, by name and in their order; worked out of them where it is not given or is of
     other replicas."""
+    pool: Columns | None = None
+    """Kept up by the pool that made the snapshot, with `places`; of no use where it is of other replicas."""
 
     def __post_init__(self) -> None:
+        if self.pool is not None and self.pool.views is self.replicas:
+            return
         names = [view.replica for view in self.replicas]
         if list(self.places) != names:
             _set(self, "places", {name: place for place, name in enumerate(names)})
@@ -351,6 +373,12 @@ class Snapshot(msgspec.Struct, frozen=True):
         found = copy(self)
         _set(found, "prefix", prefix)
         return found
+
+    def columns(self) -> tuple[list[Any], ...]:
+        """The terms of all replicas, in the order of `Terms`. Read them at once: a pool has one set of them for all its
+        snapshots."""
+        pool = self.pool
+        return pool.values if pool is not None and pool.views is self.replicas else Columns(self.replicas).values
 
     def view(self, replica: str) -> ReplicaView:
         """One replica of it. Raises `KeyError` where it is not there."""

@@ -73,8 +73,17 @@ class Account:
         self._version = 0
         self._outlook: Outlook | None = None
         """As of `_version`; None where something has changed since."""
-        self.current: ReplicaView | None = None
+        self._current: ReplicaView | None = None
         """What `view` gives, unless there are news; None where something has changed since."""
+        self._watchers: list[tuple[set[int], int]] = []
+
+    def watch(self, stale: set[int], number: int) -> None:
+        """Adds `number` to `stale` whenever another view than the last one is to be had; `unwatch` ends it."""
+        self._watchers.append((stale, number))
+
+    def unwatch(self) -> None:
+        """Nobody watches it any more."""
+        self._watchers.clear()
 
     @property
     def unacked(self) -> int:
@@ -86,7 +95,8 @@ class Account:
         self._charges.append((stream, charge))
         self._tokens += charge.tokens
         self._pairs += charge.pairs
-        self._outlook = self.current = None
+        self._outlook = None
+        self._changed()
 
     def stepped(self, load: Load, acked: int, now: float) -> None:
         """A step came at `now` in loop time: `load` counts all streams up to `acked`."""
@@ -100,28 +110,35 @@ class Account:
             if not charges:
                 self._pairs = 0.0  # what rounding left
         self._foresight.observe(load, now)
-        self._outlook = self.current = None
+        self._outlook = None
+        self._changed()
 
     def leased(self, change: int) -> None:
         """One lease more or less."""
         self.leases += change
-        self.current = None
+        self._changed()
 
     def caches(self, mode: CacheMode) -> None:
         """What is known of its KV cache changed."""
         self.cache = mode
-        self.current = None
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._current is not None:
+            self._current = None
+            for stale, number in self._watchers:
+                stale.add(number)
 
     def view(self) -> ReplicaView:
         """The replica as policies see it; the same object until something changes."""
         version = self.news.version
-        outlook, current = self._outlook, self.current
+        outlook, current = self._outlook, self._current
         if outlook is None or version != self._version:
             current, self._version = None, version
             outlook = self._foresight.outlook(self.load, self._tokens, self._pairs, len(self._charges))
             self._outlook = outlook
         if current is None:
-            self.current = current = ReplicaView(
+            self._current = current = ReplicaView(
                 self.replica,
                 self.load,
                 len(self._charges),

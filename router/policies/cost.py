@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -91,10 +91,9 @@ class Cost:
         return {view.replica: cost for view, cost in zip(snapshot.replicas, self._costs(snapshot), strict=True)}
 
     def _costs(self, snapshot: Snapshot) -> list[float]:
-        options, replicas, prefix, now = self._options, snapshot.replicas, snapshot.prefix, snapshot.now
-        count = len(replicas)
-        columns: Any = zip(*[view.terms for view in replicas], strict=True)
-        frees, sents, batches, steps, tokens_s, pairs_s, running, depths, beyond, usages, leases = columns
+        options, prefix, now = self._options, snapshot.prefix, snapshot.now
+        count = len(snapshot.replicas)
+        frees, sents, batches, steps, tokens_s, pairs_s, running, depths, beyond, usages, leases = snapshot.columns()
         waits = [sent + free - now if free > now else sent for free, sent in zip(frees, sents, strict=True)]
         mean_wait = sum(waits) / count
         share = options.interference * (sum(usages) / count) ** 4

@@ -39,9 +39,9 @@ class Served:
         self._log = folder / "log"
         self._addresses = addresses
 
-    def write(self, text: str = "", *, workers: int = 2, secret: str = "secret") -> None:
+    def write(self, text: str = "", *, workers: int = 2, secret: str = "secret", http: int = 0) -> None:
         """Its configuration file, with more TOML at the end."""
-        lines = [f"workers = {workers}", "[http]", "port = 0", "[grpc]", "port = 0"]
+        lines = [f"workers = {workers}", "[http]", f"port = {http}", "[grpc]", "port = 0"]
         lines += ["[admin]", "enabled = true", "port = 0", "[membership]", 'kind = "static"']
         for address in self._addresses:
             lines += ["[[membership.replicas]]", f'name = "{address["replica"]}"', f"port = {address['lane']}"]
@@ -71,19 +71,29 @@ class Served:
 
 
 @contextmanager
-def serving(folder: Path, addresses: list[dict[str, Any]], text: str = "", workers: int = 2) -> Iterator[Served]:
-    """The command with that configuration, ready."""
+def serving(
+    folder: Path,
+    addresses: list[dict[str, Any]],
+    text: str = "",
+    workers: int = 2,
+    *,
+    http: int = 0,
+    ready: bool = True,
+) -> Iterator[Served]:
+    """The command with that configuration. Unless it shall be `ready`, nothing but its HTTP port is known."""
     (folder / "secret").write_bytes(SECRET)
     command = [sys.executable, "-m", "router", "serve", "--config", str(folder / "config.toml")]
     with (folder / "log").open("w") as log:
         served = Served(folder, addresses)
-        served.write(text, workers=workers)
+        served.write(text, workers=workers, http=http)
         served.process = process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
-        ready = _READY.match(process.stdout.readline())
-        assert ready is not None, served.log()
-        served.http, served.grpc, served.admin = map(int, ready.groups())
+        served.http = http
+        if ready:
+            told = _READY.match(process.stdout.readline())
+            assert told is not None, served.log()
+            served.http, served.grpc, served.admin = map(int, told.groups())
         yield served
     finally:
         started = [process.pid, *served.workers()]

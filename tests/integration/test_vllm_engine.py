@@ -178,9 +178,9 @@ async def test_a_streamed_chat_begins_with_the_role_and_ends_with_usage(engine: 
     assert text == whole.json()["choices"][0]["message"]["content"]
 
 
-async def test_only_the_first_pieces_of_a_stream_are_urgent(engine: VllmEngine) -> None:
+async def test_only_the_first_token_of_a_stream_is_urgent(engine: VllmEngine) -> None:
     out = await post(engine, "/v1/chat/completions", messages=USER, max_tokens=5, stream=True)
-    assert out.urgent == [True, True] + [False] * (len(out.pieces) - 2)
+    assert out.urgent == [False, True] + [False] * (len(out.pieces) - 2)
     whole = await post(engine, "/v1/chat/completions", messages=USER, max_tokens=5)
     assert not any(whole.urgent)
 

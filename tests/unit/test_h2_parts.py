@@ -201,6 +201,12 @@ class FakeTransport(asyncio.Transport):
     def abort(self) -> None:
         self.aborted = True
 
+    def can_write_eof(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
 
 class Rig:
     """A connection's sending half, and streams on it."""
@@ -208,7 +214,7 @@ class Rig:
     def __init__(self, window: int = 1 << 20) -> None:
         self.transport = FakeTransport()
         self.retired: list[int] = []
-        self.wire = Wire(asyncio.get_running_loop(), self.retired.append, lambda: None)
+        self.wire = Wire(asyncio.get_running_loop(), self.retired.append, lambda: None, 16 << 20)
         self.wire.window = window
         self.wire.connect(self.transport)
 

@@ -8,7 +8,7 @@ import pytest
 
 from engine.cache_ledger import CacheLedger
 from engine.cache_report import CacheFeed
-from engine.replica import LaneSession, Replica
+from engine.replica import URGENT_GAP_S, LaneSession, Replica
 from router.lane import frames
 from router.lane.frames import CacheReport, Hello, Resync, Step, Submit, Welcome
 from router.types import CacheMode, Chain, Rpc
@@ -157,6 +157,20 @@ async def test_urgent_output_takes_the_changes_along(engine: CachingEngine) -> N
     assert isinstance(step, Step)
     assert step.cache is not None
     assert hashes(step.cache.stored) == (1,)
+
+
+async def test_urgent_output_right_behind_another_waits_for_the_turn_of_the_loop(engine: CachingEngine) -> None:
+    _, router = joined(engine)
+    await router.steps()
+    now = 5.0
+    router.session.clock = lambda: now
+    for stream in (1, 2, 3):
+        router.send(submit(stream))
+        engine.outs[-1].data(b"x", 1, urgent=True)
+        if stream == 2:
+            now += URGENT_GAP_S
+    payloads = [[(output.stream, output.payload) for output in step.outputs] for step in await router.steps()]
+    assert [each for each in payloads if each] == [[(1, b"x")], [(2, b"x"), (3, b"x")]]
 
 
 async def test_an_idle_replica_tells_of_evictions_without_a_step_of_its_engine(engine: CachingEngine) -> None:
