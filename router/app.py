@@ -158,9 +158,9 @@ class App:
             await self.stop(0)
             raise ConfigError(f"cannot listen: {error}") from error
 
-    async def wait_ready(self) -> None:
-        """Returns once every required model has a ready replica."""
-        while not self.replicas.readiness().ready:
+    async def wait_ready(self, ready: bool = True) -> None:
+        """Returns once every required model has a ready replica, or else once some has none."""
+        while self.replicas.readiness().ready is not ready:
             await self.replicas.wait_for_news()
 
     async def listen(self, slots: Collection[int]) -> None:
@@ -184,6 +184,7 @@ class App:
         """
         if self._admin is not None:
             await self._admin.listen(())
+        self._forsake()
         ingresses = [ingress.last_call() for ingress in (self._http, self._grpc) if ingress is not None]
         try:
             async with asyncio.timeout(limit_s):
@@ -196,6 +197,7 @@ class App:
         if self._grpc is not None:
             await self._grpc.set_ready(False)
         self._admission.close()
+        self._forsake()
         ingresses = [ingress.stop(grace_s) for ingress in (self._http, self._grpc) if ingress is not None]
         await asyncio.gather(*ingresses)
         if self._admin is not None:
@@ -205,6 +207,16 @@ class App:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.replicas.close()
+
+    def _forsake(self) -> None:
+        """Lets go of the shared sockets: while any process holds one, clients connect to it and wait for ever."""
+        shared = self._sockets
+        if shared is not None:
+            for sock in (
+                *shared.admin,
+                *(each for slots in (shared.http, shared.grpc) for slot in slots for each in slot),
+            ):
+                sock.close()
 
     async def _publish_readiness(self) -> None:
         while True:

@@ -100,7 +100,7 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """It can be told to listen."""
+    """It can be told to listen, and has no replica of some required model."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

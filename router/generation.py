@@ -42,7 +42,7 @@ class Generation:
         self.workers: dict[int, WorkerProcess] = {}
         """Those that run, by number."""
         self.failed = asyncio.Event()
-        """One ended that was never ready."""
+        """One ended that had never started: another try would end the same way."""
         self.status = 0
         """Its exit status."""
         self._config = config
@@ -55,6 +55,8 @@ class Generation:
         self._keepers = [
             asyncio.create_task(self._keep(number), name=f"worker {number}") for number in range(config.workers)
         ]
+        for keeper in self._keepers:
+            keeper.add_done_callback(_report)
 
     @property
     def started(self) -> bool:
@@ -65,6 +67,11 @@ class Generation:
     def ready(self) -> bool:
         """Whether all its workers are ready."""
         return self._all(State.READY)
+
+    @property
+    def serving(self) -> bool:
+        """Whether any of its workers is ready."""
+        return any(worker.state is State.READY for worker in self.workers.values())
 
     def _all(self, *states: State) -> bool:
         running = self.workers.values()
@@ -78,30 +85,31 @@ class Generation:
         for number, keeper in enumerate(self._keepers):
             if number not in self.workers:
                 keeper.cancel()  # It waits to start one again.
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.wait(self._keepers)  # Who gives up waiting does not end them.
 
     async def close(self) -> None:
         """Stops its workers and waits for their end."""
         self._draining = True
         for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+            if not keeper.cancelling():  # A second time would keep it from seeing its worker's end.
+                keeper.cancel()
+        await asyncio.wait(self._keepers)
 
     async def _keep(self, number: int) -> None:
         """Runs one worker, again when it dies."""
-        early_ends, once_ready = 0, False
+        early_ends, once_started = 0, False
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
             try:
-                status, was_ready = await self._live(number)
+                status, started = await self._live(number)
             except OSError as error:
                 log.error("worker %d could not be started: %s", number, error)
-                status, was_ready = 1, False
+                status, started = 1, False
             if self._draining:
                 return
-            once_ready = once_ready or was_ready
-            if not once_ready:
+            once_started = once_started or started
+            if not once_started:
                 self.status = status or 1
                 self.failed.set()
                 self._changed()
@@ -113,7 +121,7 @@ class Generation:
             await asyncio.sleep(delay_s)
 
     async def _live(self, number: int) -> tuple[int, bool]:
-        """One worker's life: its exit status, and whether it was ever ready."""
+        """One worker's life: its exit status, and whether it had started."""
         worker = await WorkerProcess.start(number, self._config, self._listeners, self._changed, self._scraped)
         self.workers[number] = worker
         try:
@@ -121,4 +129,9 @@ class Generation:
         finally:
             del self.workers[number]
             self._gone(worker)
-        return status, worker.was_ready
+        return status, worker.was_started
+
+
+def _report(keeper: asyncio.Task[None]) -> None:
+    if not keeper.cancelled() and (error := keeper.exception()) is not None:
+        log.critical("%s is not kept alive any more", keeper.get_name(), exc_info=error)

@@ -8,10 +8,11 @@ that workers take over from each other with everything that waits there.
 
 from __future__ import annotations
 
+import errno
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
 
 import msgspec
 
@@ -24,8 +25,9 @@ MAX_PORT: Final = 65535
 class Address:
     """One address, with a slot for each worker."""
 
-    def __init__(self, host: str, port: int) -> None:
-        """Binds nothing yet. Raises `ConfigError` for an address that another process listens on."""
+    def __init__(self, host: str, port: int, *, ours: bool = False) -> None:
+        """Binds nothing yet. Raises `ConfigError` for an address that another process listens on; not where the port
+        is `ours` already, at another host."""
         self.asked = host, port
         self.port = port
         """The one bound, where any free one was asked for."""
@@ -33,8 +35,8 @@ class Address:
         """Of each slot a socket per address that the host's name stands for."""
         with _refusals(host, port):
             found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        self._found = list(dict.fromkeys((family, where) for family, _, _, _, where in found))
-        if port:
+        self._found = _present(dict.fromkeys((family, where) for family, _, _, _, where in found))
+        if port and not ours:
             self._check_free()
 
     def _check_free(self) -> None:
@@ -48,17 +50,20 @@ class Address:
     def extend(self, slots: int) -> None:
         """Binds until there are so many slots. Raises `ConfigError`."""
         while len(self.slots) < slots:
-            bound: list[socket.socket] = []
-            self.slots.append(bound)
-            for family, where in self._found:
-                with _refusals(*self.asked):
-                    sock = socket.socket(family, socket.SOCK_STREAM)
-                    bound.append(sock)
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                    _only_its_family(sock)
-                    sock.bind((where[0], self.port, *where[2:]))
-                self.port = sock.getsockname()[1]
+            with ExitStack() as undo:
+                slot = [self._bound(family, where, undo) for family, where in self._found]
+                undo.pop_all()
+            self.slots.append(slot)
+
+    def _bound(self, family: int, where: Any, undo: ExitStack) -> socket.socket:
+        with _refusals(*self.asked):
+            sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            _only_its_family(sock)
+            sock.bind((where[0], self.port, *where[2:]))
+        self.port = sock.getsockname()[1]
+        return sock
 
     def numbers(self) -> tuple[tuple[int, ...], ...]:
         """The descriptors of all slots."""
@@ -101,8 +106,8 @@ class Listeners:
         """Those of the earlier configuration that nobody needs now; to be closed once its workers have ceased."""
 
     def _address(self, host: str, port: int, there: Address | None, slots: int) -> Address:
-        if there is None or there.asked != (host, port):
-            there = Address(host, port)
+        if there is None or host != there.asked[0] or port not in (there.asked[1], there.port):
+            there = Address(host, port, ours=there is not None and there.port == port)
             self._fresh.append(there)
         there.extend(slots)
         return there
@@ -158,12 +163,28 @@ def share(slots: int, ready: Sequence[int], started: Sequence[int]) -> Mapping[i
     return {worker: tuple(slots) for worker, slots in found.items()}
 
 
+def _present(found: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """Those that this machine has, where it has any: names stand for IPv6 addresses even where there is no IPv6."""
+    present = list(found)
+    for each in tuple(present) if len(present) > 1 else ():
+        family, where = each
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as trial:
+                trial.bind((where[0], 0, *where[2:]))
+        except OSError as error:
+            if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and len(present) > 1:
+                present.remove(each)
+    return present
+
+
 @contextmanager
 def _refusals(host: str, port: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    except UnicodeError as error:  # What a name that is none is refused with.
+        raise ConfigError(f"cannot listen on {host}:{port}: not the name of a host") from error
 
 
 def _only_its_family(sock: socket.socket) -> None:

@@ -106,9 +106,14 @@ class _Worker:
         return 0
 
     async def _announce(self) -> None:
+        """Tells whenever its readiness changes."""
         await self._app.wait_ready()
         garbage.settle()
-        self._channel.send(Ready())
+        while True:
+            self._channel.send(Ready())
+            await self._app.wait_ready(False)
+            self._channel.send(Started())
+            await self._app.wait_ready()
 
     async def _hear(self) -> None:
         """Ends the worker if it fails: one that cannot be told anything must not go on."""
@@ -120,7 +125,7 @@ class _Worker:
 
     async def _obey(self, message: ToWorker) -> None:
         if isinstance(message, Listen):
-            if self._draining is None:
+            if self._draining is None and not self._stop.is_set():  # It may have been sent before that was known.
                 await self._app.listen(message.slots)
         elif isinstance(message, Collect):
             self._channel.send(Collected(message.number, self._app.figures()))

@@ -49,13 +49,14 @@ class Supervisor:
         self._metrics = WorkerMetrics(self._states)
         self._news = asyncio.Event()
         self._hangup = asyncio.Event()
+        self._closing = False
         self._tasks: set[asyncio.Task[object]] = set()
 
     async def run(self, config: Config, ready: Callable[[Listeners], None], stop: asyncio.Event) -> int:
         """Until `stop` is set; returns the exit status. `ready` is called once all workers are.
 
-        That is the status of a worker that ended before it was ever ready, where that happens at the start: another
-        try would end the same way.
+        That is the status of a worker that ended before it had started, where that happens at the start: another try
+        would end the same way.
         """
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hangup.set)
         first = self._generation(config, self._listeners)
@@ -65,14 +66,16 @@ class Supervisor:
         ends = [asyncio.create_task(stop.wait()), asyncio.create_task(first.failed.wait())]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            return first.status
+            return 0 if stop.is_set() else first.status
         finally:
             # First of all, so that nobody new waits for workers that accept no more.
+            self._closing = True
             self._listeners.close()
             for task in (*ends, *self._tasks):
                 task.cancel()
-            await asyncio.gather(*ends, *self._tasks, return_exceptions=True)
-            await asyncio.gather(*(generation.close() for generation in self._generations))
+            # All at once: what a reload began or leaves behind has no more time than the rest.
+            closing = [generation.close() for generation in self._generations]
+            await asyncio.gather(*closing, *ends, *self._tasks, return_exceptions=True)
 
     def _generation(self, config: Config, listeners: Listeners) -> Generation:
         return Generation(config, listeners, self._metrics, self._changed, self._scraped, self._gone)
@@ -93,7 +96,7 @@ class Supervisor:
         """Some worker's state is another."""
         news, self._news = self._news, asyncio.Event()
         news.set()
-        if self._generations:
+        if self._generations and not self._closing:
             self._share_out()
 
     def _share_out(self) -> None:
@@ -117,7 +120,11 @@ class Supervisor:
         while True:
             await self._hangup.wait()
             self._hangup.clear()
-            outcome = await self._reload()
+            try:
+                outcome = await self._reload()
+            except Exception:  # The next one, with another configuration, must find somebody to do it.
+                log.exception("reload failed, the configuration in use stays")
+                outcome = "failed"
             self._metrics.reloaded(outcome)
 
     async def _reload(self) -> str:
@@ -156,7 +163,7 @@ class Supervisor:
         """Waits until the new workers are as ready as the old ones; False where they do not become so."""
         try:
             async with asyncio.timeout(READY_LIMIT_S):
-                while not (new.ready or (new.started and not old.ready)):
+                while not (new.ready or (new.started and not old.serving)):
                     if new.failed.is_set():
                         return False
                     await self._news.wait()
@@ -186,7 +193,7 @@ class Supervisor:
         self._own(self._tell(worker, number), "scrape")
 
     async def _tell(self, asking: WorkerProcess, number: int) -> None:
-        workers = self._workers()
+        workers = [worker for worker in self._workers() if worker.state is not State.STARTING]  # They have no figures.
         answered = await asyncio.gather(*(worker.collect(COLLECT_LIMIT_S) for worker in workers))
         fresh = {worker for worker, has in zip(workers, answered, strict=True) if has}
         # Those that there are now: one that ended meanwhile is among the ended, and must not count twice.

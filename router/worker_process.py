@@ -43,7 +43,7 @@ class State(enum.Enum):
 
     STARTING = "starting"
     STARTED = "started"
-    """It can listen, and has no replica of some required model yet."""
+    """It can listen, and has no replica of some required model."""
     READY = "ready"
     DRAINING = "draining"
     """It accepts nothing more and ends once it has served what it has."""
@@ -62,7 +62,8 @@ class WorkerProcess:
     ) -> None:
         self.number = number
         self.state = State.STARTING
-        self.was_ready = False
+        self.was_started = False
+        """Whether it was ever able to serve."""
         self._slots: tuple[int, ...] | None = None
         """What it was told to listen on."""
         self.figures: Families = []
@@ -95,18 +96,11 @@ class WorkerProcess:
                 listeners.grpc.numbers() if listeners.grpc is not None else (),
                 listeners.admin[number].numbers()[0] if listeners.admin else (),
             )
-            inherited = [
-                seat.control,
-                *seat.admin,
-                *(fd for slots in (seat.http, seat.grpc) for fds in slots for fd in fds),
-            ]
-            process = await asyncio.create_subprocess_exec(
-                *spawn_arguments(),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=sys.stderr.fileno(),  # ours tells addresses and nothing else
-                pass_fds=inherited,
-                start_new_session=True,  # a Ctrl-C at the terminal reaches the supervisor alone
-            )
+            try:
+                process = await _spawned(seat)
+            except BaseException:
+                await channel.close()
+                raise
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(Order(listeners.settled(config, number), seat)) + b"\n")
         return cls(number, process, channel, changed, scraped)
@@ -146,7 +140,7 @@ class WorkerProcess:
     def _becomes(self, state: State) -> None:
         if self.state is not State.DRAINING:
             self.state = state
-            self.was_ready = self.was_ready or state is State.READY
+            self.was_started = self.was_started or state in (State.STARTED, State.READY)
             self._changed()
 
     def listen(self, slots: tuple[int, ...]) -> None:
@@ -186,3 +180,14 @@ class WorkerProcess:
             log.error("worker process %d did not stop in time and is killed", self.pid)
             self._process.kill()
             return await self._process.wait()
+
+
+async def _spawned(seat: Seat) -> asyncio.subprocess.Process:
+    inherited = [seat.control, *seat.admin, *(fd for slots in (seat.http, seat.grpc) for fds in slots for fd in fds)]
+    return await asyncio.create_subprocess_exec(
+        *spawn_arguments(),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=sys.stderr.fileno(),  # ours tells addresses and nothing else
+        pass_fds=inherited,
+        start_new_session=True,  # a Ctrl-C at the terminal reaches the supervisor alone
+    )

@@ -127,6 +127,7 @@ class HttpServer:
         await self._empty.wait()
         await asyncio.gather(*self._orphans, return_exceptions=True)
         for server in self._servers.values():
+            server.close()  # Waiting for the end of one that came meanwhile would have none.
             await server.wait_closed()
         self._servers.clear()
         self._timer.cancel()

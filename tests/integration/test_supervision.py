@@ -66,10 +66,11 @@ async def test_a_stop_refuses_newcomers_and_takes_no_longer_than_the_streams_in_
     with serving(tmp_path, addresses) as served:
         async with AsyncExitStack() as stack:
             # So many that both workers have some, and neither is through when the other begins to end.
-            streams = [await stack.enter_async_context(streaming(served.http, 600)) for _ in range(STREAMS)]
+            streams = [await stack.enter_async_context(streaming(served.http, 1200)) for _ in range(STREAMS)]
             served.process.terminate()
             await until(lambda: not accepts(served.http), "HTTP clients are refused")
             await until(lambda: not accepts(served.grpc), "gRPC clients are refused")
+            assert len(served.workers()) == 2, "before the streams have ended"
             assert {await last_line(lines) for lines in streams} == {"data: [DONE]"}
         assert await asyncio.to_thread(served.process.wait) == 0
         assert "did not stop in time" not in served.log()

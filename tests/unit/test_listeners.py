@@ -90,6 +90,46 @@ def test_a_host_that_cannot_be_found_is_refused(make: Make) -> None:
         make(config(http=HttpOptions(host="203.0.113.1", port=0)))
 
 
+def test_a_name_that_cannot_be_one_is_refused(make: Make) -> None:
+    with pytest.raises(ConfigError, match="not the name of a host"):
+        make(config(http=HttpOptions(host=f"{'a' * 64}.example", port=0)))
+
+
+def test_of_a_hosts_addresses_those_that_this_machine_lacks_are_left_out(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(*_: Any, **__: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("203.0.113.1", "127.0.0.1")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    made = make(config(1, grpc=GrpcOptions(enabled=False)))
+    assert made.http is not None
+    assert [sock.getsockname()[0] for sock in made.http.slots[0]] == ["127.0.0.1"]
+
+
+def test_a_host_can_change_while_its_port_stays(make: Make) -> None:
+    old = make(config(1))
+    assert old.http is not None
+    old.http.slots[0][0].listen()
+    new = make(config(1, http=HttpOptions(host="0.0.0.0", port=old.http.port)), old)
+    assert new.dropped == [old.http]
+    assert new.http is not None
+    assert new.http.slots[0][0].getsockname() == ("0.0.0.0", old.http.port)
+
+
+def test_a_slot_that_cannot_be_bound_is_none(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = make(config(1))
+
+    def exhausted(*_: Any) -> socket.socket:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "socket", exhausted)
+        with pytest.raises(ConfigError, match="Too many open files"):
+            make(config(2), old)
+    assert old.slots == 1
+
+
 def test_a_new_configuration_takes_the_sockets_of_the_same_addresses_over(make: Make) -> None:
     old = make(config(2))
     new = make(config(3), old)

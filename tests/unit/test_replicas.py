@@ -304,6 +304,28 @@ async def test_what_was_put_off_is_done_in_slices_between_which_others_run() -> 
     await fleet.close()
 
 
+async def test_what_the_first_lanes_put_off_does_not_wait_for_an_idle_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.replicas.IDLE_SWEEP_INTERVAL_S", 10 * DEADLINE_S)
+    slices = 0
+    again = asyncio.Event()
+
+    class Idle(Prefixes):
+        def sweep(self) -> bool:
+            nonlocal slices
+            slices += 1
+            if slices == 2:
+                again.set()
+            return False
+
+    fleet = Fleet(Idle(PrefixOptions(), time.monotonic))
+    sweeping = asyncio.create_task(fleet.router.sweep())
+    async with asyncio.timeout(DEADLINE_S):
+        await again.wait()
+    sweeping.cancel()
+    await asyncio.gather(sweeping, return_exceptions=True)
+    await fleet.close()
+
+
 async def test_a_slice_that_fails_is_logged_and_the_next_ones_follow(caplog: pytest.LogCaptureFixture) -> None:
     slices = 0
     done = asyncio.Event()

@@ -90,6 +90,30 @@ async def test_what_waits_when_a_server_ceases_to_listen_is_served_by_the_next_o
         await second.stop(0)
 
 
+async def test_a_server_that_is_told_to_listen_while_it_stops_ends_all_the_same() -> None:
+    release = asyncio.Event()
+
+    async def slow(request: Request, sink: Sink) -> None:
+        sink.head(200, SSE)
+        sink.data(b"data: one\n\n", 1)
+        await release.wait()
+
+    ingress = HttpIngress(HttpOptions(), FakeDispatch(slow), FakeFleet(), metrics=lambda: (b"", "text/plain"))
+    with socket.socket() as sock, socket.socket() as late:
+        for each in (sock, late):
+            each.bind(("127.0.0.1", 0))
+        await ingress.listen([sock])
+        client = Client(*await asyncio.open_connection(*sock.getsockname()))
+        client.write(post())
+        await client.head()
+        stopping = asyncio.create_task(ingress.stop(DEADLINE_S))
+        await asyncio.sleep(0)
+        await ingress.listen([sock, late])
+        release.set()
+        await asyncio.wait_for(stopping, DEADLINE_S)
+        await client.close()
+
+
 class Slow:
     """Metrics that others have to be asked for."""
 
