@@ -20,7 +20,7 @@ from router.ingress.grpc_service import InferenceService
 from router.options import GrpcOptions
 
 WATCH_S: Final = 1.0
-"""How often watches of the health service, which hold their connections open, are ended in a last call."""
+"""How often calls that last (watches, reflection), which hold their connections open, are ended in a last call."""
 FLUSH_S: Final = 0.5
 """At the end of `stop`: time for final statuses to leave before connections are cut."""
 
@@ -61,7 +61,7 @@ class GrpcIngress:
         await asyncio.sleep(0)  # So that clients are told before their watches end.
         try:
             while not ending.done():
-                self._health.end_watches()
+                self._health.standing.end()
                 await asyncio.wait([ending], timeout=WATCH_S)
         finally:
             ending.cancel()
@@ -69,7 +69,6 @@ class GrpcIngress:
 
     async def _begun(self) -> Edge:
         if self._edge is None:
-            await self.set_ready(False)
             self._edge = self._made()
         return self._edge
 
@@ -86,7 +85,7 @@ class GrpcIngress:
 
     async def set_ready(self, ready: bool) -> None:
         """What the standard health service answers for the server and for `Inference`."""
-        await self._health.set_ready(ready)
+        self._health.set_ready(ready)
 
     async def stop(self, grace_s: float) -> None:
         """Takes no new calls and gives those in flight `grace_s` seconds; what is left then ends with UNAVAILABLE.
@@ -97,17 +96,19 @@ class GrpcIngress:
         if edge is None:
             return
         service = self._service
-        await self._health.enter_graceful_shutdown()
+        self._health.leave()
         draining = asyncio.create_task(edge.stop(grace_s + FLUSH_S))
         await asyncio.sleep(0)  # So that it has begun.
         try:
             service.cut_off(service.reading)
             in_time = await service.idle_within(grace_s)
-            self._health.end_watches()
+            self._health.standing.end()
             if not in_time:
                 service.cut_off(service.calls)
-            elif edge.abandoned:
-                await edge.stop(FLUSH_S)  # Its client may never read what would let the call end.
+            else:
+                await asyncio.wait([draining], timeout=FLUSH_S)
+                if edge.abandoned:
+                    await edge.stop(FLUSH_S)  # Its client may never read what would let the call end.
         finally:
             await draining
             if service.calls:  # The edge is done with them, and they end in the loop's next rounds.

@@ -1,15 +1,17 @@
 """The standard services beside our own: health, and reflection for tools that have no .proto files.
 
-Both are grpc's own servicers. Rule: what never ends by itself can be ended, so that nothing holds a stop up.
+Rule: what never ends by itself can be ended, so that nothing holds a stop up.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from router.ingress.grpc_requests import SERVICE
@@ -20,26 +22,21 @@ REFLECTION_V1: Final = "grpc.reflection.v1.ServerReflection"
 Methods = dict[str, "grpc.RpcMethodHandler[Any, Any]"]
 
 
-class Health(health.aio.HealthServicer):
-    """The standard health service; its watches, which never end by themselves, can be ended."""
+class Standing:
+    """Calls that last as long as their clients want; they can be ended."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._watches: set[asyncio.Task[object]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._ending = False
 
-    async def set_ready(self, ready: bool) -> None:
-        """What it answers for the server and for `Inference`."""
-        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE):
-            await self.set(service, status)
-
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+    @asynccontextmanager
+    async def ended_by(self, context: Any) -> AsyncIterator[None]:
+        """Ends with UNAVAILABLE where this call is among those that are ended."""
         task = asyncio.current_task()
         assert task is not None, "an edge runs each handler in a task"
-        self._watches.add(task)
+        self._tasks.add(task)
         try:
-            await super().Watch(request, context)
+            yield
         except asyncio.CancelledError:
             if not self._ending:
                 raise
@@ -47,13 +44,57 @@ class Health(health.aio.HealthServicer):
             task.uncancel()
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this router is going away")
         finally:
-            self._watches.discard(task)
+            self._tasks.discard(task)
 
-    def end_watches(self) -> None:
+    def end(self) -> None:
         """Ends them all, so that they do not hold a stop up."""
         self._ending = True
-        for watch in self._watches:
-            watch.cancel()
+        for task in self._tasks:
+            task.cancel()
+
+
+class Health(health_pb2_grpc.HealthServicer):
+    """The standard health service. No watch waits for another one's client (grpc's own servicer holds a lock while it
+    writes, so that one client that does not read would keep readiness from all)."""
+
+    def __init__(self) -> None:
+        self.standing = Standing()
+        self._status: Any = health_pb2.HealthCheckResponse.NOT_SERVING
+        self._changed = asyncio.Event()
+        self._leaving = False
+
+    def set_ready(self, ready: bool) -> None:
+        """What it answers for the server and for `Inference`."""
+        if not self._leaving:
+            answer = health_pb2.HealthCheckResponse
+            self._set(answer.SERVING if ready else answer.NOT_SERVING)
+
+    def leave(self) -> None:
+        """It is not ready, and never will be again."""
+        self._leaving = True
+        self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    def _set(self, status: Any) -> None:
+        self._status = status
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> Any:
+        if request.service not in ("", SERVICE):
+            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
+        return health_pb2.HealthCheckResponse(status=self._status)
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        known, last = request.service in ("", SERVICE), None
+        async with self.standing.ended_by(context):
+            while True:
+                changed = self._changed
+                status = self._status if known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+                if status != last:
+                    last = status
+                    await context.write(health_pb2.HealthCheckResponse(status=status))
+                else:
+                    await changed.wait()
 
 
 def standard_services(servicer: Health, *, with_reflection: bool) -> dict[str, Methods]:
@@ -61,7 +102,7 @@ def standard_services(servicer: Health, *, with_reflection: bool) -> dict[str, M
     services: dict[str, Methods] = {health.SERVICE_NAME: _health(servicer)}
     if with_reflection:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
-        services[reflection.SERVICE_NAME] = services[REFLECTION_V1] = _reflection(names)
+        services[reflection.SERVICE_NAME] = services[REFLECTION_V1] = _reflection(names, servicer.standing)
     return services
 
 
@@ -73,11 +114,17 @@ def _health(servicer: Health) -> Methods:
     }
 
 
-def _reflection(names: tuple[str, ...]) -> Methods:
-    servicer = reflection.aio.ReflectionServicer(names)
+def _reflection(names: tuple[str, ...], standing: Standing) -> Methods:
+    servicer: Any = reflection.aio.ReflectionServicer(names)
+
+    async def info(requests: Any, context: Any) -> None:
+        async with standing.ended_by(context), aclosing(servicer.ServerReflectionInfo(requests, context)) as answers:
+            async for answer in answers:
+                await context.write(answer)
+
     return {
         "ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(
-            servicer.ServerReflectionInfo,
+            info,
             reflection_pb2.ServerReflectionRequest.FromString,
             reflection_pb2.ServerReflectionResponse.SerializeToString,
         )

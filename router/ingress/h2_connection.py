@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from typing import Final, Protocol, cast
+from typing import Final, cast
 
 from h2.errors import ErrorCodes
 from h2.events import DataReceived, Event, RemoteSettingsChanged, RequestReceived, StreamEnded, StreamReset
@@ -22,17 +22,17 @@ from h2.settings import SettingCodes
 
 from router.errors import LOGGED_CHARS, cut
 from router.ingress import h2_frames
-from router.ingress.grpc_call import Handler
 from router.ingress.grpc_port import peer_name, speaks_h2
 from router.ingress.grpc_requests import FORWARDED
 from router.ingress.h2_call import H2Call
-from router.ingress.h2_frames import HEAD_BYTES, MAX_WINDOW, FrameCutter
+from router.ingress.h2_frames import HEAD_BYTES, MAX_WINDOW
 from router.ingress.h2_guard import Guard
 from router.ingress.h2_headers import TABLE_EMPTIED, Head, Refusal, read_head
+from router.ingress.h2_intake import Intake
 from router.ingress.h2_judge import Judge
+from router.ingress.h2_site import Site
 from router.ingress.h2_wire import Wire
 from router.lane.carriers import tune
-from router.options import GrpcOptions
 
 log = logging.getLogger(__name__)
 
@@ -41,35 +41,21 @@ HANDSHAKE_S: Final = 10.0
 LAST_CALL_S: Final = 1.0
 """How long a client may take to learn that it shall make its calls elsewhere."""
 CLOSE_S: Final = 5.0
-"""How long a client may take to read the last words."""
+"""How long a client may be silent while it has the last words to read."""
+TLS_CLOSE_S: Final = 2.0
+"""The same over TLS, where there is no end that clients would answer by theirs."""
 
 _HELD_MESSAGES: Final = 8  # How many of the largest messages one connection's requests may hold unread.
+_UNREAD_STREAMS: Final = 16  # How many full buffers of answers one connection may leave unread in all.
+_STINGY_BYTES: Final = 64  # Windows that open by less make us send frame after frame of next to nothing.
 _WANTED: Final = frozenset(name.encode() for name in FORWARDED)
 _PING: Final = b"kvlane\0\0"
-
-
-class Site(Protocol):
-    """What the connections of one edge share."""
-
-    options: GrpcOptions
-
-    def handler(self, path: str) -> Handler:
-        """Of this method, there or not."""
-
-    def admit(self, connection: Connection) -> bool:
-        """Counts the connection in, and says goodbye where none is wanted any more; False where there are too many."""
-
-    def leave(self, connection: Connection) -> None:
-        """The connection is lost."""
-
-    def begin(self, call: H2Call, handler: Handler) -> asyncio.Task[None]:
-        """Runs the handler."""
 
 
 class Connection(asyncio.Protocol):
     """The asyncio protocol of one client connection."""
 
-    def __init__(self, site: Site, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, site: Site[Connection], loop: asyncio.AbstractEventLoop) -> None:
         self.options = site.options
         self.loop = loop
         self.peer_name = "-"
@@ -77,46 +63,56 @@ class Connection(asyncio.Protocol):
         self._site = site
         self._transport: asyncio.Transport | None = None
         self._guard = Guard(self.options.max_concurrent_streams, loop.time)
-        self.wire = Wire(loop, self._retired, self._guard.sent)
+        unread_bytes = _UNREAD_STREAMS * self.options.stream_buffer_bytes
+        self.wire = Wire(loop, self._retired, self._guard.sent, unread_bytes)
         self._judge = Judge(self.options.max_concurrent_streams)
-        self._frames = FrameCutter()
+        self._intake = Intake(loop, self._received, self._failed)
         self._held = 0
         self._draining = False
         self._closing = False
+        self._patience_s = CLOSE_S
         self._made_at = self._heard_at = self._idle_since = loop.time()
-        self._stuck_since = self._pinged_at = self._close_by = self._drain_at = math.inf
+        self._pinged_at = self._closed_at = self._close_by = self._drain_at = math.inf
 
     # -- the transport's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by type.
         self.wire.connect(self._transport)
+        self._intake.connect(self._transport)
         self.peer_name = peer_name(transport.get_extra_info("peername"))
         tune(transport)
-        self.wire.write(self._judge.data_to_send())  # Our settings: nothing may come before them.
-        if not self._site.admit(self) or not speaks_h2(transport):
+        if not speaks_h2(transport):
+            self.abort()
+            return
+        self.wire.say(self._judge.data_to_send())  # Our settings: nothing may come before them.
+        if not self._site.admit(self):
             self.abort()
 
     def data_received(self, data: bytes) -> None:
-        if self._closing:
-            return
         self._heard_at = self.loop.time()
+        if self._closing:  # It reads what we have said last, and gets a little longer for that.
+            self._close_by = min(self._heard_at + self._patience_s, self._closed_at + self.options.read_timeout_s)
+            return
         self._pinged_at = math.inf
-        try:
-            self._read(data)
-        except ProtocolError as error:
+        self._intake.feed(data)
+
+    def _failed(self, error: Exception) -> None:
+        if isinstance(error, ProtocolError):
             log.info("%s broke the protocol: %r", self.peer_name, cut(str(error), LOGGED_CHARS))
             self._goodbye(error.error_code, str(error).encode(errors="replace")[:64])
-        except Exception:
-            log.exception("a defect in the HTTP/2 edge; %s loses its connection", self.peer_name)
+        else:
+            log.error("a defect in the HTTP/2 edge; %s loses its connection", self.peer_name, exc_info=error)
             self._goodbye(ErrorCodes.INTERNAL_ERROR)
 
     def eof_received(self) -> None:
         # A client that will send nothing more, not even window updates, is gone.
-        self.abort()
+        if not self._closing:
+            self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
+        self._intake.disconnect()
         self.wire.disconnect()
         for stream in tuple(self.calls):
             self._give_up(stream)
@@ -130,18 +126,6 @@ class Connection(asyncio.Protocol):
         self.wire.flow(True)
 
     # -- frames in
-
-    def _read(self, data: bytes) -> None:
-        moved = False
-        for kind, flags, stream, frame in self._frames.feed(data):
-            moved = True
-            self._received(kind, flags, stream, frame)
-            if self._closing:
-                return
-        if not self._frames.pending:
-            self._stuck_since = math.inf
-        elif moved or self._stuck_since == math.inf:
-            self._stuck_since = self._heard_at
 
     def _received(self, kind: int, flags: int, stream: int, frame: bytes) -> None:
         if kind == h2_frames.WINDOW_UPDATE:
@@ -157,6 +141,8 @@ class Connection(asyncio.Protocol):
             self._guard.control()  # Unknown frames are passed over.
         elif kind == h2_frames.HEADERS:
             self._headers(flags, stream, frame)
+        elif kind == h2_frames.RST_STREAM and self._is_over(stream) and len(frame) == HEAD_BYTES + 4:
+            pass  # Some clients reset each stream once they have its status.
         elif kind != h2_frames.DATA or not self._data(flags, stream, frame):
             if kind == h2_frames.SETTINGS:
                 self._guard.settings()
@@ -167,7 +153,10 @@ class Connection(asyncio.Protocol):
     def _is_busywork(self, kind: int, flags: int, stream: int, frame: bytes) -> bool:
         if kind == h2_frames.DATA:
             return len(frame) == HEAD_BYTES and not flags & h2_frames.END_STREAM
-        return kind != h2_frames.CONTINUATION and (kind != h2_frames.RST_STREAM or stream not in self.calls)
+        return kind not in (h2_frames.CONTINUATION, h2_frames.RST_STREAM)
+
+    def _is_over(self, stream: int) -> bool:
+        return stream not in self.calls and 0 < stream <= self._judge.highest_inbound_stream_id
 
     def _headers(self, flags: int, stream: int, frame: bytes) -> None:
         whole = flags & ~h2_frames.END_STREAM == h2_frames.END_HEADERS
@@ -213,6 +202,8 @@ class Connection(asyncio.Protocol):
     def _window_opened(self, stream: int, frame: bytes) -> None:
         if not stream:
             self.wire.opened(h2_frames.window_increment(frame, self.wire.window))
+            if self.wire.waiting and self.wire.window < _STINGY_BYTES:
+                self._guard.control()
             return
         call = self.calls.get(stream)
         if call is None:
@@ -227,6 +218,8 @@ class Connection(asyncio.Protocol):
             self._guard.control()
             self._reset(stream, error.error_code)
         else:
+            if call.output.window < min(_STINGY_BYTES, call.output.unread_bytes):
+                self._guard.control()
             call.output.resume()
 
     def _happened(self, event: Event) -> None:
@@ -351,6 +344,7 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         """Drops the connection, unread output and all."""
         self._closing = True
+        self._intake.stop()
         if self._transport is not None:
             self._transport.abort()
 
@@ -358,14 +352,17 @@ class Connection(asyncio.Protocol):
         self.wire.write(h2_frames.goaway_frame(self._judge.highest_inbound_stream_id, code, text))
         for stream in tuple(self.calls):
             self._give_up(stream)
-        self._close()
+        self._close(politely=False)
 
-    def _close(self) -> None:
-        """Closes once everything is written."""
+    def _close(self, *, politely: bool = True) -> None:
+        """Closes once everything is written; `politely` once the client has closed, too, that it may read it all."""
         if not self._closing:
             self._closing = True
-            self._close_by = self.loop.time() + CLOSE_S
-            self.wire.close()
+            self._intake.stop()
+            self._closed_at = self.loop.time()
+            if not self.wire.close(politely=politely):
+                self._patience_s = TLS_CLOSE_S
+            self._close_by = self._closed_at + self._patience_s
 
     # -- deadlines
 
@@ -378,11 +375,11 @@ class Connection(asyncio.Protocol):
             return
         if now > self._drain_at:
             self.drain()
-        if not self._frames.ready:
+        if not self._intake.ready:
             if now > self._made_at + HANDSHAKE_S:
                 self.abort()
             return
-        if now > self._stuck_since + options.request_timeout_s:
+        if now > self._intake.stuck_since + options.request_timeout_s:
             self._goodbye(ErrorCodes.ENHANCE_YOUR_CALM, b"a frame takes too long")
             return
         for stream, call in tuple(self.calls.items()):

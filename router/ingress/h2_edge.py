@@ -49,7 +49,7 @@ class H2Edge:
         self._handlers = {f"/{service}/{name}": handler for name, handler in handlers.items()}
         for other, methods in standard.items():
             for name, method in methods.items():
-                self._handlers[f"/{other}/{name}"] = served(method, options.read_timeout_s)
+                self._handlers[f"/{other}/{name}"] = served(method, options)
         self._reuse_port = reuse_port
         self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -138,7 +138,7 @@ class H2Edge:
     # -- for connections
 
     def admit(self, connection: Connection) -> bool:
-        """See `h2_connection.Site`."""
+        """See `h2_site.Site`."""
         self._connections.add(connection)
         self._empty.clear()
         if self._stopping:
@@ -148,13 +148,13 @@ class H2Edge:
         return len(self._connections) <= self.options.max_connections
 
     def leave(self, connection: Connection) -> None:
-        """See `h2_connection.Site`."""
+        """See `h2_site.Site`."""
         self._connections.discard(connection)
         if not self._connections:
             self._empty.set()
 
     def handler(self, path: str) -> Handler:
-        """See `h2_connection.Site`."""
+        """See `h2_site.Site`."""
         return self._handlers.get(path, self._unknown)
 
     async def _unknown(self, call: Call) -> None:
@@ -167,7 +167,7 @@ class H2Edge:
         await call.fail(grpc.StatusCode.UNIMPLEMENTED, "there is no such method", ())
 
     def begin(self, call: H2Call, handler: Handler) -> asyncio.Task[None]:
-        """See `h2_connection.Site`."""
+        """See `h2_site.Site`."""
         task = asyncio.get_running_loop().create_task(_handled(call, handler))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

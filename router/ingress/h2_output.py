@@ -18,6 +18,8 @@ from router.ingress.h2_frames import DATA, MAX_BODY_BYTES, MESSAGE_HEAD, message
 QUICK_BYTES: Final = 4096
 """Messages up to this size take the short way. What that writes in one turn is not counted: an engine step's messages
 are small."""
+SHARE_BYTES: Final = 1 << 16
+"""What a stream may leave unread of a connection that has left too much unread altogether."""
 _DEAD: Final = -(1 << 62)
 _message_head: Final = MESSAGE_HEAD.pack
 
@@ -33,8 +35,14 @@ class Sending(Protocol):
     """This turn's frames."""
     waiting: dict[Output, None]
     """Outputs that could go on but for the connection's window or the transport, in their order."""
+    unread_bytes: int
+    """What waits, all streams together."""
     prelude: bytes
     """What HPACK wants before the next header block."""
+
+    @property
+    def crowded(self) -> bool:
+        """More waits than is kept for one client."""
 
     def wake(self) -> None:
         """Has `out`, and what waits and has room, written at the end of this turn."""
@@ -106,9 +114,9 @@ class Output:
             out.append(_message_head(framed << 8, self.stream, size))
             out.append(message)
         elif not self.dead:
-            check_room(self.unread_bytes, self._limit)
+            check_room(self.unread_bytes, min(self._limit, SHARE_BYTES) if connection.crowded else self._limit)
             self._messages.append(message)
-            self.unread_bytes += framed
+            self._count(framed)
             self.resume()
 
     def end(self, block: bytes) -> None:
@@ -124,7 +132,8 @@ class Output:
         """Forgets the messages that have not begun."""
         if self._messages:
             self._messages.clear()
-            self.unread_bytes = len(self._rest) if self._rest is not None else 0
+            self._count((len(self._rest) if self._rest is not None else 0) - self.unread_bytes)
+            self.resume()
             self._took()
 
     def kill(self) -> None:
@@ -132,15 +141,17 @@ class Output:
         self.window = _DEAD
         self._rest = None
         self._messages.clear()
-        self.unread_bytes = 0
+        self._count(-self.unread_bytes)
         self._connection.waiting.pop(self, None)
         self._took()
 
     def resume(self) -> None:
-        """There may be room."""
+        """There may be room, or none any more."""
         if self.unread_bytes and self.window > 0:
             self._connection.waiting[self] = None
             self._connection.wake()
+        else:
+            self._connection.waiting.pop(self, None)
 
     def write_one(self) -> int:
         """Writes one DATA frame of what is unread; returns its size. Only where there is room for some of it."""
@@ -161,7 +172,7 @@ class Output:
         parts[0] = h2_frames.frame_head(DATA, 0, self.stream, size)
         self.window -= size
         self._connection.window -= size
-        self.unread_bytes -= size
+        self._count(-size)
         self._connection.out += parts
         self._took()
         if not self.unread_bytes and self._trailers is not None:
@@ -176,6 +187,10 @@ class Output:
         await asyncio.wait([self._taken], timeout=limit_s)
         self._taken = None
         return not self.unread_bytes
+
+    def _count(self, change: int) -> None:
+        self.unread_bytes += change
+        self._connection.unread_bytes += change
 
     def _took(self) -> None:
         if self._taken is not None and not self.unread_bytes and not self._taken.done():

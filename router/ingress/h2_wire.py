@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from time import monotonic
 from typing import Final
 
 from router.ingress.h2_frames import DEFAULT_WINDOW
@@ -18,16 +19,25 @@ log = logging.getLogger(__name__)
 
 MAX_DEBT_BYTES: Final = 1 << 20
 """What a client may leave unread of answers to control frames, and of trailers, once the transport is full."""
+TURN_S: Final = 0.002
+"""What one connection may take of one turn of the event loop; the rest of its work is done in the next ones."""
 _WRITE_BYTES: Final = 1 << 16  # Of waiting streams, in one write: the transport is asked again before the next.
 
 
 class Wire:
     """See `h2_output.Sending`."""
 
-    __slots__ = ("_loop", "_retired", "_sent", "_transport", "_woken", "flowing", "out", "prelude", "waiting", "window")
+    __slots__ = (
+        *("_loop", "_max_unread_bytes", "_retired", "_sent", "_transport", "_woken"),
+        *("flowing", "out", "prelude", "unread_bytes", "waiting", "window"),
+    )
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, retired: Callable[[int], None], sent: Callable[[], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        retired: Callable[[int], None],
+        sent: Callable[[], None],
+        max_unread_bytes: int,
     ) -> None:
         """`retired` is told of streams whose trailers are out, `sent` of each turn that writes something."""
         self.window = DEFAULT_WINDOW
@@ -36,11 +46,17 @@ class Wire:
         self.waiting: dict[Output, None] = {}
         self.prelude = b""
         """What HPACK wants before the next header block."""
+        self.unread_bytes = 0
         self._loop = loop
+        self._max_unread_bytes = max_unread_bytes
         self._retired = retired
         self._sent = sent
         self._transport: asyncio.Transport | None = None
         self._woken = False
+
+    @property
+    def crowded(self) -> bool:
+        return self.unread_bytes > self._max_unread_bytes
 
     def connect(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -86,33 +102,60 @@ class Wire:
             self.wake()
 
     def flush(self) -> None:
-        """Writes what there is."""
-        if self.out:
-            self._sent()
+        """Writes what there is, as far as one turn goes."""
+        try:
             self._write_out()
-        written = 0
-        waiting = self.waiting
-        while waiting and self.flowing and self.window > 0:
+            self._woken = self._write_waiting()
+        except Exception:
+            log.exception("a defect in the HTTP/2 edge; a client loses its connection")
+            if self._transport is not None:
+                self._transport.abort()
+            return
+        if self._woken:
+            self._loop.call_soon(self.flush)
+
+    def _write_waiting(self) -> bool:
+        """Whether there is more to do in the next turn."""
+        written, until = 0, monotonic() + TURN_S
+        waiting, late = self.waiting, False
+        while waiting and self.flowing and self.window > 0 and not late:
             output = next(iter(waiting))
             del waiting[output]
             written += output.write_one()
             output.resume()  # Behind the others.
+            late = monotonic() > until
             if written >= _WRITE_BYTES:
                 written = 0
                 self._write_out()
         self._write_out()
-        self._woken = False
+        return late and bool(waiting)
 
-    def close(self) -> None:
-        """Writes what there is and closes."""
-        self.flush()
-        if self._transport is not None:
-            self._transport.close()
+    def close(self, *, politely: bool) -> bool:
+        """Writes what there is, and nothing any more; returns whether the client will see that this was the end.
+
+        `politely` leaves it to the client to close the rest: a socket that is closed upon a client that still sends,
+        were it window updates, resets the connection, and what is on its way to the client is lost.
+        """
+        self._write_out()
+        transport, self._transport = self._transport, None
+        if transport is None or transport.is_closing():
+            return True
+        if not politely:
+            transport.close()
+        elif not transport.can_write_eof():
+            return False  # Over TLS the GOAWAY alone has to do.
+        else:
+            try:
+                transport.write_eof()
+            except OSError:
+                transport.abort()  # The client was faster.
+        return True
 
     def _write_out(self) -> None:
         out = self.out
         if not out:
             return
+        self._sent()
         data = b"".join(out)
         out.clear()
         if self._transport is not None and self._bearable():

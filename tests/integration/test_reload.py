@@ -128,8 +128,9 @@ async def test_a_worker_that_is_killed_costs_its_own_streams_alone_and_no_count(
         await until(lambda: served.log().count("ready") > 4, "it is ready")
         await load.more()
         seen.append(await later(served))
-    # Each client had one request there at most, and one more where its next one found the connection closed.
-    assert 0 < len(load.broken) <= 2 * 16, load.broken
+    # Each client had one request there at most, and one more where its next one found the connection closed; none where
+    # the worker happened to have no stream just then.
+    assert len(load.broken) <= 2 * 16, load.broken
     assert killed not in served.workers()
     for earlier, following in pairwise(seen):
         counts = [name for name in earlier if name.partition("{")[0].endswith(COUNTS)]

@@ -113,4 +113,5 @@ async def test_a_client_that_does_not_know_yet_still_gets_its_call_served(monkey
         assert (await client.answer(1)).status == 0
         assert await client.end() == 0
         assert client.goaway.last_stream_id == 1
+        await client.close()
         await within(leaving)

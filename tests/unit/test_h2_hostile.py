@@ -295,7 +295,7 @@ async def test_a_frame_that_does_not_become_whole_ends_its_connection() -> None:
         client.call(1)
         await client.some(1, 10)
         client.send(b"\x00\x00\x08\x06\x00")
-        await until(lambda: any(connection._intake.pending for connection in connections(served)))
+        await until(lambda: any(connection._intake._frames.pending for connection in connections(served)))
         sweep(served, 29)
         sweep(served, 31)
         assert await client.end() == CALM
@@ -305,7 +305,7 @@ async def test_a_frame_that_does_not_become_whole_ends_its_connection() -> None:
 async def test_headers_that_do_not_end_end_their_connection() -> None:
     async with serving(hangs("a")) as served, peer(served) as client:
         client.send(HeadersFrame(1, BLOCK))
-        await until(lambda: any(connection._intake.pending for connection in connections(served)))
+        await until(lambda: any(connection._intake._frames.pending for connection in connections(served)))
         sweep(served, 31)
         assert await client.end() == CALM
 

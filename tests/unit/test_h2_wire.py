@@ -495,6 +495,7 @@ async def test_stop_says_goodbye_refuses_new_calls_and_finishes_the_old() -> Non
         go_on.set()
         assert texts((await client.answer(1)).data) == ["a", "b"]
         assert await client.end() == 0
+        await client.close()
         await within(stopping)
 
 

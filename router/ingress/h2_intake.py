@@ -1,0 +1,108 @@
+"""The receiving half of one HTTP/2 connection: what comes is cut into frames, and these are worked off turn by turn.
+
+Rule: one connection takes a bounded part of a turn of the event loop, however many frames come in one read: meanwhile
+nothing more is read of it, and all others get their turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterator
+from time import monotonic
+
+from router.ingress.h2_frames import Frame, FrameCutter
+from router.ingress.h2_wire import TURN_S
+
+
+class Intake:
+    """One connection's."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        received: Callable[[int, int, int, bytes], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        """`received` is given each frame: its type, flags, stream, and the whole of it. `failed` is told of what that
+        raises, and of input that is no frames; nothing more is given then."""
+        self.stuck_since = math.inf
+        """Since when, in loop time, a frame or a header block is not whole."""
+        self._loop = loop
+        self._received = received
+        self._failed = failed
+        self._transport: asyncio.Transport | None = None
+        self._frames = FrameCutter()
+        self._unread: Iterator[Frame] | None = None
+        """What waits for the next turn."""
+        self._moved = False
+        self._stopped = False
+
+    def connect(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    @property
+    def ready(self) -> bool:
+        """The peer has sent its preface and its first settings."""
+        return self._frames.ready
+
+    def feed(self, data: bytes) -> None:
+        """Takes what came in. Not called while reading is paused."""
+        if self._stopped:
+            return
+        self._moved = False
+        self._work_off(self._frames.feed(data))
+
+    def stop(self) -> None:
+        """Takes no more. What still comes is read and thrown away, so that the end of it is noticed."""
+        self._stopped = True
+        self._flow()
+
+    def disconnect(self) -> None:
+        """The connection is lost: lets go of whoever was told of frames, who holds this."""
+        self.stop()
+        self._received = self._failed = _ignore
+        self._transport = self._unread = None
+
+    def _work_off(self, frames: Iterator[Frame]) -> None:
+        until = monotonic() + TURN_S
+        try:
+            for kind, flags, stream, frame in frames:
+                self._moved = True
+                self._received(kind, flags, stream, frame)
+                if self._stopped:
+                    return
+                if monotonic() > until:
+                    self._go_on_later(frames)
+                    return
+        except Exception as error:
+            self._stopped = True
+            self._flow()
+            self._failed(error)
+            return
+        self._flow()
+        if not self._frames.pending:
+            self.stuck_since = math.inf
+        elif self._moved or self.stuck_since == math.inf:
+            self.stuck_since = self._loop.time()
+
+    def _go_on_later(self, frames: Iterator[Frame]) -> None:
+        if self._unread is None and self._transport is not None:
+            self._transport.pause_reading()
+        self._unread = frames
+        self._loop.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        if self._unread is not None:
+            self._work_off(self._unread)
+
+    def _flow(self) -> None:
+        """Lets more come, where it was stopped."""
+        if self._unread is None:
+            return
+        self._unread = None
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+
+def _ignore(*_: object) -> None: ...
