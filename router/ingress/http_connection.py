@@ -13,7 +13,7 @@ import asyncio
 import math
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from typing import Final, Protocol, cast
 
 from router.errors import ClientTooSlow, InternalError, KvlaneError, RequestTimeout, ShuttingDown, TooManyConnections
@@ -25,6 +25,7 @@ from router.ingress.http_response import Envelope, Exchange, Reply, error_reply
 from router.ingress.http_routes import Target, read_target
 from router.lane.carriers import tune
 from router.options import HttpOptions
+from router.turns import in_turns
 from router.types import Request
 
 MAX_QUEUED: Final = 8
@@ -32,8 +33,10 @@ MAX_QUEUED: Final = 8
 MAX_QUEUED_BYTES: Final = 1 << 20
 """Bytes of their bodies, likewise."""
 MAX_HELD_BYTES: Final = 1 << 20
-"""Input that waits to be parsed; a client that sends more is cut off. Reading never pauses, because a connection that
-is not read cannot tell that its client is gone."""
+"""Input that waits to be parsed; a client that sends more is cut off. Reading never pauses for longer than a turn of
+the event loop, because a connection that is not read cannot tell that its client is gone."""
+PACED_BYTES: Final = 128 << 10
+"""After a read of so many, other connections get their turn: libuv would take up to 32 reads of 256 kB in one go."""
 LAST_CALL_S: Final = 5.0
 """How long an open connection of a server that accepts no more may be idle: its client's next request is answered, and
 told that there will be no other."""
@@ -63,8 +66,11 @@ class Pages(Protocol):
     def own(self, request: HttpRequest, target: Target) -> Reply | Awaitable[Reply] | None:
         """The router's own answer, at once or later; None where a replica must give it. Raises `KvlaneError`."""
 
-    def relay(self, request: HttpRequest, target: Target, request_id: str) -> Request:
-        """The request for a replica. Raises `KvlaneError`."""
+    def relay(self, request: HttpRequest, target: Target, request_id: str) -> Request | Generator[None, None, Request]:
+        """The request for a replica, at once or in slices, after each of which other streams get their turn.
+
+        Raises `KvlaneError`, from a slice too.
+        """
 
 
 class Site(Protocol):
@@ -124,13 +130,22 @@ class Connection(asyncio.Protocol):
             self._refuse(TooManyConnections("Too many connections are open"))
 
     def data_received(self, data: bytes) -> None:
+        size = len(data)
+        if size > PACED_BYTES:
+            self._transport.pause_reading()
+            self._loop.call_soon(self._read_on)
         if self._closing:
             return
-        if self._held_input or len(data) > _SLICE_BYTES or not self._has_room():
+        sliced = size > _SLICE_BYTES and not self._parser.lacks(size)
+        if self._held_input or sliced or not self._has_room():
             self._held_input += data
         else:
             self._parser.feed(data)
         self._advance()
+
+    def _read_on(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def eof_received(self) -> None:
         # None closes the transport, but only after a flush that a client that is gone would hold up.
@@ -264,8 +279,9 @@ class Connection(asyncio.Protocol):
             log_defect("answer", exchange.envelope.method, exchange.envelope.path)
             exchange.fail(InternalError("Internal error"))
 
-    async def _relay(self, request: Request, exchange: Exchange) -> None:
+    async def _relay(self, routed: Request | Generator[None, None, Request], exchange: Exchange) -> None:
         try:
+            request = routed if isinstance(routed, Request) else await self._read(routed)
             await self._site.dispatch.run(request, exchange)
             exchange.finish()
             if exchange.status >= 400:
@@ -279,8 +295,16 @@ class Connection(asyncio.Protocol):
             exchange.fail(ShuttingDown("The request was cancelled"))
             raise
         except Exception:
-            log_defect("relay", request.method, request.path)
+            log_defect("relay", exchange.envelope.method, exchange.envelope.path)
             exchange.fail(InternalError("Internal error"))
+
+    async def _read(self, slices: Generator[None, None, Request]) -> Request:
+        """A large request, slice by slice."""
+        try:
+            return await in_turns(slices)
+        except KvlaneError as error:
+            self._site.refused("http", error.name)
+            raise
 
     # Responses out.
 

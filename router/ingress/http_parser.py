@@ -7,6 +7,7 @@ in doubt must not get a second guess (request smuggling).
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from typing import Final
 
@@ -26,6 +27,11 @@ ENDED: Final = 3
 
 _OVERHEAD: Final = 16
 """Bytes of chunk framing allowed per byte of chunked body; a chunk of one byte needs 5."""
+
+_RESERVE_AT: Final = 1 << 20
+"""A body of so many bytes gets memory for all of it; before that, a length that is only claimed takes none."""
+_GROWTH: Final = 4
+"""By how much memory grows where no length is claimed. Copying a body while it grows would hold up other streams."""
 
 _MAX_LENGTH_DIGITS: Final = 20
 """Digits of 2**64; llhttp checks the value, but takes any number of leading zeros."""
@@ -119,7 +125,12 @@ class RequestParser:
         self._url = b""
         self._headers: list[tuple[str, str]] = []
         self._noted: dict[str, str] = {}
-        self._body: bytes | bytearray = b""
+        self._body = b""
+        self._buffer: io.BytesIO | None = None
+        """The body where it came in several pieces; then `_body` is not used."""
+        self._body_bytes = 0
+        self._reserved = 0
+        self._length = 0
         self._fed = 0
         self._dropped = 0
         self._keep_alive = True
@@ -148,6 +159,10 @@ class RequestParser:
             self._weigh(self._head_bytes() if began > 1 or (began and not was_idle) else len(data))
         return b""
 
+    def lacks(self, size: int) -> bool:
+        """Whether the body under way has a claimed length and takes more than the next `size` bytes."""
+        return self.state == BODY and self._length - self._body_bytes > size
+
     def stop(self) -> None:
         """Ignores whatever comes from now on."""
         self.state = ENDED
@@ -160,7 +175,7 @@ class RequestParser:
             if self._fed > self._max_header_bytes:
                 self._refuse(self._headers_too_large())
             return
-        limit = self._max_header_bytes + _OVERHEAD * max(len(self._body), 1)
+        limit = self._max_header_bytes + _OVERHEAD * max(self._body_bytes, 1)
         if self._fed > limit and self._fed - self._head_bytes() > limit:
             self._refuse(InvalidRequest("The chunked body has more framing than content"))
 
@@ -261,8 +276,10 @@ class RequestParser:
         length = noted.get("content-length")
         if length is not None and len(length) > _MAX_LENGTH_DIGITS:
             self._stop(InvalidRequest("The Content-Length has too many digits"))
-        if length is not None and int(length) > self._max_body_bytes:
-            self._stop(self._body_too_large())
+        if length is not None:
+            self._length = int(length)
+            if self._length > self._max_body_bytes:
+                self._stop(self._body_too_large())
         coding = noted.get("transfer-encoding")
         if coding is not None and (coding.lower() != "chunked" or self._http_1_0):
             self._stop(InvalidRequest("The only transfer coding supported is chunked, in HTTP/1.1"))
@@ -275,15 +292,37 @@ class RequestParser:
 
     def on_body(self, part: bytes) -> None:
         self.wants_continue = False
-        body = self._body
-        if len(body) + len(part) > self._max_body_bytes:
+        before = self._body_bytes
+        self._body_bytes = size = before + len(part)
+        if size > self._max_body_bytes:
             self._stop(self._body_too_large())
-        if not body:
+        if not before:
             self._body = part
-        elif isinstance(body, bytearray):
-            body += part
-        else:
-            self._body = bytearray(body) + part
+            return
+        buffer = self._buffer
+        if buffer is None:
+            buffer = self._buffer = io.BytesIO()
+            buffer.write(self._body)
+        if size > self._reserved and size >= _RESERVE_AT:
+            buffer = self._buffer = self._reserve(buffer, size)
+        buffer.write(part)
+
+    def _reserve(self, buffer: io.BytesIO, size: int) -> io.BytesIO:
+        """The same with memory for the rest of the body, which the system gives only where it is written to."""
+        self._reserved = self._length or min(_GROWTH * size, self._max_body_bytes)
+        # CPython neither copies the only reference to these bytes, nor takes their pages before they are written.
+        wide = io.BytesIO(bytes(self._reserved))
+        wide.write(buffer.getbuffer()[: buffer.tell()])
+        return wide
+
+    def _whole_body(self) -> bytes:
+        """Without a copy, however it came."""
+        buffer = self._buffer
+        if buffer is None:
+            return self._body
+        self._buffer = None
+        buffer.truncate()
+        return buffer.getvalue()
 
     def on_message_complete(self) -> None:
         if self._upgrading:
@@ -294,7 +333,7 @@ class RequestParser:
                 target=self._url,
                 headers=self._headers,
                 noted=self._noted,
-                body=bytes(self._body),  # The very same where it came in one piece.
+                body=self._whole_body(),
                 keep_alive=self._keep_alive,
                 http_1_0=self._http_1_0,
             )

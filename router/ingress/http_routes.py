@@ -8,7 +8,7 @@ resets, weight updates …) are one engine's administration and must not be in r
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from typing import Final
 from urllib.parse import parse_qsl, unquote_to_bytes
 
@@ -16,7 +16,7 @@ import httptools
 import msgspec
 
 from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, PathNotFound, cut
-from router.ingress import multipart, openai, request_ids
+from router.ingress import large_json, multipart, openai, request_ids
 from router.ingress.base import Fleet
 from router.ingress.http_parser import HttpRequest
 from router.ingress.http_response import Reply
@@ -127,12 +127,27 @@ class Routes:
             raise ModelNotFound(f"The model `{cut(name)}` does not exist.", param="model")
         return Reply(200, _JSON, card)
 
-    def relay(self, request: HttpRequest, target: Target, request_id: str) -> Request:
-        """The request for a replica. Raises `PathNotFound`, `MethodNotAllowed` and `InvalidRequest`."""
+    def relay(self, request: HttpRequest, target: Target, request_id: str) -> Request | Generator[None, None, Request]:
+        """The request for a replica; where its body is large, in slices.
+
+        Raises `PathNotFound`, `MethodNotAllowed` and `InvalidRequest`, the last from a slice too.
+        """
         # The engine's application answers a HEAD with 405; the head of a GET is what is asked for.
         method = "GET" if request.method == "HEAD" else request.method
         self._check(request.method, method, target.path)
-        facts = self._facts(request, target)
+        if len(request.body) >= large_json.LARGE_BYTES and not _is_form(request):
+            return self._relay_large(request, target, method, request_id)
+        return self._request(request, target, method, request_id, self._facts(request, target))
+
+    def _relay_large(
+        self, request: HttpRequest, target: Target, method: str, request_id: str
+    ) -> Generator[None, None, Request]:
+        facts = yield from large_json.read_json(request.body)
+        return self._request(request, target, method, request_id, self._named(facts, facts.model))
+
+    def _request(
+        self, request: HttpRequest, target: Target, method: str, request_id: str, facts: openai.Facts
+    ) -> Request:
         headers = request.headers
         headers.append(("x-request-id", request_id))
         return Request(
@@ -162,15 +177,16 @@ class Routes:
 
     def _facts(self, request: HttpRequest, target: Target) -> openai.Facts:
         if request.body:
-            content_type = request.noted.get("content-type", "")
-            if content_type[:19].lower() == "multipart/form-data":
-                facts = openai.Facts(model=multipart.read_model(request.body, content_type))
+            if _is_form(request):
+                facts = openai.Facts(model=multipart.read_model(request.body, request.noted["content-type"]))
             else:
                 facts = openai.read_json(request.body)
-            model = facts.model or self._default_model
-        else:
-            facts = openai.Facts()
-            model = self._unnamed_model(request, target.query)
+            return self._named(facts, facts.model)
+        return self._named(openai.Facts(), self._unnamed_model(request, target.query))
+
+    def _named(self, facts: openai.Facts, model: str) -> openai.Facts:
+        """With a model in any case. Raises `InvalidRequest`."""
+        model = model or self._default_model
         if not model:
             raise InvalidRequest("you must provide a model parameter", param="model")
         return facts if facts.model else msgspec.structs.replace(facts, model=model)
@@ -183,6 +199,10 @@ class Routes:
             return model
         base_models = [status.card.name for status in self._fleet.models() if not status.card.parent]
         return base_models[0] if len(base_models) == 1 else ""
+
+
+def _is_form(request: HttpRequest) -> bool:
+    return request.noted.get("content-type", "")[:19].lower() == "multipart/form-data"
 
 
 def _page(body: bytes, content_type: str) -> Reply:

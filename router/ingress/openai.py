@@ -6,6 +6,7 @@ Sans-IO: plain functions on bytes. The one rule: the body itself is never change
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -100,17 +101,29 @@ def read_json(body: bytes) -> Facts:
         # Fields that are skipped are not checked for UTF-8 by the decoder; the engine would choke on them later.
         if not body.isascii():
             body.decode()
+    except UnicodeDecodeError as error:
+        raise not_utf8(error.start) from error
+    return read_text(body, int)
+
+
+def read_text(body: bytes, place: Callable[[int], int]) -> Facts:
+    """The same of a body that is UTF-8; `place` gives where in what the client sent a byte of `body` is."""
+    try:
         found = _body_decoder.decode(body)
         return Facts(found.model or "", _word(found.user), _word(found.cache_salt), _priority(found.priority))
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"The body is not valid UTF-8 (byte {error.start})") from error
     except msgspec.ValidationError as error:
         raise _wrong_type(error) from error
     except msgspec.DecodeError as error:
-        position = "" if "(byte " in str(error) else f" (byte {len(body)})"
-        raise InvalidRequest(f"The body is not valid JSON: {error}{position}") from error
+        reason, _, at = str(error).partition(" (byte ")
+        position = place(int(at.rstrip(")") or len(body)))
+        raise InvalidRequest(f"The body is not valid JSON: {reason} (byte {position})") from error
     except RecursionError as error:
         raise InvalidRequest("The body is not valid JSON: nested too deeply") from error
+
+
+def not_utf8(at: int) -> InvalidRequest:
+    """The refusal of a body whose byte at `at` begins no character."""
+    return InvalidRequest(f"The body is not valid UTF-8 (byte {at})")
 
 
 def _wrong_type(error: msgspec.ValidationError) -> InvalidRequest:

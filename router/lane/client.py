@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 from router.errors import KvlaneError, ReplicaLost, from_wire
 from router.lane import frames
@@ -28,6 +28,7 @@ from router.lane.frames import (
     pack_chain,
 )
 from router.lane.meter import SAMPLE, FrameMeter
+from router.lane.output import FrameOutput
 from router.load.account import Account, Blind, Foresight
 from router.types import NO_CHARGE, Charge, EngineInfo, Request, Sink
 
@@ -113,6 +114,7 @@ class Lane(asyncio.Protocol):
         self._silent_s = 0.0
         self._error: ReplicaLost | None = None
         self._transport: asyncio.Transport | None = None
+        self._output: FrameOutput | None = None
 
     # -- for dispatch
 
@@ -128,35 +130,35 @@ class Lane(asyncio.Protocol):
         `ReplicaLost` with the lane, or what the sink raised. When the caller is cancelled the stream is aborted in the
         engine.
         """
-        transport = self._transport
-        if transport is None or self.welcome is None:
+        output = self._output
+        if output is None or self.welcome is None:
             raise self._error or ReplicaLost(f"no lane to replica {self.replica}")
         self._last_stream = stream_id = self._last_stream + 1
         self.account.submitted(stream_id, charge)
         loop = self._loop
         stream = self._streams[stream_id] = _Stream(sink, loop.create_future(), loop.time(), expected_s)
-        transport.write(
-            frames.encode(
-                Submit(
-                    stream_id,
-                    request.request_id,
-                    request.rpc,
-                    request.method,
-                    request.path,
-                    request.headers,
-                    request.body,
-                    request.timeout_s,
-                    request.priority,
-                    pack_chain(charge.chain),
-                    charge.matched,
-                )
-            )
+        submit = Submit(
+            stream_id,
+            request.request_id,
+            request.rpc,
+            request.method,
+            request.path,
+            request.headers,
+            request.body,
+            request.timeout_s,
+            request.priority,
+            pack_chain(charge.chain),
+            charge.matched,
         )
+        if len(request.body) < frames.LARGE_BYTES:
+            output.write(frames.encode(submit))
+        else:
+            output.write_large(frames.encode_large(submit))
         try:
             end = await stream.done
         finally:
-            if self._streams.pop(stream_id, None) is not None and self._transport is not None:
-                self._transport.write(frames.encode(Abort(stream_id)))
+            if self._streams.pop(stream_id, None) is not None and self._output is not None:
+                self._output.write(frames.encode(Abort(stream_id)))
         if end.error:
             raise from_wire(end.error, end.message, end.param)
         return end
@@ -170,7 +172,7 @@ class Lane(asyncio.Protocol):
 
     def tick(self, elapsed_s: float, timeout_s: float) -> None:
         """Pings a silent replica; gives the lane up after `timeout_s` of silence. Call it at regular times."""
-        if self._transport is None or self.welcome is None:
+        if self._output is None or self.welcome is None:
             return
         if self._heard:
             self._heard, self._silent_s = False, 0.0
@@ -179,13 +181,13 @@ class Lane(asyncio.Protocol):
         if self._silent_s > timeout_s:
             self._lose(ReplicaLost(f"replica {self.replica} was silent for {self._silent_s:.0f} s"))
         else:
-            self._transport.write(frames.encode(frames.Ping(self.steps)))
+            self._output.write(frames.encode(frames.Ping(self.steps)))
 
     def resync(self) -> None:
         """A cache report was missed: asks for a snapshot, once until it comes."""
-        if self._transport is not None and not self._resyncing:
+        if self._output is not None and not self._resyncing:
             self._resyncing = True
-            self._transport.write(frames.encode(Resync(self._last_report)))
+            self._output.write(frames.encode(Resync(self._last_report)))
 
     def close(self) -> None:
         """Closes the lane; its streams fail."""
@@ -194,7 +196,16 @@ class Lane(asyncio.Protocol):
     # -- the transport's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]  # carriers open write transports only
+        self._transport = cast("asyncio.Transport", transport)  # Carriers open these, by what they do if not by type.
+        self._output = FrameOutput(self._transport, self._loop)
+
+    def pause_writing(self) -> None:
+        if self._output is not None:
+            self._output.pause()
+
+    def resume_writing(self) -> None:
+        if self._output is not None:
+            self._output.resume()
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
@@ -284,9 +295,9 @@ class Lane(asyncio.Protocol):
                     f"replica {self.replica} speaks lane version {challenge.version}, this router {frames.VERSION}"
                 )
             )
-        elif self._transport is not None:
+        elif self._output is not None:
             proof = frames.prove(self._secret, challenge.nonce, self._router)
-            self._transport.write(frames.encode(frames.Hello(frames.VERSION, proof, self._router)))
+            self._output.write(frames.encode(frames.Hello(frames.VERSION, proof, self._router)))
 
     def _welcomed(self, welcome: Welcome) -> None:
         self.welcome = welcome
@@ -297,6 +308,9 @@ class Lane(asyncio.Protocol):
 
     def _lose(self, error: ReplicaLost) -> None:
         transport, self._transport = self._transport, None
+        output, self._output = self._output, None
+        if output is not None:
+            output.close()
         if self._error is not None:
             return
         self._error = error

@@ -26,10 +26,16 @@ MAX_FRAME_BYTES: Final = 256 << 20
 """Larger than any body limit; a longer frame is a broken or hostile peer."""
 MAX_HANDSHAKE_BYTES: Final = 4096
 """Until the peer has proved that it knows the secret."""
+LARGE_BYTES: Final = 256 << 10
+"""A body from which on `encode_large` is worth it; not less than 64 KiB, where MessagePack's lengths get their longest
+form."""
 LEAST_BLOCK_BYTES: Final = 16
 """Of a chain's prefix blocks; the least that the configuration takes."""
 
 _LENGTH: Final = struct.Struct("<I")
+_BINARY: Final = struct.Struct(">BI")
+_BINARY_TAG: Final = 0xC6
+_ARRAY_TAG: Final = 0x90  # Of up to 15 items.
 
 
 class FrameError(Exception):
@@ -176,6 +182,9 @@ UpFrame: TypeAlias = Hello | Submit | Abort | Ping | Resync
 DownFrame: TypeAlias = Challenge | Refused | Welcome | Step | Draining | Pong
 Frame: TypeAlias = UpFrame | DownFrame
 
+_SUBMIT_TAG: Final = 5
+_BODY_FIELD: Final = Submit.__struct_fields__.index("body")
+
 _encoder = msgspec.msgpack.Encoder()
 _up_decoder = msgspec.msgpack.Decoder(Hello | Submit | Abort | Ping | Resync)
 _down_decoder = msgspec.msgpack.Decoder(Challenge | Refused | Welcome | Step | Draining | Pong)
@@ -187,6 +196,20 @@ def encode(frame: Frame) -> bytes:
     _encoder.encode_into(frame, buffer, 4)
     _LENGTH.pack_into(buffer, 0, len(buffer) - 4)
     return bytes(buffer)
+
+
+def encode_large(submit: Submit) -> tuple[bytes, bytes, bytes]:
+    """The same in three parts, of which the second is the body itself; for a body of `LARGE_BYTES` or more."""
+    values = msgspec.structs.astuple(submit)
+    place = _BODY_FIELD
+    # Each array begins with one byte that says how many items it has.
+    before = _encoder.encode((_SUBMIT_TAG, *values[:place]))[1:]
+    after = _encoder.encode(values[place + 1 :])[1:]
+    body = submit.body
+    length = 1 + len(before) + _BINARY.size + len(body) + len(after)
+    array = bytes([_ARRAY_TAG + 1 + len(values)])
+    head = b"".join((_LENGTH.pack(length), array, before, _BINARY.pack(_BINARY_TAG, len(body))))
+    return head, body, after
 
 
 def decode_up(body: bytes | memoryview) -> UpFrame:
@@ -234,15 +257,14 @@ class FrameSplitter:
         """Longest body accepted, in bytes; raise it after the handshake."""
         self._rest = bytearray()
 
-    def feed(self, data: bytes) -> list[memoryview]:
+    def feed(self, data: bytes | bytearray) -> list[memoryview]:
         """The bodies that `data` completes, in order. Raises `FrameError` on one longer than `limit`."""
         if self._rest:
-            # A long frame comes in many reads: append, and copy once when all of it is here.
+            # A long frame comes in many reads: append until all of it is here.
             self._rest += data
             if len(self._rest) < 4 or len(self._rest) < 4 + self._length_at(self._rest, 0):
                 return []
-            data = bytes(self._rest)
-            self._rest.clear()
+            data, self._rest = self._rest, bytearray()
         view = memoryview(data)
         start, size = 0, len(data)
         if size >= 4 and size == 4 + self._length_at(data, 0):

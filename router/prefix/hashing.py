@@ -7,7 +7,7 @@ which the index uses for what is not there: 1 stands in for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from functools import lru_cache
 from itertools import chain as joined
 from struct import Struct
@@ -39,11 +39,21 @@ class Hasher:
 
     def chain(self, request: Request) -> Chain | None:
         """The chain of a request's prompt; None where it has none. Never raises, whatever the body."""
+        draft = self._read(request)
+        return None if draft is None else self._hashed(draft, request)
+
+    def chain_in_slices(self, request: Request) -> Generator[None, None, Chain | None]:
+        """The same; yields between reading and hashing, each of which takes milliseconds for a large body."""
+        draft = self._read(request)
+        yield
+        return None if draft is None else self._hashed(draft, request)
+
+    def _read(self, request: Request) -> Draft | None:
         if request.method != "POST":
             return None
-        draft = read(request.rpc, request.path, request.body, self._max_bytes)
-        if draft is None:
-            return None
+        return read(request.rpc, request.path, request.body, self._max_bytes)
+
+    def _hashed(self, draft: Draft, request: Request) -> Chain | None:
         seed = self._seed(draft, request)
         if seed is None:
             return None

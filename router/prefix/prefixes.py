@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from types import TracebackType
 from typing import Final
 
@@ -149,6 +149,10 @@ class Prefixes:
     def chain(self, request: Request) -> Chain | None:
         """The prompt's chain; None where it has none, or where prefixes are off."""
         return self._hasher.chain(request) if self._options.enabled else None
+
+    def chain_in_slices(self, request: Request) -> Generator[None, None, Chain | None]:
+        """The same of a large request, whose prompt takes milliseconds: yields where others may run."""
+        return (yield from self._hasher.chain_in_slices(request)) if self._options.enabled else None
 
     def view(self, model: str, chain: Chain | None) -> PrefixView:
         """Who holds how much of the prompt, in blocks and in tokens."""

@@ -24,6 +24,7 @@ _KEY: Final = re.compile(rb'"(?:url|data|image_url|image_embeds|audio_embeds|vid
 _KEY_BYTES: Final = 40
 _OBJECTS: Final = ((b'"role"', b"]}"), (b'"type"', b"]}]}"))
 """How messages and parts of contents begin, and what completes a body whose last one is cut away."""
+_NUMERIC: Final = b"0123456789-, \n"
 _ESCAPE_BYTES: Final = 12
 """Two \\u escapes make one character at most."""
 
@@ -80,29 +81,34 @@ def _is_media(body: bytes, start: int, end: int) -> bool:
 
 def _heads(body: bytes, limit: int, ends: tuple[bytes, ...]) -> Iterator[bytes]:
     """Beginnings of `body` made whole, the likeliest first: cut between objects, within a string, between numbers."""
-    far = []
+    view, near = memoryview(body), max(0, limit - _STRIDE)
     for key, end in _OBJECTS:
-        place = _object_end(body, limit, key)
-        if place > limit - _STRIDE:
-            yield body[:place] + end
-        elif place:
-            far.append(body[:place] + end)
+        place = _object_end(body, near, limit, key)
+        if place > near:
+            yield b"".join((view[:place], end))
     cut = _character_end(body, limit)
     comma = max(body.rfind(b",", 0, limit), 0)
+    numbers = not body[max(0, cut - _PROBE) : cut].strip(_NUMERIC)
     for end in ends:
-        yield body[: cut if end.startswith(b'"') else comma] + end
-    yield from far
+        within_text = end.startswith(b'"')
+        if not (within_text and numbers):
+            yield b"".join((view[: cut if within_text else comma], end))
+    for key, end in _OBJECTS:
+        place = _object_end(body, 0, limit, key)
+        if 0 < place <= near:
+            yield b"".join((view[:place], end))
 
 
-def _object_end(body: bytes, limit: int, key: bytes) -> int:
-    """Where the objects end before the last one that begins with `key` before `limit`; 0 where that is not seen."""
-    named = max(body.rfind(key, 0, limit), 0)
+def _object_end(body: bytes, first: int, limit: int, key: bytes) -> int:
+    """Where the objects end before the last one that begins with `key` from `first` to `limit`; 0 where that is not
+    seen."""
+    named = max(body.rfind(key, first, limit), 0)
     start = max(body.rfind(b"{", 0, named), 0)
     if not start or body[start + 1 : named].strip():
         return 0
-    first = max(0, start - _PROBE)
-    before = body[first:start].rstrip()
-    return first + len(before.removesuffix(b",")) if before.endswith((b",", b"[")) else 0
+    begin = max(0, start - _PROBE)
+    before = body[begin:start].rstrip()
+    return begin + len(before.removesuffix(b",")) if before.endswith((b",", b"[")) else 0
 
 
 def _character_end(body: bytes, limit: int) -> int:

@@ -173,6 +173,28 @@ async def test_urgent_output_right_behind_another_waits_for_the_turn_of_the_loop
     assert [each for each in payloads if each] == [[(1, b"x")], [(2, b"x"), (3, b"x")]]
 
 
+async def test_urgent_output_that_had_to_wait_goes_with_the_first_output_after_that(engine: CachingEngine) -> None:
+    _, router = joined(engine)
+    await router.steps()
+    now = 5.0
+    router.session.clock = lambda: now
+    for stream in (1, 2, 3, 4):
+        router.send(submit(stream))
+    engine.outs[0].data(b"x", 1, urgent=True)
+    engine.outs[1].data(b"x", 1, urgent=True)
+    engine.outs[2].data(b"x", 1)
+    now += URGENT_GAP_S
+    engine.outs[3].data(b"x", 1)
+    payloads = [
+        [output.stream for output in step.outputs] for step in router.transport.written if isinstance(step, Step)
+    ]
+    assert [each for each in payloads if each] == [[1], [2, 3, 4]]
+    engine.outs[3].data(b"x", 1)
+    now += URGENT_GAP_S
+    engine.outs[2].data(b"x", 1)
+    assert not any(isinstance(step, Step) and len(step.outputs) == 2 for step in router.transport.written)
+
+
 async def test_an_idle_replica_tells_of_evictions_without_a_step_of_its_engine(engine: CachingEngine) -> None:
     engine.holds(1, 2)
     _, router = joined(engine)

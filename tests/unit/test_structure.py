@@ -42,10 +42,11 @@ ALLOWED: dict[str, set[str]] = {
     "router.errors": set(),
     "router.options": set(),
     "router.fields": set(),
+    "router.turns": set(),
     "router.ray_private": {"router.errors"},
     # Stages.
     **dict.fromkeys(STAGES, WORDS | SEAMS),
-    "router.ingress": WORDS | SEAMS | {"kvlane.v1"},  # gRPC's messages.
+    "router.ingress": WORDS | SEAMS | {"router.turns", "kvlane.v1"},  # gRPC's messages.
     "router.prefix": WORDS | SEAMS | {"kvlane.v1"},  # gRPC's prompts.
     "router.policies": WORDS | SEAMS | {"router.fields"},  # The registry checks options.
     "router.policies.ray_policy": WORDS | SEAMS | {"router.ray_driver"},
@@ -59,7 +60,9 @@ ALLOWED: dict[str, set[str]] = {
     # Where stages meet.
     "router.replicas": WORDS | SEAMS | {"router.lane.client", "router.lane.meter", "router.load"},
     "router.receipts": WORDS | SEAMS,
-    "router.dispatch": WORDS | SEAMS | {"router.admission", "router.prefix", "router.receipts", "router.replicas"},
+    "router.dispatch": WORDS
+    | SEAMS
+    | {"router.admission", "router.prefix", "router.receipts", "router.replicas", "router.turns"},
     "router.app": {"router"},
     # Where policies and Ray Serve's request routers meet.
     "router.ray_requests": WORDS | {"kvlane.v1"},
