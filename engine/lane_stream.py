@@ -34,7 +34,7 @@ class Lane(Protocol):
         """Adds to the next step frame, which goes out in this turn of the loop."""
 
     def urge(self) -> None:
-        """Sends what waits at once, unless that was done a moment ago."""
+        """Sends what waits at once, or very soon if that was done a moment ago."""
 
     def held_back(self) -> None:
         """Some output waits because the router does not read."""

@@ -147,6 +147,8 @@ class LaneSession(asyncio.Protocol):
         self.clock: Callable[[], float] = time.monotonic
         """Not the loop's, which may stand still while the loop turns."""
         self._urged_at = -math.inf
+        self._urgent = False
+        """What waits is urgent, and was not sent at once."""
         self._paused = False
         self._held_back = False
         self._seq = 0
@@ -264,13 +266,17 @@ class LaneSession(asyncio.Protocol):
         if not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._flush)
+        if self._urgent:
+            self.urge()  # This turn of the loop may be a long one.
 
     def urge(self) -> None:
-        """Sends what waits at once, unless that was done a moment ago."""
+        """Sends what waits at once; if that was done a moment ago, with the first output after the moment."""
         now = self.clock()
         if now - self._urged_at >= URGENT_GAP_S:
             self._urged_at = now
             self._flush()
+        else:
+            self._urgent = True
 
     def schedule_flush(self) -> None:
         if not self._flush_due and self._ready:
@@ -283,7 +289,7 @@ class LaneSession(asyncio.Protocol):
         return self._paused
 
     def _flush(self, *, even_paused: bool = False) -> None:
-        self._flush_due = False
+        self._flush_due = self._urgent = False
         if not self._ready or (self._paused and not even_paused):
             return
         load, report = self._replica.load(), self._report()

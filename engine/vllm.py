@@ -20,7 +20,7 @@ from engine.base import Abort, StreamOut
 from engine.cache_report import CacheFeed
 from engine.vllm_args import forget_environment, keep_environment, prepare_cpu, serve_namespace
 from engine.vllm_cache import VllmCache
-from engine.vllm_direct import DirectStreams
+from engine.vllm_direct import DirectStreams, bodies_stay
 from engine.vllm_errors import FAILED
 from engine.vllm_grpc import GrpcStreams
 from engine.vllm_http import HttpStream
@@ -246,7 +246,7 @@ class VllmEngine:
         # Logs the engine's statistics now and then, and takes the start-up's objects out of garbage collection.
         await self._closing.enter_async_context(self._app.router.lifespan_context(self._app))
         await self._cache.follow(self._engine, state)
-        if self._fast and show_outputs(self._engine) and show_streams(state):
+        if self._fast and show_outputs(self._engine) and bodies_stay(self._app) and show_streams(state):
             self._direct = DirectStreams(self._app)
         keep_environment()
         self._info = _info(self._engine, self._app)

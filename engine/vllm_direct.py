@@ -23,8 +23,15 @@ _KNOWN_MIDDLEWARE: Final = {
     "WebSocketMetricsMiddleware",
 }
 """Those that leave such a request as it is, counts of requests apart."""
+_OF_HEADERS: Final = {"XRequestIdMiddleware"}
+"""Those that change no more than headers."""
 
 _log = logging.getLogger(__name__)
+
+
+def bodies_stay(app: Any) -> bool:
+    """Whether all middleware of an application is known to leave the answers' bodies alone, and not to look at them."""
+    return _middleware(app) <= _KNOWN_MIDDLEWARE | _OF_HEADERS
 
 
 class DirectStreams:
@@ -42,14 +49,14 @@ class DirectStreams:
         """Whether it may be one of them."""
         if call.method != "POST" or call.path not in self._makers or b'"stream"' not in call.body:
             return False
-        media = ""
+        media = []
         for name, value in call.headers:
             match name.lower():
                 case "content-type":
-                    media = value.partition(";")[0].strip().lower()
+                    media.append(value.partition(";")[0].lower())
                 case "origin":
                     return False  # The answer's headers depend on it.
-        return media == "application/json"
+        return media == ["application/json"]
 
     def begun(self, call: Submit, head: Mapping[str, Any]) -> None:
         """The application has begun to stream one that `takes` might have taken; `head` is its first message."""
@@ -77,9 +84,8 @@ class DirectStreams:
         return made if isinstance(made, AsyncGenerator) else None
 
     def _changes_nothing(self) -> bool:
-        args, known = self._app.state.args, _KNOWN_MIDDLEWARE
-        found = {getattr(each.cls, "__name__", "") for each in self._app.user_middleware}
-        return found <= known and not (
+        args = self._app.state.args
+        return _middleware(self._app) <= _KNOWN_MIDDLEWARE and not (
             getattr(args, "enable_server_load_tracking", False)
             or getattr(args, "enable_elastic_ep", False)
             or getattr(args, "sse_keep_alive_interval", 0)
@@ -98,3 +104,7 @@ class DirectStreams:
             make = getattr(getattr(state, name, None), method, None)
             if make is not None:
                 self._makers[path] = (kind, make)
+
+
+def _middleware(app: Any) -> set[str]:
+    return {getattr(each.cls, "__name__", "") for each in app.user_middleware}

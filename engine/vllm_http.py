@@ -1,4 +1,4 @@
-"""Runs one HTTP stream through vLLM's OpenAI application in process: no socket, no second parse of anything.
+"""Runs one HTTP stream through vLLM's OpenAI application in process: no socket in between.
 
 Rule: payload bytes are passed on as the application made them, or as it would have made them: streams of completions
 and chats go past its web framework (`engine.vllm_direct`), and most events of plain text are rendered beside it

@@ -31,18 +31,34 @@ class Watcher(Protocol):
         """vLLM's `RequestOutputCollector` and `RequestState` of a request of this stream, before its first output."""
 
 
-_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
-"""Of the stream that the running task serves. vLLM's handlers run in tasks of their own, which inherit it."""
+class _Watched:
+    """One stream that is watched."""
+
+    __slots__ = ("watcher",)
+
+    def __init__(self, watcher: Watcher | None) -> None:
+        self.watcher = watcher
+
+
+_watched: ContextVar[_Watched | None] = ContextVar("watched", default=None)
+"""The stream that the running task serves. vLLM's handlers run in tasks of their own, which inherit it."""
 
 
 @contextmanager
 def watching(watcher: Watcher | None) -> Iterator[None]:
     """Requests that vLLM takes in this block, and in tasks that begin in it, are shown to `watcher`."""
-    token = _watcher.set(watcher)
+    watched = _Watched(watcher)
+    token = _watched.set(watched)
     try:
         yield
     finally:
-        _watcher.reset(token)
+        _watched.reset(token)
+        watched.watcher = None  # Tasks that live on keep the variable; not the stream with it.
+
+
+def _watcher() -> Watcher | None:
+    watched = _watched.get()
+    return watched.watcher if watched is not None else None
 
 
 def show_outputs(engine: Any) -> bool:
@@ -60,7 +76,7 @@ def show_outputs(engine: Any) -> bool:
         request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None, **more: Any
     ) -> None:
         take(request, prompt, parent_req, request_index, queue, **more)
-        watcher, state = _watcher.get(), states.get(request.request_id)
+        watcher, state = _watcher(), states.get(request.request_id)
         if watcher is not None and queue is not None and state is not None:
             watcher.watch(queue, state)
 
@@ -99,11 +115,13 @@ class Rendering:
         self._queue: Any = None
         self._state: Any = None
         self._given = 0
-        """Outputs on their way through vLLM's rendering, and how many of them have become events."""
+        """Outputs on their way through vLLM's rendering that give an event, and how many of them have become one."""
         self._rendered = 0
         self._rendering = False
         self._token_ids: list[int] = []
         """Of what was rendered here: vLLM's rendering is to count them with the next output that it gets."""
+        self._silent_tokens = 0
+        """Those among them since the last event: tokens without text that gave none."""
 
     def plain(self, *, without_empty: bool) -> None:
         """The stream is plain text of one choice; `without_empty` says that its tokens without text give no event."""
@@ -127,7 +145,7 @@ class Rendering:
         if self._rendered != self._given or self._queue.output is not None:
             return  # What is rendered here could overtake what is still in vLLM's rendering.
         template = ChunkTemplate.of(event)
-        if template is not None:
+        if template is not None:  # The event of an echo is none; those after it are.
             self._rendering = True
             del self._queue.put
             self._state.make_request_output = partial(self._render, template)
@@ -142,9 +160,17 @@ class Rendering:
 
     def _count(self, output: Any) -> None:
         """In place of the collector's `put`."""
-        if self._queue.output is None:
-            self._given += 1  # Otherwise it joins the one that waits.
-        type(self._queue).put(self._queue, output)
+        queue = self._queue
+        before = self._gives_event(queue.output)
+        type(queue).put(queue, output)
+        if not before and self._gives_event(queue.output):
+            self._given += 1  # Otherwise it joined the one that waits.
+
+    def _gives_event(self, output: Any) -> bool:
+        """Whether vLLM's rendering sends an event for what waits in the collector."""
+        if output is None or isinstance(output, Exception):
+            return False
+        return not self._without_empty or bool(output.outputs[0].text)
 
     def _render(
         self,
@@ -159,9 +185,12 @@ class Rendering:
         text = ""
         if finish_reason is None:
             text = self._state.detokenizer.get_next_output_text(False, True)
+            tokens = self._silent_tokens + len(new_token_ids)
             try:
                 if text or not self._without_empty:
-                    self._write(template.render(text, len(new_token_ids)), len(new_token_ids))
+                    self._write(template.render(text, tokens), tokens)
+                    tokens = 0
+                self._silent_tokens = tokens
                 self._token_ids += new_token_ids
                 return None
             except Exception:
@@ -179,7 +208,7 @@ def _tell_of_streams(serving: Any, name: str, is_plain: Callable[..., bool]) -> 
     make = getattr(serving, name)
 
     def stream(request: Any, *args: Any, **named: Any) -> Any:
-        watcher = _watcher.get()
+        watcher = _watcher()
         if isinstance(watcher, Rendering) and (request.n or 1) == 1 and is_plain(serving, request, named):
             watcher.plain(without_empty=getattr(serving, "parser_cls", None) is not None)
         return make(request, *args, **named)

@@ -167,10 +167,12 @@ class VllmWork:
         return min(max(running.held * self._block_tokens, running.computed), running.tokens - 1)
 
     def _sweep(self) -> None:
-        """Lets go of what has left the engine."""
+        """Lets go of what has left the engine, with its first token only once `step` knows of that."""
         if len(self._all) == len(self._states):
             return
         for id in [id for id in self._all if id not in self._states]:
+            if id in self._waiting and not self._waiting[id].state.is_prefilling:
+                continue
             running = self._all.pop(id)
             if self._waiting.pop(id, None) is None:
                 self._decoding_context -= running.tokens + len(running.produced)
@@ -180,6 +182,8 @@ class VllmWork:
     def _count_queued(self) -> tuple[int, float]:
         tokens, pairs = 0, 0.0
         for running in self._waiting.values():
+            if not running.state.is_prefilling:
+                continue
             done = self._done(running)
             new = running.tokens - done
             tokens += new

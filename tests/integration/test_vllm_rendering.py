@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import re
@@ -17,6 +18,7 @@ import pytest_asyncio
 from engine.chunk_template import ChunkTemplate
 from engine.tiny_model import make_tiny_model
 from engine.vllm import VllmEngine
+from engine.vllm_http import HttpStream
 from router.lane.frames import Submit
 from tests.integration.vllm_fixtures import (
     DEADLINE_S,
@@ -45,6 +47,8 @@ TEXTS = (
 )  # fmt: skip
 _ID = re.compile(rb'"id":"(?:chat)?cmpl-[^"]*"')
 _CREATED = re.compile(rb'"created":\d+')
+_OF_ITS_OWN = re.compile(rb',"(?:prompt_tokens_details|metrics)":\{[^{}]*\}')
+"""What was cached, and how long it all took."""
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +98,7 @@ async def by_server(engine: VllmEngine, call: Submit) -> RecordingOut:
 
 def events(out: RecordingOut) -> list[bytes]:
     """An answer's events as they were sent, without what differs from one request to the next."""
-    body = _CREATED.sub(b'"created":0', _ID.sub(b'"id":""', out.body))
+    body = _OF_ITS_OWN.sub(b"", _CREATED.sub(b'"created":0', _ID.sub(b'"id":""', out.body)))
     return [event + b"\n\n" for event in body.split(b"\n\n")[:-1]]
 
 
@@ -272,10 +276,7 @@ async def test_a_parser_of_tool_calls_changes_nothing_of_that(parsing: VllmEngin
     rng = random.Random(7)
     total = 0
     for _ in range(REQUESTS // 2):
-        path, body = chat(rng)
-        # What is cached, and how long it all took, differs between the two.
-        body.pop("stream_options", None)
-        _, beside = await compare(parsing, path, body)
+        _, beside = await compare(parsing, *chat(rng))
         total += beside
     assert total > REQUESTS // 2
 
@@ -330,6 +331,62 @@ async def test_tools_that_may_be_called_are_the_servers(parsing: VllmEngine) -> 
         body = {"messages": MESSAGES, "tools": [tool], "tool_choice": choice}
         _, beside = await compare(parsing, CHAT, PLAIN | body)
         assert bool(beside) is expected
+
+
+SILENT = {"allowed_token_ids": [162, 150, 160, 40, 41], "temperature": 1.0, "seed": 5, "max_tokens": 40}
+"""Letters, and bytes that are none before others have come."""
+
+
+async def test_tokens_without_text_are_in_the_usage_of_the_next_event(parsing: VllmEngine) -> None:
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"messages": MESSAGES, **PLAIN, **SILENT, "stream_options": usage}
+    out, beside = await compare(parsing, CHAT, body)
+    pieces = out.events()[1:-1]
+    assert PLAIN_TOKENS < beside < len(pieces) < 40
+    counts = [piece["usage"]["completion_tokens"] for piece in pieces]
+    assert counts == sorted(set(counts))
+    assert counts[-1] == 40
+
+
+async def test_text_that_is_held_back_at_first_does_not_leave_the_stream_to_the_server(parsing: VllmEngine) -> None:
+    body = {"messages": MESSAGES, **PLAIN, "max_tokens": 60, "stop": ["Observation:"]}
+    _, beside = await compare(parsing, CHAT, body)
+    assert beside > 30
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_an_abort_ends_the_request_in_the_engine_and_its_output(plain: VllmEngine, begun: bool) -> None:
+    await compare(plain, COMPLETIONS, {"prompt": "Hello", **PLAIN})  # Shows its head, if it is the first.
+    call = http_call(COMPLETIONS, {"model": MODEL, "prompt": "Hello", **PLAIN, "max_tokens": 3000})
+    states = plain._engine.output_processor.request_states
+    with rendered() as beside:
+        out, abort = submit(plain, call)
+        async with asyncio.timeout(DEADLINE_S):
+            while not (len(beside) > 3 if begun else states):
+                await asyncio.sleep(0)
+            abort()
+            pieces = len(out.pieces)
+            while states:
+                await asyncio.sleep(0)
+    # The engine core hears of it too: a stream after it has the batch for itself.
+    steps: list[int] = []
+    plain.on_step(lambda: steps.append(plain.load().step_decodes))
+    await ask(plain, http_call(COMPLETIONS, {"model": MODEL, "prompt": "Hello", **PLAIN}))
+    assert max(steps[2:]) == 1
+    assert len(out.pieces) == pieces
+    assert not out.done.is_set()
+
+
+async def test_nothing_is_left_of_streams_that_are_over(plain: VllmEngine) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(each, HttpStream) for each in gc.get_objects())
+
+    for _ in range(3):
+        await ask(plain, http_call(COMPLETIONS, {"model": MODEL, "prompt": "Hello", **PLAIN}))
+    async with asyncio.timeout(DEADLINE_S):
+        while alive():
+            await asyncio.sleep(0)
 
 
 async def test_stop_strings_across_tokens_end_the_stream_at_the_same_byte(plain: VllmEngine) -> None:

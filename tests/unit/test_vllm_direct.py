@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.vllm_direct import DirectStreams
+from engine.vllm_direct import DirectStreams, bodies_stay
 from router.lane.frames import Submit
 from router.types import Rpc
 
@@ -77,6 +77,9 @@ def scope() -> dict[str, Any]:
         call({"prompt": "x"}),
         call(headers=()),
         call(headers=(("content-type", "text/plain"),)),
+        call(headers=(("content-type", "application/json ; charset=utf-8"),)),
+        call(headers=(("content-type", "text/plain"), ("content-type", "application/json"))),
+        call(headers=(("content-type", "application/json"), ("content-type", "text/plain"))),
         call(headers=(("content-type", "application/json"), ("Origin", "http://elsewhere"))),
     ],
 )
@@ -88,6 +91,14 @@ def test_only_streamed_json_of_known_paths_is_taken(direct: DirectStreams, other
 @pytest.mark.parametrize("middleware", ["XRequestIdMiddleware", "AuthenticationMiddleware", "SomebodysMiddleware"])
 def test_an_application_with_middleware_that_may_matter_keeps_all(serving: Serving, middleware: str) -> None:
     assert not DirectStreams(application(serving, middleware)).takes(call())
+
+
+@pytest.mark.parametrize(
+    ("middleware", "stay"),
+    [("ScalingMiddleware", True), ("XRequestIdMiddleware", True), ("BaseHTTPMiddleware", False), ("Redaction", False)],
+)
+def test_middleware_that_is_not_known_gets_to_see_every_body(serving: Serving, middleware: str, stay: bool) -> None:
+    assert bodies_stay(application(serving, middleware)) is stay
 
 
 @pytest.mark.parametrize("name", ["enable_server_load_tracking", "enable_elastic_ep", "sse_keep_alive_interval"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from engine.vllm_rendering import Rendering, show_streams
+from engine.vllm_rendering import Rendering, show_outputs, show_streams, watching
 
 
 class Queue:
@@ -83,16 +86,19 @@ class Stream:
         if output is not None:
             self.queue.put(output)
 
-    def server(self) -> Piece:
+    def server(self, usage: int | None = None) -> Piece:
         """As vLLM's server: takes an output and sends its event."""
         output: Piece = self.queue.take()
-        self.rendering.sent(event(output.text, output.finish_reason))
+        self.rendering.sent(event(output.text, output.finish_reason, usage))
         return output
 
 
-def event(text: str, finish_reason: str | None = None) -> bytes:
+def event(text: str, finish_reason: str | None = None, usage: int | None = None) -> bytes:
     choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-    return f"data: {json.dumps({'id': 'x', 'choices': [choice]}, separators=(',', ':'))}\n\n".encode()
+    chunk: dict[str, Any] = {"id": "x", "choices": [choice]}
+    if usage is not None:
+        chunk["usage"] = {"prompt_tokens": 5, "total_tokens": 5 + usage, "completion_tokens": usage}
+    return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n".encode()
 
 
 def begun(**how: Any) -> Stream:
@@ -157,6 +163,28 @@ def test_tokens_without_text_are_counted_and_give_an_event_only_where_the_server
         assert each.server().token_ids == [2, 3]
     assert stream.written == [(event(""), 1)]
     assert not silent.written
+
+
+def test_tokens_without_an_event_are_counted_with_the_next_one() -> None:
+    stream = Stream(without_empty=True)
+    stream.step("one", [1])
+    stream.server(usage=1)
+    stream.step("", [2])
+    stream.step("", [3, 4])
+    stream.step("x", [5])
+    stream.step("y", [6])
+    assert stream.written == [(event("x", usage=5), 4), (event("y", usage=6), 1)]
+
+
+def test_outputs_that_give_no_event_are_not_waited_for() -> None:
+    stream = Stream(without_empty=True)
+    stream.step("", [1])
+    stream.queue.take()
+    stream.step("", [2])
+    stream.step("one", [3])
+    assert stream.server().token_ids == [2, 3]
+    stream.step(" two", [4])
+    assert stream.written == [(event(" two"), 1)]
 
 
 def test_a_stream_that_is_not_plain_is_left_alone() -> None:
@@ -259,3 +287,37 @@ def test_streams_with_comments_in_between_are_the_servers() -> None:
     state = AppState(openai_serving_chat=Serving())
     state.args.sse_keep_alive_interval = 5
     assert not show_streams(state)
+
+
+class Seen:
+    """A watcher."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+
+    def watch(self, queue: Any, state: Any) -> None:
+        self.requests += 1
+
+
+async def test_tasks_that_outlive_a_stream_keep_nothing_of_it() -> None:
+    pytest.importorskip("vllm")
+    states = {"1": object()}
+    processor = SimpleNamespace(request_states=states, add_request=lambda *args: None)
+    assert show_outputs(SimpleNamespace(output_processor=processor))
+
+    async def take(after: asyncio.Event) -> None:
+        await after.wait()
+        processor.add_request(SimpleNamespace(request_id="1"), None, None, 0, object())
+
+    seen, early, late = Seen(), asyncio.Event(), asyncio.Event()
+    with watching(seen):
+        tasks = [asyncio.create_task(take(early)), asyncio.create_task(take(late))]
+        early.set()
+        await tasks[0]
+    assert seen.requests == 1
+    kept = weakref.ref(seen)
+    del seen
+    gc.collect()
+    assert kept() is None
+    late.set()
+    await tasks[1]

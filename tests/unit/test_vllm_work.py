@@ -74,6 +74,20 @@ def test_prompts_count_until_their_first_token_without_what_is_cached() -> None:
     assert core.prompted == ["a"]
 
 
+def test_looking_amid_a_step_loses_nothing_of_a_request_that_ends_in_it() -> None:
+    core = Core()
+    core.add("a", 100)
+    core.add("b", 40)
+    core.token("a", 48)
+    core.leave("a")  # Of one token. The step's other outputs are still to come, and may be sent at once.
+    assert core.work.queued() == (40, pairs(0, 40))
+    core.step(prefill=52, produced=1)
+    assert core.prompted == ["a"]
+    assert core.work.step_prefill_pairs == pairs(48, 52)
+    assert core.work.queued() == (40, pairs(0, 40))
+    assert not core.work.knows("a")
+
+
 def test_a_prompt_that_is_cached_whole_still_has_a_token_to_compute() -> None:
     core = Core()
     core.held = {1, 2}
