@@ -629,9 +629,17 @@ def test_oversized_metadata_is_refused_and_disturbs_nobody(stack: Stack) -> None
     with Untouched(stack), grpc.insecure_channel(stack.grpc) as channel:
         call = channel.unary_stream("/kvlane.v1.Inference/Generate")
         with pytest.raises(grpc.RpcError) as caught:
-            list(call(request, metadata=(("x-big", "a" * 70_000),), timeout=DEADLINE_S))
+            list(call(request, metadata=(("x-big", "a" * 40_000),), timeout=DEADLINE_S))
     assert caught.value.code() is S.RESOURCE_EXHAUSTED
-    assert "metadata size" in str(caught.value.details())
+    assert "metadata is too large" in str(caught.value.details())
+
+
+def test_metadata_beyond_all_measure_costs_its_own_connection_alone(stack: Stack) -> None:
+    request = pb.GenerateRequest(model=MODEL, text="x").SerializeToString()
+    with Untouched(stack), grpc.insecure_channel(stack.grpc) as channel:
+        call = channel.unary_stream("/kvlane.v1.Inference/Generate")
+        with pytest.raises(grpc.RpcError, match="header block of too many bytes"):
+            list(call(request, metadata=(("x-big", "a" * 200_000),), timeout=DEADLINE_S))
 
 
 def test_a_half_sent_http2_preface_disturbs_nobody(stack: Stack) -> None:
