@@ -35,6 +35,8 @@ from router.membership import directory
 from router.membership.directory_client import join
 from router.options import Config, EngineOptions
 
+LOOK_INTERVAL_S = 0.5
+"""How often to look for a Ctrl-C that another thread got."""
 START_TIMEOUT_S = 1800.0
 """A large model takes many minutes to load; longer means that it hangs."""
 ROUTER_TIMEOUT_S = 120.0
@@ -91,7 +93,7 @@ def run(config: Config, *, once: bool) -> int:
             _up(config, stack)
             if not once:
                 console.print("serving; Ctrl-C stops")
-                threading.Event().wait()
+                _wait_for_interrupt()
         except KeyboardInterrupt:
             if once:
                 return 130
@@ -103,6 +105,13 @@ def run(config: Config, *, once: bool) -> int:
             console.print(f"kvlane: Ray failed: {error}", style="red")
             return 1
     return 0
+
+
+def _wait_for_interrupt() -> None:
+    """Until Ctrl-C. The signal may reach one of Ray's threads, and the interpreter raises it here only once this one runs
+    again."""
+    while True:
+        time.sleep(LOOK_INTERVAL_S)
 
 
 def deploy(config: Config, *, wait: bool) -> int:
