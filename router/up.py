@@ -108,7 +108,7 @@ def run(config: Config, *, once: bool) -> int:
 
 
 def _wait_for_interrupt() -> None:
-    """Until Ctrl-C. The signal may reach one of Ray's threads, and the interpreter raises it here only once this one runs
+    """Until Ctrl-C. One of Ray's threads may get the signal, and the interpreter raises it here once this one runs
     again."""
     while True:
         time.sleep(LOOK_INTERVAL_S)
