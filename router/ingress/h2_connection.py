@@ -327,7 +327,7 @@ class Connection(asyncio.Protocol):
         self.wire.write(h2_frames.goaway_frame(MAX_WINDOW, ErrorCodes.NO_ERROR))  # The greatest stream there can be.
         self._drain_at = self.loop.time() + LAST_CALL_S
 
-    def drain(self) -> None:
+    def retire(self) -> None:
         """No new calls: tells the client so, and closes when those in flight are over."""
         if self._draining or self._closing:
             return
@@ -335,7 +335,7 @@ class Connection(asyncio.Protocol):
         self.wire.write(h2_frames.goaway_frame(self._judge.highest_inbound_stream_id, ErrorCodes.NO_ERROR))
         self._left()
 
-    def cut(self) -> None:
+    def stop_short(self) -> None:
         """Ends what is left."""
         for stream in tuple(self.calls):
             self._reset(stream, ErrorCodes.CANCEL)
@@ -374,7 +374,7 @@ class Connection(asyncio.Protocol):
                 self.abort()
             return
         if now > self._drain_at:
-            self.drain()
+            self.retire()
         if not self._intake.ready:
             if now > self._made_at + HANDSHAKE_S:
                 self.abort()
@@ -392,4 +392,4 @@ class Connection(asyncio.Protocol):
             self._pinged_at = now
             self.wire.say(h2_frames.ping_frame(_PING, ack=False))
         elif not self.calls and now > self._idle_since + options.idle_timeout_s:
-            self.drain()
+            self.retire()

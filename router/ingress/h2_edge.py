@@ -21,6 +21,7 @@ from router.ingress.grpc_port import address, tls_context
 from router.ingress.h2_call import H2Call
 from router.ingress.h2_connection import CLOSE_S, HANDSHAKE_S, Connection
 from router.ingress.h2_servicers import served
+from router.ingress.reception import BACKLOG, Reception
 from router.options import GrpcOptions
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ SWEEP_INTERVAL_S: Final = 0.5
 """How late a deadline may be noticed."""
 FLUSH_S: Final = 0.5
 """For the last words to connections that were cut."""
-_BACKLOG: Final = 2048  # Connections that may arrive in one burst while the loop is busy.
 
 
 class H2Edge:
@@ -51,83 +51,56 @@ class H2Edge:
             for name, method in methods.items():
                 self._handlers[f"/{other}/{name}"] = served(method, options)
         self._reuse_port = reuse_port
-        self._connections: set[Connection] = set()
+        self._reception: Reception[Connection] = Reception(self._open)
+        self._connections = self._reception.guests
         self._tasks: set[asyncio.Task[None]] = set()
-        self._empty = asyncio.Event()
-        self._servers: dict[int, asyncio.Server] = {}
-        """By the descriptor of the socket that was given; 0 where the address was."""
         self._tls: ssl.SSLContext | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._last_call = False
-        self._stopping = False
 
     async def start(self) -> int:
         """Listens; returns the port bound. Raises `ConfigError` where address or TLS files cannot be used."""
         options = self.options
         self._begin()
         try:
-            server = await self._server(host=options.host, port=options.port, reuse_port=self._reuse_port or None)
+            return await self._reception.open(options.host, options.port)
         except OSError as error:
             raise ConfigError(f"the gRPC ingress cannot listen on {address(options)}: {error}") from error
-        self._servers[0] = server
-        bound: int = server.sockets[0].getsockname()[1]
-        return bound
 
     async def listen(self, socks: Sequence[socket.socket]) -> None:
         """As `Edge.listen`. Raises `ConfigError` for TLS files that cannot be used."""
         self._begin()
-        for number in self._servers.keys() - {sock.fileno() for sock in socks}:
-            self._servers.pop(number).close()
-        for sock in socks:
-            if sock.fileno() not in self._servers:
-                self._servers[sock.fileno()] = await self._server(sock=sock.dup())
+        await self._reception.listen(socks)
 
     def _begin(self) -> None:
         if self._timer is None:
             self._tls = tls_context(self.options)
+            self._reception.begin()
             self._tick(asyncio.get_running_loop())
 
-    async def _server(self, **where: Any) -> asyncio.Server:
+    async def _open(self, **where: Any) -> asyncio.Server:
         tls, loop = self._tls, asyncio.get_running_loop()
+        if "sock" not in where and self._reuse_port:
+            where["reuse_port"] = True
         return await loop.create_server(
             lambda: Connection(self, loop),
             ssl=tls,
             ssl_handshake_timeout=HANDSHAKE_S if tls else None,
             ssl_shutdown_timeout=CLOSE_S if tls else None,
-            backlog=_BACKLOG,
+            backlog=BACKLOG,
             **where,
         )
 
     async def last_call(self) -> None:
         """As `Edge.last_call`."""
-        self._last_call = True
-        await self.listen(())
-        for connection in tuple(self._connections):
-            connection.last_call()
-        if self._connections:
-            await self._empty.wait()
+        await self._reception.last_call()
 
     async def stop(self, grace_s: float) -> None:
         """As `Edge.stop`."""
         if self._timer is None:
             return
-        if not self._stopping:
-            self._stopping = True
-            for server in self._servers.values():
-                server.close()
-            for connection in tuple(self._connections):
-                connection.drain()
-        if not await self._emptied(grace_s):
-            for connection in tuple(self._connections):
-                connection.cut()
-        if not await self._emptied(FLUSH_S):
-            for connection in tuple(self._connections):
-                connection.abort()
-            await self._empty.wait()
+        await self._reception.stop(grace_s, FLUSH_S)
         if self._tasks:
             await asyncio.wait(tuple(self._tasks))
-        for server in self._servers.values():
-            await server.wait_closed()
         self._timer.cancel()
 
     @property
@@ -139,19 +112,11 @@ class H2Edge:
 
     def admit(self, connection: Connection) -> bool:
         """See `h2_site.Site`."""
-        self._connections.add(connection)
-        self._empty.clear()
-        if self._stopping:
-            connection.drain()
-        elif self._last_call:
-            connection.last_call()
-        return len(self._connections) <= self.options.max_connections
+        return self._reception.admit(connection) <= self.options.max_connections
 
     def leave(self, connection: Connection) -> None:
         """See `h2_site.Site`."""
-        self._connections.discard(connection)
-        if not self._connections:
-            self._empty.set()
+        self._reception.leave(connection)
 
     def handler(self, path: str) -> Handler:
         """See `h2_site.Site`."""
@@ -172,16 +137,6 @@ class H2Edge:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    async def _emptied(self, limit_s: float) -> bool:
-        if not self._connections:
-            self._empty.set()
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._empty.wait()
-        except TimeoutError:
-            return False
-        return True
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = loop.call_later(SWEEP_INTERVAL_S, self._tick, loop)

@@ -7,28 +7,24 @@ server of the OpenAI-compatible API; `router.ingress.admin` is another.
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import socket
 import time
 from collections.abc import Callable, Sequence
 from email.utils import formatdate
-from typing import Final
+from typing import Any, Final
 
 from router.ingress.base import Dispatch, Fleet
 from router.ingress.cors import Cors
 from router.ingress.http_connection import Connection, Pages
 from router.ingress.http_routes import Metrics, Routes
+from router.ingress.reception import BACKLOG, Reception
 from router.options import HttpOptions
-
-logger = logging.getLogger("kvlane.http")
 
 SWEEP_INTERVAL_S: Final = 0.5
 """How late a deadline may be noticed."""
-_BACKLOG: Final = 2048  # Connections that may arrive in one burst while the loop is busy.
 _REFUSALS: Final = 256  # Connections above the limit that may be told so at one time; more are dropped unheard.
 _FLUSH_S: Final = 1.0  # For the last words to connections that were ended.
-_KEEPALIVE_IDLE_S: Final = 60  # A client whose host vanished is noticed by the kernel's probes after that.
 
 
 class HttpServer:
@@ -53,26 +49,15 @@ class HttpServer:
         self.refused = refused
         self._wall = wall
         self._date = ""
-        self._connections: set[Connection] = set()
+        self._reception: Reception[Connection] = Reception(self._open)
+        self._connections = self._reception.guests
         self._orphans: set[asyncio.Task[None]] = set()
-        self._empty = asyncio.Event()
-        self._servers: dict[int, asyncio.Server] = {}
-        """By the descriptor of the socket that was given; 0 where the address was."""
         self._timer: asyncio.TimerHandle | None = None
-        self._last_call = False
-        self._stopping = False
 
     async def start(self) -> int:
         """Listens on the configured address; returns the port. Raises `OSError`."""
         self._begin()
-        host, port = self.options.host, self.options.port
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(self._connect, host, port, backlog=_BACKLOG)
-        self._servers[0] = server
-        for listener in server.sockets:
-            _keep_alive(listener)
-        bound: int = server.sockets[0].getsockname()[1]
-        return bound
+        return await self._reception.open(self.options.host, self.options.port)
 
     async def listen(self, socks: Sequence[socket.socket]) -> None:
         """Accepts connections on these sockets and on no others; they stay their owner's.
@@ -80,68 +65,30 @@ class HttpServer:
         Other processes may accept on them too: what waits there when this one ceases is theirs, and is not reset.
         """
         self._begin()
-        loop = asyncio.get_running_loop()
-        for number in self._servers.keys() - {sock.fileno() for sock in socks}:
-            self._servers.pop(number).close()
-        for sock in socks:
-            if sock.fileno() not in self._servers:
-                _keep_alive(sock)
-                self._servers[sock.fileno()] = await loop.create_server(
-                    self._connect, sock=sock.dup(), backlog=_BACKLOG
-                )
+        await self._reception.listen(socks)
 
     def _begin(self) -> None:
         if self._timer is None:
-            self._stopping = False
-            self._loop = asyncio.get_running_loop()
-            self._tick(self._loop)
+            self._reception.begin()
+            self._tick(asyncio.get_running_loop())
 
-    def _connect(self) -> Connection:
-        return Connection(self, self._loop)
+    async def _open(self, **where: Any) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        return await loop.create_server(lambda: Connection(self, loop), backlog=BACKLOG, **where)
 
     async def last_call(self) -> None:
         """Accepts nothing more, and returns when all connections have ended, each after one more request at most."""
-        self._last_call = True
-        await self.listen(())
-        for connection in tuple(self._connections):
-            connection.last_call()
-        if self._connections:
-            await self._empty.wait()
+        await self._reception.last_call()
 
     async def stop(self, grace_s: float) -> None:
         """Accepts nothing more, lets responses under way finish for `grace_s` seconds, then ends them."""
         if self._timer is None:
             return
-        self._stopping = True
-        for server in self._servers.values():
-            server.close()
-        for connection in tuple(self._connections):
-            connection.retire()
-        if not await self._emptied(grace_s) and self._connections:
-            logger.info("cut %d connections that did not finish in time", len(self._connections))
-            for connection in tuple(self._connections):
-                connection.stop_short()
-        if not await self._emptied(_FLUSH_S):
-            for connection in tuple(self._connections):
-                connection.abort()
-        await self._empty.wait()
+        await self._reception.stop(grace_s, _FLUSH_S)
         await asyncio.gather(*self._orphans, return_exceptions=True)
-        for server in self._servers.values():
-            server.close()  # Waiting for the end of one that came meanwhile would have none.
-            await server.wait_closed()
-        self._servers.clear()
-        self._timer.cancel()
-        self._timer = None
-
-    async def _emptied(self, limit_s: float) -> bool:
-        if not self._connections:
-            self._empty.set()
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._empty.wait()
-        except TimeoutError:
-            return False
-        return True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     @property
     def connections(self) -> int:
@@ -153,26 +100,15 @@ class HttpServer:
         return self._date
 
     def admit(self, connection: Connection) -> bool:
-        """Counts the connection in; False where `max_connections` are open already.
-
-        One that was accepted just before `stop` began arrives after it, and is closed unheard.
-        """
-        limit = self.options.max_connections
-        self._connections.add(connection)
-        self._empty.clear()
-        if self._stopping:
-            connection.retire()
-        elif self._last_call:
-            connection.last_call()
-        if len(self._connections) > limit + _REFUSALS:
+        """Counts the connection in; False where `max_connections` are open already."""
+        limit, there = self.options.max_connections, self._reception.admit(connection)
+        if there > limit + _REFUSALS:
             connection.abort()
-        return len(self._connections) <= limit
+        return there <= limit
 
     def leave(self, connection: Connection) -> None:
         """The connection is lost."""
-        self._connections.discard(connection)
-        if not self._connections:
-            self._empty.set()
+        self._reception.leave(connection)
 
     def adopt(self, task: asyncio.Task[None]) -> None:
         """Keeps a cancelled task until it has ended."""
@@ -208,10 +144,3 @@ class HttpIngress(HttpServer):
     ) -> None:
         routes = Routes(options, fleet, metrics, wall, chance or random.Random())
         super().__init__(options, dispatch, routes, clock=clock, wall=wall, refused=refused)
-
-
-def _keep_alive(listener: socket.socket) -> None:
-    """Turns TCP keep-alive on for what this socket accepts (Linux hands these options down)."""
-    if listener.family in (socket.AF_INET, socket.AF_INET6):
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
