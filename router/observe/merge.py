@@ -2,20 +2,24 @@
 
 Job: take a registry's figures out of its process (`snapshot`), add those of several up (`merge`), and show them
 (`exposition`). Rule: counters, histograms and summaries are sums, and gauges follow the table below. What has ended is
-kept by `remains`, so that no sum ever falls when a process does. Pure functions over plain data.
+kept by `remains`, so that no sum ever falls when a process does. Pure functions over plain data; where streams would
+wait for them they go in slices (`router.turns`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Final, TypeVar
 
 import msgspec
-from prometheus_client.core import Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
-from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
 
+T = TypeVar("T")
+
+SLICE_SAMPLES: Final = 200
+"""Samples that a slice handles, or those of one metric where it has more; 2 to 4 µs each."""
 CUMULATIVE: Final = frozenset({"counter", "histogram", "summary"})
 GAUGES: Final[Mapping[str, Callable[[float, float], float]]] = {
     # What each worker has for itself adds up.
@@ -50,7 +54,12 @@ Families = list[Family]
 
 def snapshot(registry: Collector) -> Families:
     """All figures of a registry now. When they began to be counted is left out: of a sum it says nothing."""
-    found = []
+    return _at_once(snapshot_in_slices(registry))
+
+
+def snapshot_in_slices(registry: Collector) -> Generator[None, None, Families]:
+    """The same; each metric's samples are of one moment, and of two metrics one may be later than the other."""
+    found, handled = [], 0
     for metric in registry.collect():
         began = f"{metric.name}_created"
         samples = {
@@ -59,6 +68,10 @@ def snapshot(registry: Collector) -> Families:
             if sample.name != began
         }
         found.append(Family(metric.name, metric.type, metric.documentation, samples))
+        handled += len(samples)
+        if handled >= SLICE_SAMPLES:
+            handled = 0
+            yield
     return found
 
 
@@ -89,15 +102,45 @@ def remains(families: Families) -> Families:
 
 def exposition(families: Families) -> tuple[bytes, str]:
     """What a scrape gets: the text, and its content type."""
-    return generate_latest(_Shown(families)), CONTENT_TYPE_LATEST
+    return _at_once(exposition_in_slices(families))
 
 
-class _Shown(Collector):
-    def __init__(self, families: Families) -> None:
-        self._families = families
+def exposition_in_slices(families: Families) -> Generator[None, None, tuple[bytes, str]]:
+    """The same, in Prometheus' text format 0.0.4; the library renders at a third of the speed, and at a stretch."""
+    lines: list[str] = []
+    handled = 0
+    for family in families:
+        name = f"{family.name}_total" if family.kind == "counter" else family.name
+        text = family.text.replace("\\", r"\\").replace("\n", r"\n")
+        lines.append(f"# HELP {name} {text}\n# TYPE {name} {family.kind}\n")
+        for (sample, labels), value in family.samples.items():
+            lines.append(f"{sample}{_labels(labels)} {_number(value)}\n")
+            handled += 1
+            if handled == SLICE_SAMPLES:
+                handled = 0
+                yield
+    return "".join(lines).encode(), CONTENT_TYPE_LATEST
 
-    def collect(self) -> Iterator[Metric]:
-        for family in self._families:
-            metric = Metric(family.name, family.text, family.kind)
-            metric.samples = [Sample(name, dict(labels), value) for (name, labels), value in family.samples.items()]
-            yield metric
+
+def _labels(labels: tuple[tuple[str, str], ...]) -> str:
+    return "{" + ",".join([f'{name}="{_escaped(value)}"' for name, value in labels]) + "}" if labels else ""
+
+
+def _escaped(value: str) -> str:
+    if '"' in value or "\\" in value or "\n" in value:
+        return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+    return value
+
+
+def _number(value: float) -> str:
+    text: str = floatToGoString(value)  # type: ignore[no-untyped-call]
+    return text
+
+
+def _at_once(slices: Generator[None, None, T]) -> T:
+    while True:
+        try:
+            next(slices)
+        except StopIteration as end:
+            result: T = end.value
+            return result

@@ -6,6 +6,7 @@ step counts are read from the lanes when somebody scrapes. `Metrics` owns its re
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 
@@ -23,11 +24,12 @@ from router.admission import Admission
 from router.errors import KvlaneError
 from router.observe.histograms import Counts, powers_of_two
 from router.observe.loop_lag import LoopLag
-from router.observe.merge import Families, exposition, merge, snapshot
+from router.observe.merge import Families, exposition_in_slices, merge, snapshot_in_slices
 from router.observe.policies import PolicyMetrics
 from router.observe.prefixes import PrefixMetrics
 from router.prefix.prefixes import Prefixes
 from router.replicas import Replicas
+from router.turns import in_turns
 from router.types import Receipt, Request, Rpc
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -35,6 +37,12 @@ _DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 60
 _RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2, 4, 10)
 _FRAME_BITS = range(6, 25, 2)
 _BATCH_BITS = range(13)
+_OF_A_LANE: Final[Sequence[tuple[str, str, Callable[[Account], float]]]] = (
+    ("running", "Requests in the engine's batch.", lambda account: account.load.running),
+    ("waiting", "Requests waiting at the replica.", lambda account: account.load.waiting),
+    ("kv_usage", "Share of the KV blocks in use.", lambda account: account.load.kv_usage),
+    ("leases", "This router's requests in flight there.", lambda account: account.leases),
+)
 _RPC_NAMES = {Rpc.HTTP: "http", Rpc.GRPC: "grpc"}
 
 
@@ -44,6 +52,8 @@ class Metrics:
     def __init__(self, clock: Callable[[], float] = time.monotonic, worker: int = 0) -> None:
         """`worker` is this process's number among those that share its ports."""
         self._clock = clock
+        self._scraping = asyncio.Lock()
+        """One scrape has its turn at a time, however many there are: streams wait for one slice, not for one of each."""
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -114,13 +124,16 @@ class Metrics:
         """A request goes to another replica."""
         self._retries.labels(error.name).inc()
 
-    def snapshot(self) -> Families:
-        """All figures of this process now."""
-        return snapshot(self._registry)
+    async def snapshot(self) -> Families:
+        """All figures of this process now. Other tasks run meanwhile."""
+        async with self._scraping:
+            return await in_turns(snapshot_in_slices(self._registry))
 
-    def exposition(self) -> tuple[bytes, str]:
-        """What a scrape of this process alone gets: the text, and its content type."""
-        return exposition(merge([self.snapshot()]))
+    async def exposition(self) -> tuple[bytes, str]:
+        """What a scrape of this process alone gets: the text, and its content type. Other tasks run meanwhile."""
+        families = merge([await self.snapshot()])
+        async with self._scraping:
+            return await in_turns(exposition_in_slices(families))
 
 
 class _Times(Collector):
@@ -167,22 +180,12 @@ class _State(Collector):
         for status in self._replicas.models():
             ready.add_metric([status.card.name], status.ready_replicas)
         yield ready
-        gauges = {
-            name: GaugeMetricFamily(f"kvlane_replica_{name}", text, labels=["replica"])
-            for name, text in (
-                ("running", "Requests in the engine's batch."),
-                ("waiting", "Requests waiting at the replica."),
-                ("kv_usage", "Share of the KV blocks in use."),
-                ("leases", "This router's requests in flight there."),
-            )
-        }
-        for lane in self._replicas.lanes():
-            account = lane.account
-            gauges["running"].add_metric([lane.replica], account.load.running)
-            gauges["waiting"].add_metric([lane.replica], account.load.waiting)
-            gauges["kv_usage"].add_metric([lane.replica], account.load.kv_usage)
-            gauges["leases"].add_metric([lane.replica], account.leases)
-        yield from gauges.values()
+        lanes = list(self._replicas.lanes())  # The loop may go on between two metrics.
+        for name, text, value in _OF_A_LANE:
+            found = GaugeMetricFamily(f"kvlane_replica_{name}", text, labels=["replica"])
+            for lane in lanes:
+                found.add_metric([lane.replica], value(lane.account))
+            yield found
 
     def _frames(self) -> Iterator[Metric]:
         meter = self._replicas.meter
