@@ -11,19 +11,14 @@ from router.errors import Overloaded, ShuttingDown
 
 
 class Admission:
-    """Counts the requests in flight in this process."""
+    """Counts the requests in flight in this process; a request is in flight within its `with` block."""
 
     def __init__(self, max_streams: int) -> None:
         self._max = max_streams
         self._closed = False
         self.in_flight = 0
-        self._place = _Place(self)
 
-    def admit(self) -> _Place:
-        """A place for one request, for a `with` block; entering it raises `Overloaded` or `ShuttingDown`."""
-        return self._place
-
-    def enter(self) -> None:
+    def __enter__(self) -> None:
         """One more. Raises `Overloaded` or `ShuttingDown`."""
         if self._closed:
             raise ShuttingDown("this router is shutting down", retry_after_s=1)
@@ -31,21 +26,9 @@ class Admission:
             raise Overloaded(f"{self._max} requests are in flight already", retry_after_s=1)
         self.in_flight += 1
 
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.in_flight -= 1
+
     def close(self) -> None:
         """Admits no more."""
         self._closed = True
-
-
-class _Place:
-    """All requests share it: it has no state of its own."""
-
-    __slots__ = ("_admission",)
-
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
-
-    def __enter__(self) -> None:
-        self._admission.enter()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._admission.in_flight -= 1

@@ -85,8 +85,10 @@ class Dispatcher:
         """Routes `request` and streams its output into `sink`; raises a `KvlaneError` if it does not end whole."""
         began, outcome = self._observer.began(), "ok"
         try:
-            with self._admission.admit():
-                return await self._within_deadline(request, sink)
+            with self._admission:
+                if request.timeout_s is None:
+                    return await self._route(request, sink)
+                return await self._within(request.timeout_s, request, sink)
         except KvlaneError as error:
             outcome = error.name
             raise
@@ -99,16 +101,14 @@ class Dispatcher:
         finally:
             self._observer.ended(request, began, outcome)
 
-    async def _within_deadline(self, request: Request, sink: Sink) -> End:
-        if request.timeout_s is None:
-            return await self._route(request, sink)
+    async def _within(self, limit_s: float, request: Request, sink: Sink) -> End:
         try:
-            async with asyncio.timeout(request.timeout_s) as deadline:
+            async with asyncio.timeout(limit_s) as deadline:
                 return await self._route(request, sink)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
-            raise DeadlineExceeded(f"not done within {request.timeout_s:.3f} s") from error
+            raise DeadlineExceeded(f"not done within {limit_s:.3f} s") from error
 
     async def _route(self, request: Request, sink: Sink) -> End:
         tried: set[str] = set()
@@ -117,7 +117,10 @@ class Dispatcher:
         lost: KvlaneError | None = None
         while True:
             try:
-                pool = await self._candidates(request.model, tried)
+                try:
+                    pool = self._replicas.snapshot(request.model, tried)
+                except NoReplica:
+                    pool = await self._candidates(request.model, tried)
                 if lost is None and len(request.body) < LARGE_BODY_BYTES:
                     chain = self._chain(request)
                 elif lost is None:

@@ -36,6 +36,49 @@ _UNTIL_CLOSE: Final = 2
 _NO_BODY: Final = 3
 
 
+_MALFORMED: Final = "The replica's answer has a malformed head"
+
+
+class _HeadLines(msgspec.Struct, frozen=True):
+    """What a replica's head says, as it goes to clients."""
+
+    text: str
+    """Status line and relayed headers, each with its line end."""
+    length: str | None
+    sse: bool
+    """Whether the body is a stream of events."""
+
+
+_MOST_KNOWN: Final = 64
+_known_heads: dict[tuple[int, tuple[tuple[str, str], ...]], _HeadLines] = {}
+"""Of streamed answers: all of a model's have the same few."""
+
+
+def _head_lines(status: int, headers: tuple[tuple[str, str], ...]) -> _HeadLines:
+    """Raises `ReplicaFailed` for what cannot be sent."""
+    known = _known_heads.get((status, headers))
+    if known is not None:
+        return known
+    lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"]
+    length, sse = None, False
+    for name, value in headers:
+        if name == "content-length":
+            length = value
+        elif name not in _NOT_RELAYED:
+            lines.append(f"{name}: {value}\r\n")
+            if name == "content-type":
+                sse = value.startswith("text/event-stream")
+    text = "".join(lines)
+    if status < 200 or text.count("\n") != len(lines) or text.count("\r") != len(lines):
+        raise ReplicaFailed(_MALFORMED)
+    made = _HeadLines(text, length, sse)
+    if sse:
+        if len(_known_heads) >= _MOST_KNOWN:
+            _known_heads.clear()
+        _known_heads[status, headers] = made
+    return made
+
+
 class Output(Protocol):
     """What an exchange needs of its connection."""
 
@@ -154,27 +197,19 @@ class Exchange:
 
     def head(self, status: int, headers: Headers) -> None:
         """Renders the head and keeps it. Raises `ReplicaFailed` for one that cannot be sent."""
-        lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"]
-        length = None
-        self._sse = False
-        for name, value in headers:
-            if name == "content-length":
-                length = value
-            elif name not in _NOT_RELAYED:
-                lines.append(f"{name}: {value}\r\n")
-                if name == "content-type":
-                    self._sse = value.startswith("text/event-stream")
-        lines.append(self._framing(status, length))
+        answer = _head_lines(status, tuple(headers))
+        self._sse = answer.sse
+        route = ""
         if self._receipt is not None:
-            lines.append(f"x-kvlane-route: {self._receipt.header()}\r\n")
-        text = "".join(lines)
-        if status < 200 or text.count("\n") != len(lines) - lines.count("") or text.count("\r") != text.count("\n"):
-            raise ReplicaFailed("The replica's answer has a malformed head")
+            route = f"x-kvlane-route: {self._receipt.header()}\r\n"
+            if route.count("\n") != 1 or route.count("\r") != 1:
+                raise ReplicaFailed(_MALFORMED)
+        framing = self._framing(status, answer.length)
         close = self._ending == _UNTIL_CLOSE or not self.envelope.keep_alive
         try:
-            self._head = (text + self.envelope.lines(close)).encode("latin-1")
+            self._head = f"{answer.text}{framing}{route}{self.envelope.lines(close)}".encode("latin-1")
         except UnicodeEncodeError as error:
-            raise ReplicaFailed("The replica's answer has a malformed head") from error
+            raise ReplicaFailed(_MALFORMED) from error
         self.status = status
 
     def _framing(self, status: int, length: str | None) -> str:

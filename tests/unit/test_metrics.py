@@ -35,14 +35,14 @@ class Clock:
         return self.now
 
 
-def samples(metrics: Metrics) -> dict[str, float]:
-    text, content_type = metrics.exposition()
+async def samples(metrics: Metrics) -> dict[str, float]:
+    text, content_type = await metrics.exposition()
     assert content_type.startswith("text/plain")
     lines = re.findall(r"^(kvlane_[^ ]+) (\S+)$", text.decode(), re.MULTILINE)
     return {name: float(value) for name, value in lines if not name.startswith("kvlane_request_seconds_created")}
 
 
-def test_ended_and_refused_requests_are_counted_by_outcome() -> None:
+async def test_ended_and_refused_requests_are_counted_by_outcome() -> None:
     clock = Clock()
     metrics = Metrics(clock)
     began = metrics.began()
@@ -54,7 +54,7 @@ def test_ended_and_refused_requests_are_counted_by_outcome() -> None:
     metrics.retried(ReplicaLost("gone"))
     metrics.first_output(0.02, 0.0)
     metrics.first_output(0.03, 0.02)
-    found = samples(metrics)
+    found = await samples(metrics)
     assert found['kvlane_requests_total{outcome="ok",rpc="http"}'] == 2
     assert found['kvlane_requests_total{outcome="replica_lost",rpc="http"}'] == 1
     assert found['kvlane_requests_total{outcome="invalid_request",rpc="grpc"}'] == 1
@@ -70,13 +70,13 @@ async def test_a_scrape_shows_pools_and_lanes_as_they_are(fleet: Fleet) -> None:
     metrics.watch(admission, fleet.router, Prefixes(PrefixOptions(), time.monotonic))
     await fleet.add("a")
     await fleet.until(lambda: fleet.ready() == 1)
-    with admission.admit(), fleet.router.lease("a"):
-        found = samples(metrics)
+    with admission, fleet.router.lease("a"):
+        found = await samples(metrics)
     assert found["kvlane_streams_in_flight"] == 1
     assert found['kvlane_replicas_ready{model="m"}'] == 1
     assert found['kvlane_replica_leases{replica="a"}'] == 1
     assert found['kvlane_replica_running{replica="a"}'] == 0
-    assert samples(metrics)["kvlane_streams_in_flight"] == 0
+    assert (await samples(metrics))["kvlane_streams_in_flight"] == 0
 
 
 async def test_a_scrape_shows_what_is_known_of_kv_caches() -> None:
@@ -85,7 +85,7 @@ async def test_a_scrape_shows_what_is_known_of_kv_caches() -> None:
     metrics.watch(Admission(10), fleet.router, prefixes)
     await fleet.add("a")
     await fleet.until(lambda: fleet.ready() == 1)
-    assert samples(metrics)['kvlane_replica_cache_mode{mode="approximate",replica="a"}'] == 1
+    assert (await samples(metrics))['kvlane_replica_cache_mode{mode="approximate",replica="a"}'] == 1
     (lane,) = fleet.router.lanes()
     stored, depths = array("Q", [1, 2]).tobytes(), array("I", [64, 128]).tobytes()
     for report in (
@@ -94,7 +94,7 @@ async def test_a_scrape_shows_what_is_known_of_kv_caches() -> None:
         CacheReport(4, True, stored, depths),
     ):
         fleet.router.cache_reported(lane, report)
-    found = samples(metrics)
+    found = await samples(metrics)
     assert 'kvlane_replica_cache_mode{mode="approximate",replica="a"}' not in found
     assert found['kvlane_replica_cache_mode{mode="exact",replica="a"}'] == 1
     assert (found["kvlane_prefix_blocks"], found["kvlane_cache_reports_total"]) == (2, 3)
@@ -104,7 +104,7 @@ async def test_a_scrape_shows_what_is_known_of_kv_caches() -> None:
     await fleet.close()
 
 
-def test_what_prompts_cost_and_what_of_them_was_held_is_added_up_by_model() -> None:
+async def test_what_prompts_cost_and_what_of_them_was_held_is_added_up_by_model() -> None:
     metrics = Metrics()
     receipt = Receipt("r1", "a", "cost", Reason.LEAST_COST, 0, 2, 3, 60, 100)
     for model in ("m", "m", "other"):
@@ -112,7 +112,7 @@ def test_what_prompts_cost_and_what_of_them_was_held_is_added_up_by_model() -> N
         metrics.looked_up(0.5)
         metrics.routed(make_request(model=model), receipt)
     metrics.routed(make_request(model="unhashed"), Receipt("r1", "a", "cost", Reason.LEAST_COST, 0))
-    found = samples(metrics)
+    found = await samples(metrics)
     assert (found["kvlane_prefix_hash_seconds_count"], found["kvlane_prefix_hash_seconds_sum"]) == (3, 0.75)
     assert (found["kvlane_prefix_lookup_seconds_count"], found["kvlane_prefix_lookup_seconds_sum"]) == (3, 1.5)
     assert found['kvlane_prompt_tokens_total{model="m"}'] == 200
@@ -126,7 +126,7 @@ async def test_a_scrape_shows_what_is_late_what_expired_and_what_was_not_explain
     fleet, metrics = Fleet(prefixes), Metrics()
     metrics.watch(Admission(1), fleet.router, prefixes)
     metrics.policies.explain_failed("stalled")
-    text = metrics.exposition()[0].decode()
+    text = (await metrics.exposition())[0].decode()
     assert "kvlane_prefix_late_replicas 0.0" in text
     assert "kvlane_prefix_holds_expired_total 0.0" in text
     assert 'kvlane_explain_failures_total{kind="stalled"} 1.0' in text
