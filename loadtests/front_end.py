@@ -2,8 +2,9 @@
 
 `python -m loadtests.front_end [--streams 32,128,256] [--reps 5] [--json FILE]`. One simulated engine in a process of
 its own answers the same streams over its lane (a router and a client behind it), from its own HTTP port (kvlane's edge,
-as thin as a server can be) and through uvicorn, which is what vLLM serves with. CPU is that process's alone, less what
-the engine takes without anybody to tell.
+as thin as a server can be), through uvicorn without a framework, and through uvicorn with a `StreamingResponse` over an
+asynchronous generator, which is how vLLM's own server streams. CPU is that process's alone, less what the engine takes
+without anybody to tell.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,8 +47,10 @@ class Row(msgspec.Struct):
     lane_us: tuple[float, float, float]
     edge_us: tuple[float, float, float]
     uvicorn_us: tuple[float, float, float]
+    framework_us: tuple[float, float, float]
     lane_over_edge: float
     lane_over_uvicorn: float
+    lane_over_framework: float
     errors: int
 
 
@@ -69,13 +73,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _measure(streams: int, reps: int, options: dict[str, Any]) -> Row:
     alone = statistics.median([await _alone(streams, options) for _ in range(3)])
-    encoded, uvicorn_port = json.dumps(options), free_port()
+    encoded, bare, framed = json.dumps(options), free_port(), free_port()
     with (
         replica_process("loadtests.engines", "1", encoded) as (pid, addresses),
-        replica_process("loadtests.front_end", str(uvicorn_port), encoded) as (uvicorn_pid, _),
+        replica_process("loadtests.front_end", str(bare), encoded) as (bare_pid, _),
+        replica_process("loadtests.front_end", str(framed), encoded, "framework") as (framed_pid, _),
         router(addresses, "least-queue") as (_, http, _),
     ):
-        ways = {"lane": (pid, http), "edge": (pid, addresses[0]["http"]), "uvicorn": (uvicorn_pid, uvicorn_port)}
+        ways = {
+            "lane": (pid, http),
+            "edge": (pid, addresses[0]["http"]),
+            "uvicorn": (bare_pid, bare),
+            "framework": (framed_pid, framed),
+        }
         for _, port in ways.values():
             await clients.http_load(port, streams, 5, PROMPT_KB, 2)
         found: dict[str, list[float]] = {name: [] for name in ways}
@@ -86,15 +96,17 @@ async def _measure(streams: int, reps: int, options: dict[str, Any]) -> Row:
                 tally = await clients.http_load(port, streams, TOKENS, PROMPT_KB, 1)
                 found[name].append(1e6 * (_cpu_s(process) - before) / tally.chunks - alone)
                 errors += tally.errors
-    lane, edge, uvicorn = (_spread(found[name]) for name in ("lane", "edge", "uvicorn"))
+    lane, edge, uvicorn, framework = (_spread(found[name]) for name in ("lane", "edge", "uvicorn", "framework"))
     return Row(
         streams,
         round(alone, 2),
         lane,
         edge,
         uvicorn,
+        framework,
         lane_over_edge=round(lane[0] / edge[0], 2),
         lane_over_uvicorn=round(lane[0] / uvicorn[0], 2),
+        lane_over_framework=round(lane[0] / framework[0], 2),
         errors=errors,
     )
 
@@ -161,32 +173,16 @@ class _Queued(_Nobody):
         self.pieces.put_nowait(None)
 
 
-async def _serve(port: int, options: dict[str, Any]) -> None:
-    """The simulated engine under uvicorn, without any framework; ends when standard input closes."""
+Asgi = Callable[[Any, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
+
+
+async def _serve(port: int, options: dict[str, Any], make: Callable[[SimulatedEngine], Asgi]) -> None:
+    """The simulated engine under uvicorn; ends when standard input closes."""
     import uvicorn
 
     engine = SimulatedEngine(options, MODEL)
     await engine.start()
-    asked = 0
-
-    async def app(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
-        nonlocal asked
-        body, more = b"", True
-        while more:
-            message = await receive()
-            body, more = body + message["body"], message.get("more_body", False)
-        asked += 1
-        out = _Queued()
-        engine.submit(_call(asked, body), out)
-        piece = await out.pieces.get()
-        headers = [(name.encode(), value.encode()) for name, value in out.headers]
-        await send({"type": "http.response.start", "status": out.status, "headers": headers})
-        while piece is not None:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-            piece = await out.pieces.get()
-        await send({"type": "http.response.body", "body": b""})
-
-    config = uvicorn.Config(app, "127.0.0.1", port, log_level="warning", access_log=False, lifespan="off")
+    config = uvicorn.Config(make(engine), "127.0.0.1", port, log_level="warning", access_log=False, lifespan="off")
     server = uvicorn.Server(config)
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), setattr, server, "should_exit", True)
     serving = asyncio.create_task(server.serve())
@@ -196,6 +192,49 @@ async def _serve(port: int, options: dict[str, Any]) -> None:
     with suppress(asyncio.CancelledError):
         await serving
     await engine.close()
+
+
+def _bare(engine: SimulatedEngine) -> Asgi:
+    """An application without any framework."""
+    numbers = count(1)
+
+    async def app(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message.get("more_body", False)
+        out = _Queued()
+        engine.submit(_call(next(numbers), body), out)
+        piece = await out.pieces.get()
+        headers = [(name.encode(), value.encode()) for name, value in out.headers]
+        await send({"type": "http.response.start", "status": out.status, "headers": headers})
+        while piece is not None:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            piece = await out.pieces.get()
+        await send({"type": "http.response.body", "body": b""})
+
+    return app
+
+
+def _framework(engine: SimulatedEngine) -> Asgi:
+    """An application as vLLM's is made: FastAPI's routing, and a response that an asynchronous generator feeds."""
+    from fastapi import FastAPI
+    from starlette.requests import Request
+    from starlette.responses import StreamingResponse
+
+    app, numbers = FastAPI(), count(1)
+
+    async def pieces(out: _Queued) -> AsyncIterator[bytes]:
+        while (piece := await out.pieces.get()) is not None:
+            yield piece
+
+    async def completions(request: Request) -> StreamingResponse:
+        out = _Queued()
+        engine.submit(_call(next(numbers), await request.body()), out)
+        return StreamingResponse(pieces(out), media_type="text/event-stream")
+
+    app.add_route("/v1/completions", completions, methods=["POST"])
+    return app
 
 
 def _cpu_s(pid: int) -> float:
@@ -210,18 +249,21 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a table: median (least to greatest)."""
     lines = [
-        "| streams | lane, µs per token | own HTTP edge | uvicorn | lane / edge | lane / uvicorn | engine itself, µs |",
-        "|---|---|---|---|---|---|---|",
+        "| streams | lane, µs per token | own HTTP edge | uvicorn | uvicorn, FastAPI | lane / edge | lane / uvicorn "
+        "| lane / FastAPI | engine itself, µs |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [f"**{median}** ({low} to {high})" for median, low, high in (row.lane_us, row.edge_us, row.uvicorn_us)]
-        ratios = f"{row.lane_over_edge} | {row.lane_over_uvicorn}"
+        ways = (row.lane_us, row.edge_us, row.uvicorn_us, row.framework_us)
+        cells = [f"**{median}** ({low} to {high})" for median, low, high in ways]
+        ratios = f"{row.lane_over_edge} | {row.lane_over_uvicorn} | {row.lane_over_framework}"
         lines.append(f"| {row.streams} | {' | '.join(cells)} | {ratios} | {row.engine_us} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [MODEL]:
-        uvloop.run(_serve(int(sys.argv[2]), json.loads(sys.argv[3])))
+        make = _framework if "framework" in sys.argv[4:] else _bare
+        uvloop.run(_serve(int(sys.argv[2]), json.loads(sys.argv[3]), make))
     else:
         sys.exit(main())
