@@ -131,8 +131,7 @@ class Account:
 
     def view(self) -> ReplicaView:
         """The replica as policies see it; the same object until something changes."""
-        version = self.news.version
-        outlook, current = self._outlook, self._current
+        version, outlook, current = self.news.version, self._outlook, self._current
         if outlook is None or version != self._version:
             current, self._version = None, version
             outlook = self._foresight.outlook(self.load, self._tokens, self._pairs, len(self._charges))

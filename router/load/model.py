@@ -227,6 +227,7 @@ class ReplicaModel:
             self._compare()
         scale = self._factor * 1e-3
         batch, token, pair, read = fleet.prefill.coefficients
+        step, one, _, each = fleet.decode.coefficients
         decodes, context = load.step_decodes, load.step_context_tokens
         if decodes > load.running:  # What has ended since, and will not be in the next step.
             decodes, context = load.running, context * load.running // decodes
@@ -234,7 +235,7 @@ class ReplicaModel:
         per_token = token + beside / fleet.budget
         return Outlook(
             (per_token * load.queued_prefill_tokens + pair * load.queued_prefill_pairs) * scale,
-            fleet.decode.expect_ms(decodes + unacked, 0.0, context) * scale,
+            (step + one * (decodes + unacked) + each * context) * scale,
             per_token * scale,
             pair * scale,
             beside * scale,

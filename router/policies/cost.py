@@ -19,6 +19,7 @@ from typing import Annotated, Final
 
 import msgspec
 
+from router.policies.queues import place_of
 from router.types import Decision, Held, Holders, Reason, Request, Snapshot
 
 _TIE: Final = 0.02
@@ -58,6 +59,7 @@ class Cost:
 
     def __init__(self, options: Options, random: random.Random) -> None:
         self._options = options
+        self._draw = random
         self._random = random.random
         self._known: dict[str, float] = {}
         """How much this router leans away from each replica, between 0 and 1."""
@@ -79,8 +81,9 @@ class Cost:
         if second <= bound:
             costs[best] = least
             # Estimates cannot tell these apart. Where an engine says nothing of its steps, that is all of them.
-            ties = [(replicas[at].queue_depth, self._random(), at) for at, cost in enumerate(costs) if cost <= bound]
-            best = min(ties)[2]
+            ties = [at for at, cost in enumerate(costs) if cost <= bound]
+            depths = [replicas[at].queue_depth for at in ties]
+            best = ties[place_of(depths, min(depths), self._draw)]
             costs[best] = _TAKEN
             second = min(costs)
         fallback = replicas[costs.index(second)].replica
@@ -98,9 +101,9 @@ class Cost:
         mean_wait = sum(waits) / count
         share = options.interference * (sum(usages) / count) ** 4
         price = 1.0 + options.price + options.queue_price * mean_wait
-        answer, tokens = options.answer_tokens, prefix.tokens
+        answer, tokens = options.answer_tokens, float(prefix.tokens)  # Floats, of which sums are made faster.
         half = 0.5 * tokens * tokens
-        held = Holders.of(prefix.held)
+        held = prefix.held if type(prefix.held) is Holders else Holders.of(prefix.held)
         new, pairs = (tokens, half) if held.most is None else _uncached(tokens, half, held.most)
         costs = [
             wait + batch + answer * step + (new * token + pairs * pair) * (price + share * there)
@@ -112,8 +115,7 @@ class Cost:
         for one, names in held.groups:
             other, other_pairs = (tokens, half) if one is None else _uncached(tokens, half, one)
             less, less_pairs = other - new, other_pairs - pairs
-            for name in names:
-                at = places.get(name)
+            for at in map(places.get, names):
                 if at is not None:
                     costs[at] += (less * tokens_s[at] + less_pairs * pairs_s[at]) * (price + share * running[at])
         # Where all queue, numbers say little: many short requests may wait beside few long ones.
@@ -147,7 +149,7 @@ class Cost:
         return self._lean
 
 
-def _uncached(tokens: int, half: float, held: Held) -> tuple[int, float]:
+def _uncached(tokens: float, half: float, held: Held) -> tuple[float, float]:
     """Tokens and attention pairs of a prompt that are not cached where so much is held; `half` is half its square."""
     cached = min(held.tokens, tokens)
     return tokens - cached, half - 0.5 * cached * cached

@@ -7,6 +7,7 @@ nobody holds is in neither. Replicas are slots here, bits in the pages' masks. `
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Final
@@ -54,6 +55,8 @@ class Blocks:
     def store(self, slot: Slot, hashes: Sequence[int], depths: Sequence[int]) -> None:
         """As `PrefixIndex.store`."""
         blocks = list(hashes)
+        if OWN_PAGE <= len(blocks) <= PAGE_BLOCKS and self._takes_page(slot, blocks, depths):
+            return
         if len(set(blocks)) < len(blocks):
             last = dict(zip(blocks, depths, strict=True))
             blocks, depths = list(last), list(last.values())
@@ -71,6 +74,26 @@ class Blocks:
                     page.depths[place + i] = depths[at + i]
                 self._mark(slot, page, ((1 << size) - 1) << place)
             at += size
+
+    def _takes_page(self, slot: Slot, blocks: list[int], depths: Sequence[int]) -> bool:
+        """Takes in what most reports have, a prompt whose blocks are all new and begin a page, in few steps. False
+        where they are something else, and nothing was done."""
+        table, size = self.table, len(blocks)
+        before, last = len(table), slot.open
+        if before + size > self.max_blocks or (last is not None and 0 < len(last.hashes) < OWN_PAGE):
+            return False
+        if not table.keys().isdisjoint(blocks):
+            return False
+        pattern = (1 << size) - 1
+        page = Page(array("Q", blocks), array("I", depths), {pattern: slot.bit}, pattern)
+        table.update(zip(blocks, repeat(page)))
+        if len(table) < before + size:  # Some came twice.
+            for block in set(blocks):
+                del table[block]
+            return False
+        slot.pages.add(page)
+        slot.open = page
+        return True
 
     def _take(self, slot: Slot, blocks: list[int], depths: Sequence[int]) -> None:
         """Takes in blocks that nobody held."""
@@ -99,11 +122,18 @@ class Blocks:
 
     def evict(self, slot: Slot, hashes: Iterable[int]) -> None:
         """As `PrefixIndex.evict`."""
+        blocks = list(hashes)
+        pages = list(map(self.table.get, blocks))
         gone: dict[Page, int] = {}
-        for block in hashes:
-            page = self.table.get(block)
+        at, end = 0, len(blocks)
+        while at < end:
+            page, first = pages[at], at
+            at += 1
+            while at < end and pages[at] is page:
+                at += 1
             if page is not None:
-                gone[page] = gone.get(page, 0) | 1 << page.place(block)
+                pattern = 1 << page.place(blocks[first]) if at - first == 1 else page.places(blocks[first:at])
+                gone[page] = gone.get(page, 0) | pattern
         for page, pattern in gone.items():
             self._unmark(slot, page, pattern)
 

@@ -54,9 +54,9 @@ class Hold:
 
     __slots__ = ("blocks", "member")
 
-    def __init__(self, member: _Member | None, blocks: Sequence[int]) -> None:
-        self.member = member
-        self.blocks = blocks
+    def __init__(self) -> None:
+        self.member: _Member | None = None
+        self.blocks: Sequence[int] = ()
 
 
 class PrefixIndex:
@@ -205,31 +205,34 @@ class PrefixIndex:
 
     # -- what requests in flight will bring
 
-    def hold(self, replica: str, blocks: Sequence[int], stored: int | None = None) -> Hold:
+    def hold(self, replica: str, blocks: Sequence[int], stored: int | None = None, hold: Hold | None = None) -> Hold:
         """Until the hold is released, the replica matches these blocks as well, as ones that it will have soon.
 
         Those from the prompt's beginning that it has stored already are no part of the hold; `stored` tells how many
         they are where a look-up has just said so. A replica that is not there gets no hold, and a later one of the same
-        name is not concerned.
+        name is not concerned. The caller may give a new `hold` of its own kind, which is returned.
         """
+        if hold is None:
+            hold = Hold()
         member = self._members.get(replica)
-        if member is None:
-            return Hold(None, ())
-        hold = Hold(member, blocks[self._blocks.first(member.slot, blocks) if stored is None else stored :])
-        self._enter(hold, member)
+        if member is not None:
+            if stored is None:
+                known = blocks and blocks[0] in self._blocks.table
+                stored = self._blocks.first(member.slot, blocks) if known else 0
+            hold.member, hold.blocks = member, blocks[stored:] if stored else blocks
+            self._enter(hold, member)
         return hold
 
     def _enter(self, hold: Hold, member: _Member) -> None:
         bit, soon, blocks = member.slot.bit, self._soon, hold.blocks
-        masks = list(map(soon.get, blocks, repeat(0)))
-        ours = dict.fromkeys(blocks, bit)
-        if any(masks):
-            for block, mask in zip(blocks, masks, strict=True):
-                if mask:
-                    ours[block] = mask | bit
-                    if mask & bit:
-                        member.again[block] = member.again.get(block, 0) + 1
-        soon.update(ours)
+        if soon.keys().isdisjoint(blocks):
+            soon.update(zip(blocks, repeat(bit)))
+        else:
+            again = member.again
+            for block, mask in zip(blocks, list(map(soon.get, blocks, repeat(0))), strict=True):
+                soon[block] = mask | bit
+                if mask & bit:
+                    again[block] = again.get(block, 0) + 1
         member.holds.add(hold)
 
     def release(self, hold: Hold) -> None:
@@ -238,16 +241,18 @@ class PrefixIndex:
         if member is None or hold not in member.holds:
             return
         member.holds.discard(hold)
-        bit, soon, blocks = member.slot.bit, self._soon, hold.blocks
-        if not member.again and list(map(soon.get, blocks)).count(bit) == len(blocks):
-            deque(map(soon.pop, blocks, repeat(0)), 0)
+        bit, soon, again, blocks = member.slot.bit, self._soon, member.again, hold.blocks
+        if not again or again.keys().isdisjoint(blocks):
+            masks = list(map(soon.pop, blocks, repeat(0)))
+            if masks.count(bit) < len(blocks):
+                soon.update({block: mask & ~bit for block, mask in zip(blocks, masks, strict=True) if mask & ~bit})
             return
         for block in blocks:
-            more = member.again.get(block, 0)
+            more = again.get(block, 0)
             if more > 1:
-                member.again[block] = more - 1
+                again[block] = more - 1
             elif more:
-                del member.again[block]
+                del again[block]
             else:
                 self._not_soon(block, bit)
 
@@ -265,9 +270,11 @@ class PrefixIndex:
 
         `tokens_per_block` estimates the tokens of blocks whose depth nobody has reported.
         """
-        groups: list[_Group] = []
         end = len(chain)
         table, soon = self._blocks.table, self._soon
+        if not end or (chain[0] not in table and chain[0] not in soon):
+            return NO_HOLDERS
+        groups: list[_Group] = []
         alive = self._live  # The replicas that hold all blocks up to here.
         at = pages = 0
         last: tuple[Page, int] | None = None  # Page and place of the block before `at`; its depth is seldom asked for.

@@ -41,6 +41,19 @@ class Page(msgspec.Struct, gc=False, eq=False):
         hashes = self.hashes
         return 0 if hashes[0] == block else hashes.index(block)
 
+    def places(self, blocks: Sequence[int]) -> int:
+        """The pattern of some blocks that are in this page."""
+        mine, theirs = self.hashes, array("Q", blocks)
+        for _ in range(2):  # As they lie here, or backwards, as engines evict.
+            first = self.place(theirs[0])
+            if mine[first : first + len(theirs)] == theirs:
+                return ((1 << len(theirs)) - 1) << first
+            theirs.reverse()
+        pattern = 0
+        for block in blocks:
+            pattern |= 1 << self.place(block)
+        return pattern
+
     def agrees(self, place: int, blocks: Sequence[int], at: int) -> int:
         """How many of `blocks` from `at` on lie here from `place` on, in the same order; at least one does."""
         hashes = self.hashes
@@ -146,7 +159,12 @@ class Page(msgspec.Struct, gc=False, eq=False):
         dead = self.live & ~alive
         if not dead:
             return []
-        blocks = [self.hashes[place] for place in ones(dead)]
+        first = (dead & -dead).bit_length() - 1
+        size = dead.bit_count()
+        if dead >> first == (1 << size) - 1:
+            blocks = self.hashes[first : first + size].tolist()
+        else:
+            blocks = [self.hashes[place] for place in ones(dead)]
         self._bury(dead)
         return blocks
 

@@ -23,7 +23,7 @@ from router.prefix.index import Hold, PrefixIndex
 from router.prefix.mirror import LruMirror
 from router.prefix.ratio import Ratio
 from router.prefix.size import is_form, prompt_size
-from router.types import NO_PREFIX, CacheMode, Chain, Charge, EngineInfo, Held, Holders, PrefixView, Request
+from router.types import NO_HOLDERS, NO_PREFIX, CacheMode, Chain, Charge, EngineInfo, Held, Holders, PrefixView, Request
 
 UNTOLD_KV_TOKENS: Final = 65_536
 """Taken for the KV cache of a replica that does not tell its size: a small GPU's, so that the mirror rather forgets."""
@@ -33,9 +33,10 @@ ASK_INTERVAL_S: Final = 30.0
 """A snapshot that does not come, or cannot be read, is asked for again after that time."""
 PROMPT_TOKENS_UNREAD: Final = 4096
 """Most tokens that a form with files is taken for: hardly any of its bytes are text."""
+_NONE: Final = array("Q")
 _TAKING_IN: Final = "what it reported is being taken in"
 
-Change = tuple[list[int], list[int], list[int]]
+Change = tuple["array[int]", "array[int]", "array[int]"]
 """Evicted blocks, stored blocks and their depths; the evicted ones go first."""
 
 
@@ -104,21 +105,23 @@ class _Replica:
         return not self.missed and self.mirror is None and self.mode is not CacheMode.OFF
 
 
-class _Holding:
+class _Holding(Hold):
     """A hold for the time of a `with` block."""
 
-    __slots__ = ("_hold", "_prefixes")
+    __slots__ = ("_prefixes",)
 
-    def __init__(self, prefixes: Prefixes, hold: Hold | None) -> None:
+    def __init__(self, prefixes: Prefixes) -> None:
         self._prefixes = prefixes
-        self._hold = hold
+        self.member = None
+        self.blocks = ()
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._hold is not None:
-            self._prefixes.release(self._hold)
+        prefixes = self._prefixes  # As `release` does; a request in flight calls it once, and calls cost.
+        prefixes._holds.pop(self, None)
+        prefixes._index.release(self)
 
 
 class Prefixes:
@@ -128,6 +131,7 @@ class Prefixes:
         self.on_mode: Callable[[str, CacheMode], None] = lambda replica, mode: None
         """Called whenever a replica's mode changes, and when its lane opens."""
         self._options = options
+        self._hold_timeout_s = options.hold_timeout_s
         self._clock = clock
         self._hasher = Hasher(options.block_bytes, options.max_prompt_bytes)
         self._index = PrefixIndex(options.max_blocks)
@@ -141,7 +145,7 @@ class Prefixes:
         """Those with work for the next sweeps."""
         self._holds: dict[Hold, float] = {}
         """With the time at which each expires; in that order."""
-        self._nothing = _Holding(self, None)
+        self._nothing = _Holding(self)
         self._gaps = self._healed = self._compared = self._off = self._expired = 0
 
     # -- for dispatch
@@ -160,6 +164,8 @@ class Prefixes:
             return NO_PREFIX
         per_byte = self._ratio(model)
         held = self._index.match(chain.blocks, per_byte * chain.block_bytes)
+        if held is NO_HOLDERS:
+            return PrefixView(chain, round(chain.prompt_bytes * per_byte), held)
         if self._uncached and held.most is not None:
             held = Holders([*held.groups, (None, self._uncached)], held.most, held.names)
         blocks, tokens = (held.most.blocks, held.most.tokens) if held.most is not None else (0, 0)
@@ -197,9 +203,10 @@ class Prefixes:
             self._mirror(replica, state, state.mirror, chain)
             return self._nothing
         stored = held.blocks if held is not None and not held.soon else None
-        hold = self._index.hold(replica, chain.blocks, stored)
-        self._holds[hold] = self._clock() + self._options.hold_timeout_s
-        return _Holding(self, hold)
+        hold = _Holding(self)
+        self._index.hold(replica, chain.blocks, stored, hold)
+        self._holds[hold] = self._clock() + self._hold_timeout_s
+        return hold
 
     def release(self, hold: Hold) -> None:
         """Ends a hold; one that has ended already stays so."""
@@ -256,7 +263,15 @@ class Prefixes:
             return True
         if not report.snapshot and state.seq is not None and report.seq <= state.seq:
             return True  # said already
-        self._learn(state, report)
+        if report.compared or report.off or report.prompt_tokens:
+            self._learn(state, report)
+        if state.mode is CacheMode.EXACT and report.seq - 1 == state.seq and _plain(report):  # As nearly all are.
+            state.seq = report.seq
+            if report.evicted:
+                self._index.evict(replica, unpack(report.evicted))
+            if report.stored:
+                self._index.store(replica, unpack(report.stored), unpack(report.depths, "I"))
+            return True
         if report.mode == CacheMode.EXACT and _readable(report):
             return self._exact(replica, state, report)
         state.seq = report.seq
@@ -283,11 +298,10 @@ class Prefixes:
             state.seq = report.seq
             return self._asked(state, at_once=not state.missed)
         state.seq = report.seq
-        change = (unpack(report.evicted), unpack(report.stored), unpack(report.depths, "I"))
-        if state.late or len(change[0]) + len(change[1]) > SLICE_BLOCKS:
-            state.late.extend(_slices(change))
+        if state.late or len(report.evicted) + len(report.stored) > 8 * SLICE_BLOCKS:
+            state.late.extend(_slices(_change(report)))
         else:
-            self._take(replica, change)
+            self._take(replica, _change(report))
         if state.late:
             self._late[replica] = state
             self._set(replica, state, CacheMode.APPROXIMATE, _TAKING_IN)
@@ -307,8 +321,10 @@ class Prefixes:
 
     def _take(self, replica: str, change: Change) -> None:
         evicted, stored, depths = change
-        self._index.evict(replica, evicted)
-        self._index.store(replica, stored, depths)
+        if evicted:
+            self._index.evict(replica, evicted)
+        if stored:
+            self._index.store(replica, stored, depths)
 
     def _void(self, replica: str, state: _Replica) -> None:
         """What the replica said before is of no use any more."""
@@ -334,7 +350,10 @@ class Prefixes:
         self._compared += report.compared
         self._off += report.off
         if report.prompt_tokens:
-            self._ratios.setdefault(state.base, Ratio()).learn(report.prompt_bytes, report.prompt_tokens)
+            ratio = self._ratios.get(state.base)
+            if ratio is None:
+                ratio = self._ratios[state.base] = Ratio()
+            ratio.learn(report.prompt_bytes, report.prompt_tokens)
 
     def _set(self, replica: str, state: _Replica, mode: CacheMode, cause: str) -> None:
         changed = state.mode is not mode or state.seq is None
@@ -416,9 +435,21 @@ class Prefixes:
 def _slices(change: Change) -> Iterator[Change]:
     evicted, stored, depths = change
     for at in range(0, len(evicted), SLICE_BLOCKS):
-        yield evicted[at : at + SLICE_BLOCKS], [], []
+        yield evicted[at : at + SLICE_BLOCKS], _NONE, _NONE
     for at in range(0, len(stored), SLICE_BLOCKS):
-        yield [], stored[at : at + SLICE_BLOCKS], depths[at : at + SLICE_BLOCKS]
+        yield _NONE, stored[at : at + SLICE_BLOCKS], depths[at : at + SLICE_BLOCKS]
+
+
+def _plain(report: CacheReport) -> bool:
+    """Whether it says what changed since the last one, and is short enough to be taken at once."""
+    stored, evicted = len(report.stored), len(report.evicted)
+    if stored + evicted > 8 * SLICE_BLOCKS or stored % 8 or evicted % 8 or 2 * len(report.depths) != stored:
+        return False
+    return report.mode == CacheMode.EXACT and not report.snapshot
+
+
+def _change(report: CacheReport) -> Change:
+    return unpack(report.evicted), unpack(report.stored), unpack(report.depths, "I")
 
 
 def _readable(report: CacheReport) -> bool:
@@ -426,10 +457,9 @@ def _readable(report: CacheReport) -> bool:
     return whole and 2 * len(report.depths) == len(report.stored)
 
 
-def unpack(packed: bytes, kind: str = "Q") -> list[int]:
+def unpack(packed: bytes, kind: str = "Q") -> array[int]:
     """Little-endian unsigned integers: ``Q`` of 64 bits, ``I`` of 32."""
-    numbers = array(kind)
-    numbers.frombytes(packed)
+    numbers = array(kind, packed)
     if sys.byteorder == "big":
         numbers.byteswap()
-    return numbers.tolist()
+    return numbers

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from router.policies import registry
-from router.policies.guard import REST_S, STALLS_TO_REST, Failure, Guard
+from router.policies.guard import LOG_INTERVAL_S, REST_S, STALLS_TO_REST, Failure, Guard, Usage, thread_usage
 from router.testing import make_request, make_snapshot
 from router.types import Decision, Reason, Request, Snapshot
 
@@ -45,31 +46,55 @@ class Counting:
         self.failures.append(kind)
 
 
-class Scripted:
-    """A policy that answers what the test says and takes its time."""
+class Thread:
+    """What the thread did, under the test's control."""
 
-    def __init__(self, clock: Clock) -> None:
+    worked_s = 50.0
+    waits = 7
+
+    def __call__(self) -> Usage:
+        return self.worked_s, self.waits
+
+
+class Scripted:
+    """A policy that answers what the test says and takes its time: it computes, unless the test says otherwise."""
+
+    def __init__(self, clock: Clock, thread: Thread) -> None:
         self._clock = clock
+        self._thread = thread
         self.answer: Callable[[], Any] = lambda: GOOD
         self.takes_s = 0.0
+        self.share = 1.0
+        """Of the time that it takes, in which it computes."""
+        self.waits = 0
+        """How often it waits for something meanwhile."""
         self.asked = 0
 
     def choose(self, request: Request, snapshot: Snapshot) -> Decision:
         self.asked += 1
         self._clock.now += self.takes_s
+        self._thread.worked_s += self.takes_s * self.share
+        self._thread.waits += self.waits
         decision: Decision = self.answer()
         return decision
 
 
 class Bench:
-    """A guard and what is around it."""
+    """A guard and what is around it; by default one answer was late before, so that it looks at the thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, looks: bool = True) -> None:
         self.clock = Clock()
-        self.policy = Scripted(self.clock)
+        self.thread = Thread()
+        self.policy = Scripted(self.clock, self.thread)
         self.seen = Counting()
         fallback = registry.create("least-queue", {}, random.Random(0))
-        self.guard = Guard(self.policy, "mine", fallback, self.seen, self.clock, STALL_S)
+        self.guard = Guard(self.policy, "mine", fallback, self.seen, self.clock, STALL_S, usage=self.thread)
+        if looks:
+            self.stall()
+            self.choose()
+            self.clock.now += LOG_INTERVAL_S
+            self.seen.took.clear()
+            self.seen.failures.clear()
 
     def choose(self) -> Decision:
         return self.guard.choose(make_request(), SNAPSHOT)
@@ -144,7 +169,7 @@ def test_an_answer_that_raises_when_looked_at_gives_way(bench: Bench) -> None:
 
 
 def test_an_answer_that_comes_too_late_gives_way(bench: Bench) -> None:
-    bench.policy.takes_s = STALL_S
+    bench.policy.takes_s = STALL_S * 0.999
     assert bench.choose() is GOOD
     (decision,) = bench.stall()
     assert (decision.replica, decision.reason) == (SHORTEST, Reason.POLICY_STALLED)
@@ -172,6 +197,65 @@ def test_a_policy_that_stalls_again_after_its_rest_rests_at_once(bench: Bench) -
     asked = bench.policy.asked
     assert bench.choose().reason is Reason.POLICY_STALLED
     assert bench.policy.asked == asked
+
+
+def test_an_answer_that_was_late_for_the_machine_was_busy_with_others_stands(bench: Bench) -> None:
+    bench.policy.share = 0.4
+    assert bench.stall(STALLS_TO_REST + 1) == [GOOD] * (STALLS_TO_REST + 1)
+    assert bench.seen.failures == []
+    assert bench.seen.took == [STALL_S * 2] * (STALLS_TO_REST + 1)
+    assert bench.choose() is GOOD
+
+
+def test_a_policy_that_waits_for_something_is_late_though_it_computes_nothing(bench: Bench) -> None:
+    bench.policy.share, bench.policy.waits = 0.0, 1
+    assert {decision.reason for decision in bench.stall(STALLS_TO_REST)} == {Reason.POLICY_STALLED}
+    assert bench.choose().reason is Reason.POLICY_STALLED
+    assert bench.seen.failures == [Failure.STALLED] * STALLS_TO_REST + [Failure.RESTING]
+
+
+def test_a_policy_that_waits_shortly_is_in_time(bench: Bench) -> None:
+    bench.policy.waits = 1
+    assert bench.choose() is GOOD
+    assert bench.seen.failures == []
+
+
+def test_an_answer_late_for_others_neither_ends_nor_lengthens_a_row_of_late_ones(bench: Bench) -> None:
+    bench.stall(STALLS_TO_REST - 1)
+    bench.policy.share = 0.0
+    assert bench.stall() == [GOOD]
+    bench.policy.share = 1.0
+    bench.stall()
+    assert bench.choose().reason is Reason.POLICY_STALLED
+    assert bench.seen.failures == [Failure.STALLED] * STALLS_TO_REST + [Failure.RESTING]
+
+
+def test_before_the_first_late_answer_nobody_looks_at_the_thread() -> None:
+    bench = Bench(looks=False)
+    looked: list[Usage] = []
+
+    def usage() -> Usage:
+        looked.append(bench.thread())
+        return looked[-1]
+
+    fallback = registry.create("least-queue", {}, random.Random(0))
+    bench.guard = Guard(bench.policy, "mine", fallback, bench.seen, bench.clock, STALL_S, usage=usage)
+    assert bench.choose() is GOOD
+    bench.policy.share = 0.0
+    assert bench.stall()[0].reason is Reason.POLICY_STALLED
+    assert looked == []
+    assert bench.stall() == [GOOD]
+    assert len(looked) == 2
+
+
+def test_a_threads_usage_tells_computing_from_waiting() -> None:
+    worked_s, waits = thread_usage()
+    while thread_usage()[0] == worked_s:
+        pass
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire(timeout=1e-3)
+    assert thread_usage()[1] > waits
 
 
 def test_stalls_apart_from_each_other_send_no_policy_to_rest(bench: Bench) -> None:
@@ -212,7 +296,7 @@ def test_the_log_says_what_happens_instead(caplog: pytest.LogCaptureFixture) -> 
     bench.policy.answer = fail
     guard = Guard(bench.policy, "mine", fallback, bench.seen, bench.clock, STALL_S, instead="a coin decides")
     guard.choose(make_request(), SNAPSHOT)
-    assert caplog.records[0].message == "policy 'mine' raised ZeroDivisionError; a coin decides"
+    assert caplog.records[-1].message == "policy 'mine' raised ZeroDivisionError; a coin decides"
 
 
 def test_each_kind_of_failure_has_its_own_line(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -103,7 +103,8 @@ def test_a_guarded_shadow_that_stalls_rests_and_the_live_policy_goes_on() -> Non
     fallback = registry.create("least-queue", {}, random.Random(0))
     slow = Slow(B)
     live = Guard(Says(A), "live", fallback, metrics, clock, 0.005)
-    shadowed = Shadow(live, Guard(slow, "slow (shadow)", fallback, metrics, clock, 0.005), metrics)
+    guarded = Guard(slow, "slow (shadow)", fallback, metrics, clock, 0.005, usage=lambda: (now, 0))
+    shadowed = Shadow(live, guarded, metrics)
     assert {shadowed.choose(make_request(), SNAPSHOT).replica for _ in range(20)} == {"a"}
     assert slow.asked == 3
 

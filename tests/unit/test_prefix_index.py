@@ -371,6 +371,17 @@ def test_a_block_given_twice_in_one_report_is_stored_once() -> None:
     assert len(index) == 3
 
 
+def test_blocks_given_twice_in_a_long_report_are_stored_once_with_the_last_depth() -> None:
+    index, chain = joined("a"), CHAINS[0][:40]
+    index.store("a", CHAINS[1][:3], depths(CHAINS[1][:3]))
+    index.store("a", [*chain, *chain], [*range(40), *depths(chain)])
+    assert index.match(chain) == {"a": Held(40, 400)}
+    assert index.match(CHAINS[1])["a"].blocks == 3
+    assert len(index) == len({*chain, *CHAINS[1][:3]})
+    index.evict("a", [*chain, *CHAINS[1][:3]])
+    assert len(index) == 0
+
+
 def test_memory_does_not_grow_while_blocks_come_and_go() -> None:
     index, source = joined("a", "b", max_blocks=100_000), random.Random(5)
     held: list[list[int]] = []
