@@ -30,7 +30,7 @@ up: $(RUNTIME_STAMP) ## real vLLM replicas behind the router, with a streamed de
 .PHONY: test
 test: $(DEV_STAMP) ## every test; those that start engines, clusters and routers one at a time
 	$(call install_source,$(VENV))
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 .PHONY: test-fast
 test-fast: $(DEV_STAMP) ## the tests that need neither Ray nor vLLM, in under a minute

@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "slow": "loadtests.slow",
     "soak": "loadtests.soak",
     "stalls": "loadtests.stalls",
+    "stalls-answers": "loadtests.stalls_answers",
     "profile": "loadtests.profiles",
     "workers": "loadtests.workers",
 }

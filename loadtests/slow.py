@@ -41,6 +41,7 @@ COLUMNS: Final = {
     "kb_per_stream": "router memory per stream, KiB",
     "rss_mb": "router RSS, MiB",
     "cpu": "router CPU, cores",
+    "waited": "it waited for a CPU, share of the time",
     "lag_p99_ms": "loop lag p99 at most, ms",
     "busy_p99_ms": "loop busy without a pause p99, ms",
     "busy_max_ms": "max, ms",
@@ -85,13 +86,14 @@ def measure(args: argparse.Namespace) -> Row:
         before_mb = rss_mb(pid)
         results = stack.enter_context(_processes(port, args, tokens))
         time.sleep(args.streams / args.opened_per_s + SETTLE_S)
-        lag = loop_lag.scrape(port)
         watched.ask(pid, file)
-        cpu, began = _cpu_s(pid), time.monotonic()
+        lag = loop_lag.scrape(port)
+        cpu, waited, began = _cpu_s(pid), _waited_s(pid), time.monotonic()
         time.sleep(args.hold_s)
         held_mb, cpu_s, took_s = rss_mb(pid), _cpu_s(pid) - cpu, time.monotonic() - began
-        told = watched.ask(pid, file)
+        waited_s = _waited_s(pid) - waited
         during = loop_lag.between(lag, loop_lag.scrape(port))
+        told = watched.ask(pid, file)
         counted = results()
     causes: dict[str, int] = {}
     for each in counted:
@@ -106,6 +108,7 @@ def measure(args: argparse.Namespace) -> Row:
         "kb_per_stream": round((held_mb - before_mb) * 1024 / args.streams, 2),
         "rss_mb": round(held_mb, 1),
         "cpu": round(cpu_s / took_s, 3),
+        "waited": round(waited_s / took_s, 3),
         "lag_p99_ms": during.p99_ms,
         "busy_p99_ms": told.stretch_ms(0.99),
         "busy_max_ms": told.stretch_ms(1.0),
@@ -125,6 +128,11 @@ def _allow_descriptors(number: int) -> None:
 
 def _cpu_s(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | 2)
+
+
+def _waited_s(pid: int) -> float:
+    """How long its main thread was ready to run and had no CPU: then its loop is late through no fault of its own."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 # -- clients

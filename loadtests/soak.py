@@ -30,6 +30,8 @@ from loadtests.processes import replica_process, router, rss_mb
 from loadtests.results import table, write_json
 
 FLAT_SHARE: Final = 0.05
+SETTLE_S: Final = 0.2
+"""From the last answer to a sample: the router's task ends a moment after the client has it all."""
 COLUMNS: Final = {
     "requests": "requests",
     "rss_mb": "RSS, MiB",
@@ -102,7 +104,7 @@ def measure(args: argparse.Namespace) -> tuple[list[Sample], int]:
 
         def sample(requests: int) -> None:
             nonlocal began
-            told, now = watched.ask(pid, file), time.monotonic()
+            told, now = watched.ask(pid, file, collect=True), time.monotonic()
             since = requests - (samples[-1].requests if samples else 0)
             samples.append(_sample(pid, requests, told, since / (now - began)))
             began = time.monotonic()
@@ -138,6 +140,7 @@ async def _requests(port: int, args: argparse.Namespace, sample: Callable[[int],
     while asked < args.requests:
         upto = min(asked + args.sample_every, args.requests)
         await asyncio.gather(*(ask(caller, upto) for caller in callers))
+        await asyncio.sleep(SETTLE_S)
         await asyncio.to_thread(sample, asked)
     for caller in callers:
         caller.close()

@@ -20,8 +20,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
+import grpc
+import grpc.aio
 import msgspec
 import uvloop
+from kvlane.v1 import inference_pb2 as pb
 
 from loadtests import loop_lag, watched
 from loadtests.arguments import Parser, many, number
@@ -40,6 +43,8 @@ OTHER: Final = "other"
 """The model of those who disturb."""
 PROMPT_KB, PROMPTS_PER_S = 32.0, 20.0
 BODY_KB, BODIES_PER_S = 10.0 * 1024, 2.0
+BODY_BYTES: Final = 10 << 20
+ANSWER_TOKENS: Final = 1
 STALLED, STALLED_TOKENS = 16, 1_000_000
 SETTLE_S: Final = 0.5
 """For what a disturbance left behind, and at first for connections to open."""
@@ -47,6 +52,11 @@ QUIET: Final = "quiet"
 KINDS: Final = {
     "prompts": f"{PROMPTS_PER_S:g} prompts of {PROMPT_KB:g} KB a second",
     "bodies": f"{BODIES_PER_S:g} bodies of {BODY_KB / 1024:g} MB a second",
+    "ids": f"{BODIES_PER_S:g} bodies of {BODY_KB / 1024:g} MB of token ids a second",
+    "messages": f"{BODIES_PER_S:g} of small chat messages",
+    "grpc": f"{BODIES_PER_S:g} gRPC requests of {BODY_KB / 1024:g} MB of text a second",
+    "grpc-ids": f"{BODIES_PER_S:g} of token ids",
+    "grpc-messages": f"{BODIES_PER_S:g} of small chat messages",
     "stalled": f"{STALLED} clients that do not read",
 }
 COLUMNS: Final = {
@@ -98,13 +108,13 @@ def measure(args: argparse.Namespace) -> list[Row]:
         _, others = stack.enter_context(other)
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "told"
         command = watched.command(file)
-        pid, port, _ = stack.enter_context(router([*addresses, *others], args.policy, command=command))
+        pid, port, grpc_port = stack.enter_context(router([*addresses, *others], args.policy, command=command))
         where = _Router(pid, port, file)
         for rep in range(args.reps):
             for kind in args.kinds[:: -1 if rep % 2 else 1]:
                 uvloop.run(_streams(port, args, SETTLE_S))
                 quiet = _window(where, args)
-                with _disturbed(kind, port):
+                with _disturbed(kind, grpc_port if kind in _MESSAGES else port):
                     windows[kind].append((_window(where, args), quiet))
                 print(f"stalls: {kind}, repetition {rep + 1}", file=sys.stderr, flush=True)
     quiet_times = [quiet for pairs in windows.values() for _, quiet in pairs]
@@ -181,7 +191,7 @@ def _disturbed(kind: str, port: int) -> Iterator[None]:
 async def _disturb(kind: str, port: int) -> None:
     closed = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), closed.set)
-    task = asyncio.create_task(_stall(port) if kind == "stalled" else _ask(kind, port))
+    task = asyncio.create_task(_disturbance(kind, port))
     sys.stdout.write("begun\n")
     sys.stdout.flush()
     ended = asyncio.create_task(closed.wait())
@@ -191,6 +201,74 @@ async def _disturb(kind: str, port: int) -> None:
     await asyncio.gather(task, ended, return_exceptions=True)
     if not ended.cancelled() and not closed.is_set():
         task.result()
+
+
+async def _disturbance(kind: str, port: int) -> None:
+    if kind == "stalled":
+        await _stall(port)
+    elif kind in _MESSAGES:
+        await _call(*_MESSAGES[kind](), port)
+    elif kind in _BODIES:
+        await _post(*_BODIES[kind](), port)
+    else:
+        await _ask(kind, port)
+
+
+def _id_body() -> tuple[str, bytes]:
+    body = b'{"model":"%b","max_tokens":%d,"prompt":[' % (OTHER.encode(), ANSWER_TOKENS)
+    ids = b",".join(b"%d" % (place * 7919 % 32_000) for place in range(BODY_BYTES * 2 // 11))
+    return "/v1/completions", body + ids + b"]}"
+
+
+def _chat_body() -> tuple[str, bytes]:
+    said = [{"role": "user", "content": f"{place}: and then?"} for place in range(BODY_BYTES // 48)]
+    return "/v1/chat/completions", msgspec.json.encode({"model": OTHER, "max_tokens": ANSWER_TOKENS, "messages": said})
+
+
+def _text_message() -> tuple[str, bytes]:
+    sampling = pb.SamplingParams(max_tokens=ANSWER_TOKENS)
+    request = pb.GenerateRequest(model=OTHER, text="What is it? " * (BODY_BYTES // 12), sampling=sampling)
+    return "Generate", request.SerializeToString()
+
+
+def _id_message() -> tuple[str, bytes]:
+    ids = pb.TokenIds(ids=[place * 7919 % 32_000 for place in range(BODY_BYTES // 3)])
+    sampling = pb.SamplingParams(max_tokens=ANSWER_TOKENS)
+    return "Generate", pb.GenerateRequest(model=OTHER, token_ids=ids, sampling=sampling).SerializeToString()
+
+
+def _chat_message() -> tuple[str, bytes]:
+    said = [pb.ChatMessage(role="user", content=f"{place}: and then?") for place in range(BODY_BYTES // 28)]
+    sampling = pb.SamplingParams(max_tokens=ANSWER_TOKENS)
+    return "Chat", pb.ChatRequest(model=OTHER, messages=said, sampling=sampling).SerializeToString()
+
+
+_BODIES: Final = {"ids": _id_body, "messages": _chat_body}
+_MESSAGES: Final = {"grpc": _text_message, "grpc-ids": _id_message, "grpc-messages": _chat_message}
+
+
+async def _post(path: str, body: bytes, port: int) -> None:
+    """Posts the body again and again."""
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    while True:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode())
+        writer.write(body)
+        answer = await reader.read()
+        writer.close()
+        if not answer.startswith(b"HTTP/1.1 200 "):
+            raise RuntimeError(answer[:500].decode(errors="replace"))
+        await asyncio.sleep(1 / BODIES_PER_S)
+
+
+async def _call(method: str, message: bytes, port: int) -> None:
+    """Sends the message again and again."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_stream(f"/kvlane.v1.Inference/{method}")
+        while True:
+            async for _ in call(message):
+                pass
+            await asyncio.sleep(1 / BODIES_PER_S)
 
 
 async def _ask(kind: str, port: int) -> None:

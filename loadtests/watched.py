@@ -1,8 +1,9 @@
 """A router that tells what it holds and how long its event loop was busy without a pause.
 
-`python -m loadtests.watched FILE MODULE ARGUMENT…` runs a module so. On SIGUSR1 it collects garbage and adds a line to
-the file. A *stretch* is the CPU time that the loop's thread took from one timer to the next, with timers a millisecond
-apart: for so long no stream got its token. It is CPU time, so that other processes on the machine do not count.
+`python -m loadtests.watched FILE MODULE ARGUMENT…` runs a module so. On SIGUSR1 it adds a line to the file, on SIGUSR2
+it collects garbage first. A *stretch* is the CPU time that the loop's thread took from one timer to the next, with
+timers a millisecond apart: for so long no stream got its token. It is CPU time, so that other processes on the machine
+do not count, unless they kept it from a CPU for so long that much had come meanwhile.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Told(msgspec.Struct):
     tasks: int
     """asyncio's, not done."""
     objects: int
-    """That garbage collection knows of; those frozen at the start are none of them."""
+    """That garbage collection knows of; those frozen at the start are none of them. 0 where none was collected."""
     stretches: dict[int, int] = {}
     """How often each length came since the process was asked last; see `stretch_ms`."""
 
@@ -60,10 +61,13 @@ def command(file: Path) -> list[str]:
     return [python, "-m", "loadtests.watched", str(file), *rest]
 
 
-def ask(pid: int, file: Path) -> Told:
-    """What that process says now. Raises `TimeoutError`."""
+def ask(pid: int, file: Path, *, collect: bool = False) -> Told:
+    """What that process says now. To collect its garbage first stops its streams, for a while where it has many.
+
+    Raises `TimeoutError`.
+    """
     told = len(_lines(file))
-    os.kill(pid, signal.SIGUSR1)
+    os.kill(pid, signal.SIGUSR2 if collect else signal.SIGUSR1)
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     while len(lines := _lines(file)) == told:
         if time.monotonic() > deadline:
@@ -83,11 +87,14 @@ class _Watch:
         self._skip = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def tell(self) -> None:
-        gc.collect()
+    def tell(self, *, collect: bool) -> None:
+        objects = 0
+        if collect:
+            gc.collect()
+            objects = len(gc.get_objects())
         tasks = len(asyncio.all_tasks(self._loop)) if self._loop is not None else 0
         with self._file.open("ab") as out:
-            out.write(msgspec.json.encode(Told(tasks, len(gc.get_objects()), self._stretches)) + b"\n")
+            out.write(msgspec.json.encode(Told(tasks, objects, self._stretches)) + b"\n")
         self._stretches = Counter()
         self._skip = True  # What telling took is nobody's fault.
 
@@ -111,7 +118,8 @@ class _Watch:
 
 def main(file: Path, module: str, arguments: list[str]) -> None:
     watch, run = _Watch(file), uvloop.run
-    signal.signal(signal.SIGUSR1, lambda number, frame: watch.tell())
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: watch.tell(collect=number == signal.SIGUSR2))
     uvloop.run = lambda main, **options: run(watch.beside(main), **options)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -26,7 +26,7 @@ from router.types import Chain, Charge, Decision, Reason, Receipt, Request, Sink
 
 EXPLAIN_HEADER: Final = ("x-kvlane-explain", "1")
 """A request that carries it is told of every replica that it could have gone to."""
-LARGE_BODY_BYTES: Final = 256 << 10
+LARGE_BODY_BYTES: Final = 64 << 10
 """To read and hash such a prompt takes up to 5 ms: other streams get their turn meanwhile."""
 
 

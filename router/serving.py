@@ -96,7 +96,7 @@ class _Worker:
             self._draining.cancel()
             tasks.append(self._draining)
         await self._app.stop()
-        self._channel.send(Collected(LAST_WORDS, self._app.figures()))
+        self._channel.send(Collected(LAST_WORDS, await self._app.figures()))
         for task in tasks:
             task.cancel()
         for end in await asyncio.gather(*tasks, return_exceptions=True):
@@ -128,7 +128,7 @@ class _Worker:
             if self._draining is None and not self._stop.is_set():  # It may have been sent before that was known.
                 await self._app.listen(message.slots)
         elif isinstance(message, Collect):
-            self._channel.send(Collected(message.number, self._app.figures()))
+            self._channel.send(Collected(message.number, await self._app.figures()))
         elif isinstance(message, Page):
             page = self._pages.pop(message.number, None)
             if page is not None and not page.done():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
-UNIT = Path(__file__).parent / "unit"
+
+class OneThatStartsThings(LoadScopeScheduling):
+    """All but the unit tests run in one process, one after the other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if nodeid.startswith("tests/unit/") else "machine"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts all but the unit tests into one group, which pytest-xdist runs in one process, in order."""
-    for item in items:
-        if not item.path.is_relative_to(UNIT):
-            item.add_marker(pytest.mark.xdist_group("machine"))
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneThatStartsThings | None:
+    """For `--dist loadscope`."""
+    return OneThatStartsThings(config, log) if config.getvalue("dist") == "loadscope" else None

@@ -14,6 +14,7 @@ from kvlane.v1 import inference_pb2 as pb
 
 from router.errors import InvalidRequest
 from router.ingress import request_ids
+from router.protobuf import Malformed
 from router.types import Request, Rpc
 
 SERVICE: Final = "kvlane.v1.Inference"
@@ -21,6 +22,8 @@ FORWARDED: Final = ("x-request-id", "traceparent", "tracestate", "x-session-id",
 """Request metadata that travels on to the engine."""
 _REQUEST_ID: Final = FORWARDED[0]
 
+NOT_READABLE: Final = (DecodeError, Malformed)
+"""What reading bytes that are no such message raises."""
 AnyRequest = TypeVar("AnyRequest", pb.GenerateRequest, pb.ChatRequest, pb.EmbedRequest)
 
 
@@ -42,30 +45,30 @@ def generate_request(body: bytes, caller: Caller, new_id: Callable[[], str]) -> 
     message = _parse(pb.GenerateRequest, body)
     kind = message.WhichOneof("prompt")
     if not (message.text if kind == "text" else message.token_ids.ids):
-        raise InvalidRequest("the prompt is empty: set text or token_ids", param=kind or "text")
-    return _request("Generate", message, body, caller, new_id)
+        raise no_prompt(kind)
+    return routed("Generate", message, body, caller, new_id)
 
 
 def chat_request(body: bytes, caller: Caller, new_id: Callable[[], str]) -> Request:
     """A `ChatRequest` to route. Raises `InvalidRequest`."""
     message = _parse(pb.ChatRequest, body)
     if not message.messages:
-        raise InvalidRequest("the conversation is empty: messages holds nothing", param="messages")
+        raise no_turns()
     for position, turn in enumerate(message.messages):
         if not turn.role:
-            raise InvalidRequest(f"messages[{position}] has no role", param=f"messages[{position}].role")
-    return _request("Chat", message, body, caller, new_id)
+            raise no_role(position)
+    return routed("Chat", message, body, caller, new_id)
 
 
 def embed_request(body: bytes, caller: Caller, new_id: Callable[[], str]) -> Request:
     """An `EmbedRequest` to route. Raises `InvalidRequest`."""
     message = _parse(pb.EmbedRequest, body)
     if not message.texts:
-        raise InvalidRequest("there is nothing to embed: texts is empty", param="texts")
+        raise no_texts()
     for position, text in enumerate(message.texts):
         if not text:
-            raise InvalidRequest(f"texts[{position}] is empty", param=f"texts[{position}]")
-    return _request("Embed", message, body, caller, new_id)
+            raise empty_text(position)
+    return routed("Embed", message, body, caller, new_id)
 
 
 def models_request(body: bytes) -> None:
@@ -84,25 +87,56 @@ def caller_of(metadata: Mapping[str, str], timeout_s: float | None) -> Caller:
 def _parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     message = kind()
     _decode(message, body)
-    if not message.model:
-        raise InvalidRequest("the request names no model", param="model")
+    check_model(message.model)
     return message
 
 
 def _decode(message: Message, body: bytes) -> None:
     try:
         message.ParseFromString(body)
-    except DecodeError as error:
-        raise InvalidRequest(f"the request is no valid {message.DESCRIPTOR.full_name}") from error
+    except NOT_READABLE as error:
+        raise not_valid(type(message)) from error
 
 
-def _request(
+def check_model(name: str) -> None:
+    """Raises `InvalidRequest` where it is empty."""
+    if not name:
+        raise InvalidRequest("the request names no model", param="model")
+
+
+def not_valid(kind: type[Message]) -> InvalidRequest:
+    return InvalidRequest(f"the request is no valid {kind.DESCRIPTOR.full_name}")
+
+
+def no_prompt(kind: str | None) -> InvalidRequest:
+    """`kind` is the field that is there, and empty."""
+    return InvalidRequest("the prompt is empty: set text or token_ids", param=kind or "text")
+
+
+def no_turns() -> InvalidRequest:
+    return InvalidRequest("the conversation is empty: messages holds nothing", param="messages")
+
+
+def no_role(position: int) -> InvalidRequest:
+    return InvalidRequest(f"messages[{position}] has no role", param=f"messages[{position}].role")
+
+
+def no_texts() -> InvalidRequest:
+    return InvalidRequest("there is nothing to embed: texts is empty", param="texts")
+
+
+def empty_text(position: int) -> InvalidRequest:
+    return InvalidRequest(f"texts[{position}] is empty", param=f"texts[{position}]")
+
+
+def routed(
     method: str,
     message: pb.GenerateRequest | pb.ChatRequest | pb.EmbedRequest,
     body: bytes,
     caller: Caller,
     new_id: Callable[[], str],
 ) -> Request:
+    """The request of a call to `method`; of `message`, the model and the routing count."""
     routing = message.routing
     return Request(
         request_id=request_ids.accepted(routing.request_id) or caller.header(_REQUEST_ID) or new_id(),

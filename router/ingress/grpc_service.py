@@ -27,7 +27,7 @@ from router.errors import (
     ShuttingDown,
     cut,
 )
-from router.ingress import request_ids
+from router.ingress import grpc_large, request_ids
 from router.ingress.base import Dispatch, Fleet
 from router.ingress.grpc_call import Call, Handler
 from router.ingress.grpc_errors import render
@@ -41,6 +41,7 @@ from router.ingress.grpc_requests import (
 )
 from router.ingress.grpc_sink import StreamSink, UnarySink
 from router.options import GrpcOptions
+from router.turns import in_turns
 from router.types import Request
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,11 @@ class InferenceService:
         asked.request_id = request_ids.accepted(metadata.get("x-request-id")) or self._new_id()
         body = await self._body(asked)
         timeout_s = asked.call.time_remaining()
-        request = parse(body, caller_of(metadata, timeout_s), lambda: asked.request_id)
+        caller = caller_of(metadata, timeout_s)
+        if len(body) < grpc_large.LARGE_BYTES:
+            request = parse(body, caller, lambda: asked.request_id)
+        else:
+            request = await in_turns(grpc_large.read(asked.method, body, caller, lambda: asked.request_id))
         if not request.lora and self._fleet.parent(request.model):  # An adapter asked for by its own name.
             request = msgspec.structs.replace(request, lora=request.model)
         asked.request_id = request.request_id

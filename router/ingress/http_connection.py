@@ -13,6 +13,7 @@ import asyncio
 import math
 import socket
 import struct
+from collections import deque
 from collections.abc import Awaitable, Callable, Generator
 from typing import Final, Protocol, cast
 
@@ -40,6 +41,10 @@ PACED_BYTES: Final = 128 << 10
 LAST_CALL_S: Final = 5.0
 """How long an open connection of a server that accepts no more may be idle: its client's next request is answered, and
 told that there will be no other."""
+PIECE_BYTES: Final = 256 << 10
+"""Output that is written in one turn of the loop: to join and to write so much takes 0.1 to 0.3 ms."""
+MAX_JOINED: Final = 1000
+"""Pieces of output that are joined to one."""
 LINGER_S: Final = 5.0
 """How long a closing connection may stand still: its output unread, or its client still sending after an error."""
 
@@ -111,8 +116,11 @@ class Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._task: asyncio.Task[None] | None = None
         self._held_input = bytearray()
-        self._held_output: list[bytes] = []
+        self._held_output: deque[bytes | memoryview] = deque()
         self._held_bytes = 0
+        self._full = False
+        self._due = False
+        self._half = False
         self._unflushed = 0
         self._retiring = False
         self._last_call = False
@@ -147,13 +155,14 @@ class Connection(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
-    def eof_received(self) -> None:
-        # None closes the transport, but only after a flush that a client that is gone would hold up.
+    def eof_received(self) -> bool:
+        # False closes the transport, but only after a flush that a client that is gone would hold up.
         if self._exchange is not None:
             self._abandon()
             self._transport.abort()
         else:
             self._close()
+        return bool(self._held_output)  # Which goes out first.
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
@@ -166,14 +175,12 @@ class Connection(asyncio.Protocol):
         self._site.leave(self)
 
     def pause_writing(self) -> None:
+        self._full = True
         self._flow(False)
 
     def resume_writing(self) -> None:
-        self._flow(True)
-        if self._held_output:
-            self._flush()  # May fill the transport again, which then calls `pause_writing` at once.
-        if self.flowing:
-            self._advance()
+        self._full = False
+        self._flush_soon()  # asyncio's transports must not be closed in here.
 
     def _flow(self, flowing: bool) -> None:
         self.flowing = flowing
@@ -331,20 +338,28 @@ class Connection(asyncio.Protocol):
         else:
             self._set_deadline()
 
-    def write(self, data: bytes) -> None:
-        """Writes, or keeps what the client cannot take yet."""
+    def write(self, data: bytes | memoryview) -> None:
+        """Writes, or keeps what the client cannot take yet, and what is too much for one turn of the loop."""
         if self._lost:
             return
-        if self.flowing:
+        size = len(data)
+        if self.flowing and size <= PIECE_BYTES:
             self._transport.write(data)
-        else:
+            return
+        self._held_bytes += size
+        if size <= PIECE_BYTES:
             self._held_output.append(data)
-            self._held_bytes += len(data)
+            return
+        view = memoryview(data)
+        self._held_output.extend(view[at : at + PIECE_BYTES] for at in range(0, size, PIECE_BYTES))
+        if self.flowing:
+            self._flow(False)
+            self._flush()
 
     def check_room(self) -> None:
         """Raises `ClientTooSlow` when more than `stream_buffer_bytes` are unread."""
-        if self.flowing:
-            return
+        if not self._full:
+            return  # What is held waits for its turn and not for the client.
         unread = self._unread_bytes()
         if unread > self._site.options.stream_buffer_bytes:
             raise ClientTooSlow(f"The client left {unread} bytes unread")
@@ -353,11 +368,32 @@ class Connection(asyncio.Protocol):
         """Output that the client has not taken yet."""
         return self._held_bytes + self._transport.get_write_buffer_size()
 
+    def _flush_soon(self) -> None:
+        if not self._full and not self._due:
+            self._due = True
+            self._loop.call_soon(self._flush)
+
     def _flush(self) -> None:
-        held = b"".join(self._held_output)
-        self._held_output.clear()
-        self._held_bytes = 0
-        self._transport.write(held)
+        """Writes what is held, a piece in each turn of the loop, until the transport is full."""
+        self._due = False
+        if self._lost or self._full or self._transport.is_closing():
+            return
+        held = self._held_output
+        if held:
+            pieces: list[bytes | memoryview] = []
+            size = 0
+            while held and size < PIECE_BYTES and len(pieces) < MAX_JOINED:
+                size += len(held[0])
+                pieces.append(held.popleft())
+            self._held_bytes -= size
+            self._transport.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if held:
+            self._flush_soon()
+        elif self._closing:
+            self._leave()
+        elif not self._full:
+            self._flow(True)
+            self._advance()
 
     # Endings.
 
@@ -378,11 +414,15 @@ class Connection(asyncio.Protocol):
         self._parser.stop()
         self._queue.clear()
         self._held_input.clear()
-        if self._held_output:
-            self._flush()
+        self._half = half
         self._unflushed = self._unread_bytes()
         self._wait(_CLOSING, LINGER_S)
-        if half and self._transport.can_write_eof():
+        if not self._held_output:
+            self._leave()
+
+    def _leave(self) -> None:
+        """All is written."""
+        if self._half and self._transport.can_write_eof():
             self._transport.write_eof()
         else:
             self._transport.close()

@@ -23,7 +23,7 @@ SLICE_BYTES: Final = 32 << 10
 _GAP_BYTES: Final = 8 << 10
 """Of what stands between two strings, since each bracket in it is looked at."""
 _TEXT_SLICE_BYTES: Final = 128 << 10  # For searches and checks at memory speed.
-_FIRST_LOOK_BYTES: Final = 4 << 10
+_FIRST_LOOK_BYTES: Final = 512
 """How far the end of a string is looked for at first; most are shorter."""
 _STEPS: Final = 256
 """Of the walk in one slice; each is a string or what stands between two."""
@@ -108,7 +108,7 @@ class _Walk:
                     blocks_from, failed_depth = self._at + SLICE_BYTES, len(self._open)
                 yield
                 continue
-            gap = self._gap()
+            gap = self._gap(failed_depth)
             if not self._structure(gap):
                 break
             if len(gap) > _LONG:
@@ -144,11 +144,15 @@ class _Walk:
         """Whether an item or a member begins here that is not the first."""
         return bool(self._open) and self._at > 0 and self._body[self._at - 1] == _COMMA
 
-    def _gap(self) -> bytes:
+    def _gap(self, failed_depth: int) -> bytes:
         """What stands up to the next quote, or up to the last comma before it; of much the beginning."""
         start = self._at
         end = self._body.find(b'"', start, start + _GAP_BYTES)
         gap = self._body[start : end if end >= 0 else start + _GAP_BYTES]
+        if len(gap) > _LONG and len(self._open) <= failed_depth:
+            close = gap.find(b"],") + 2  # Behind a list, where whole items may be found again.
+            if close > 1 and b"[" not in gap[:close]:
+                return gap[:close]
         return gap[: gap.rfind(b",") + 1] or gap
 
     def _structure(self, gap: bytes) -> bool:
@@ -166,6 +170,10 @@ class _Walk:
         """Goes behind the string that begins here; False where it has no end."""
         body, start = self._body, self._at
         at, size = start + 1, _FIRST_LOOK_BYTES
+        end = body.find(b'"', at, at + size)
+        if end >= 0 and body.find(b"\\", at, end) < 0:  # As most are.
+            self._end_string(end)
+            return True
         while True:
             piece = body[at : at + size]
             if b"\\" in piece:
@@ -182,11 +190,13 @@ class _Walk:
             if size >= SLICE_BYTES:
                 yield
             size = min(2 * size, _TEXT_SLICE_BYTES)
-        end = at + found
-        if end - start > (_LONG if len(self._open) > 1 else _LONG_VALUE):
-            self._cut(start + 1, end, b"")
-        self._at = end + 1
+        self._end_string(at + found)
         return True
+
+    def _end_string(self, end: int) -> None:
+        if end - self._at > (_LONG if len(self._open) > 1 else _LONG_VALUE):
+            self._cut(self._at + 1, end, b"")
+        self._at = end + 1
 
     def _skip_block(self) -> bool:
         """Cuts whole items or members, as many as a slice has; False where that is less than one."""

@@ -16,10 +16,11 @@ from prometheus_client.utils import floatToGoString
 class Counts:
     """How often values fell between bounds, and their sum."""
 
-    __slots__ = ("_bounds", "counts", "total")
+    __slots__ = ("_bounds", "_texts", "counts", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
+        self._texts = [*map(_text, bounds), "+Inf"]
         self.counts = [0] * (len(bounds) + 1)
         """By bucket, each value in one; the last has those above all bounds."""
         self.total = 0.0
@@ -31,8 +32,7 @@ class Counts:
 
     def show(self, family: HistogramMetricFamily, labels: Sequence[str] = ()) -> None:
         """Adds these to a metric."""
-        bounds = [*map(_text, self._bounds), "+Inf"]
-        family.add_metric(labels, list(zip(bounds, accumulate(self.counts), strict=True)), self.total)
+        family.add_metric(labels, list(zip(self._texts, accumulate(self.counts), strict=True)), self.total)
 
 
 def powers_of_two(counts: Sequence[int], bits: range, family: HistogramMetricFamily, total: float) -> None:

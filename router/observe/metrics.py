@@ -37,12 +37,6 @@ _DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 60
 _RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2, 4, 10)
 _FRAME_BITS = range(6, 25, 2)
 _BATCH_BITS = range(13)
-_OF_A_LANE: Final[Sequence[tuple[str, str, Callable[[Account], float]]]] = (
-    ("running", "Requests in the engine's batch.", lambda account: account.load.running),
-    ("waiting", "Requests waiting at the replica.", lambda account: account.load.waiting),
-    ("kv_usage", "Share of the KV blocks in use.", lambda account: account.load.kv_usage),
-    ("leases", "This router's requests in flight there.", lambda account: account.leases),
-)
 _RPC_NAMES = {Rpc.HTTP: "http", Rpc.GRPC: "grpc"}
 
 
@@ -53,7 +47,7 @@ class Metrics:
         """`worker` is this process's number among those that share its ports."""
         self._clock = clock
         self._scraping = asyncio.Lock()
-        """One scrape has its turn at a time, however many there are: streams wait for one slice, not for one of each."""
+        """However many scrapes there are, streams wait for one slice at a time, not for one of each."""
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -180,12 +174,17 @@ class _State(Collector):
         for status in self._replicas.models():
             ready.add_metric([status.card.name], status.ready_replicas)
         yield ready
-        lanes = list(self._replicas.lanes())  # The loop may go on between two metrics.
-        for name, text, value in _OF_A_LANE:
+        lanes = [(lane.replica, lane.account) for lane in self._replicas.lanes()]
+        for name, text, values in (
+            ("running", "Requests in the engine's batch.", [account.load.running for _, account in lanes]),
+            ("waiting", "Requests waiting at the replica.", [account.load.waiting for _, account in lanes]),
+            ("kv_usage", "Share of the KV blocks in use.", [account.load.kv_usage for _, account in lanes]),
+            ("leases", "This router's requests in flight there.", [account.leases for _, account in lanes]),
+        ):
             found = GaugeMetricFamily(f"kvlane_replica_{name}", text, labels=["replica"])
-            for lane in lanes:
-                found.add_metric([lane.replica], value(lane.account))
-            yield found
+            for (replica, _), value in zip(lanes, values, strict=True):
+                found.add_metric([replica], value)
+            yield found  # One at a time: a scrape is taken in slices.
 
     def _frames(self) -> Iterator[Metric]:
         meter = self._replicas.meter

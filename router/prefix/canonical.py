@@ -8,14 +8,16 @@ included, and no input raises. The form is described in docs/routing.md.
 from __future__ import annotations
 
 import enum
+from collections.abc import Generator
 from typing import Final
 
 import msgspec
 import xxhash
 from google.protobuf.message import DecodeError
 
-from router.prefix import grpc_prompts, http_prompts
-from router.prefix.draft import MEDIA, Draft, compact, compact_tools, is_mark
+from router.prefix import grpc_large, grpc_prompts, http_large, http_prompts
+from router.prefix.draft import MEDIA, Digest, Draft, compact, compact_tools, is_mark
+from router.prefix.window import drained
 from router.types import Rpc
 
 MAX_PROMPT_BYTES: Final = 1 << 20
@@ -91,6 +93,8 @@ def canonical(
 def read(rpc: Rpc, path: str, body: bytes, max_bytes: int) -> Draft | None:
     """A request's prompt in parts; None where there is none that can be read."""
     try:
+        if len(body) >= _LARGE_BYTES[rpc]:
+            return drained(_LARGE[rpc](path, body, max_bytes))
         if rpc is Rpc.GRPC:
             return grpc_prompts.read(path, body, max_bytes)
         return http_prompts.read(path, body, max_bytes)
@@ -98,6 +102,18 @@ def read(rpc: Rpc, path: str, body: bytes, max_bytes: int) -> Draft | None:
         return None
 
 
+def read_in_slices(rpc: Rpc, path: str, body: bytes, max_bytes: int) -> Generator[None, None, Draft | None]:
+    """The same of a large body; yields where others may run."""
+    try:
+        if len(body) >= _LARGE_BYTES[rpc]:
+            return (yield from _LARGE[rpc](path, body, max_bytes))
+        return read(rpc, path, body, max_bytes)
+    except _UNREADABLE:
+        return None
+
+
+_LARGE: Final = {Rpc.GRPC: grpc_large.read, Rpc.HTTP: http_large.read}
+_LARGE_BYTES: Final = {Rpc.GRPC: grpc_large.LARGE_BYTES, Rpc.HTTP: http_large.LARGE_BYTES}
 _UNREADABLE: Final = (msgspec.MsgspecError, DecodeError, ValueError, OverflowError, RecursionError)
 
 
@@ -129,6 +145,8 @@ def _shape_hash(name: str, value: bytes, memo: dict[bytes, bytes]) -> bytes:
 
     Agents send the same tools with each request: reading tens of kilobytes of them would cost more than all the rest.
     """
+    if type(value) is Digest:
+        return value
     key = name.encode() + xxhash.xxh3_128_digest(value)
     known = memo.get(key)
     if known is None:

@@ -48,6 +48,10 @@ class Unread(Exception):
     """Something that readers do not understand; the prompt's rest is left out."""
 
 
+class Digest(bytes):
+    """The hash of a value that is too long to be kept, in the place of the value."""
+
+
 class Draft(msgspec.Struct, gc=False):
     """What a reader found; one reader writes it."""
 
@@ -63,6 +67,8 @@ class Draft(msgspec.Struct, gc=False):
     """What is rendered before the prompt, or changes how it is: names and values, as JSON."""
     unread_bytes: int = 0
     """How much of the request is in none of the parts; 1 where that is not known."""
+    assistant: bool = False
+    """The last part belongs to a message of the assistant's, and so do tool calls behind it (Responses API)."""
 
 
 def utf8(text: str) -> str:
@@ -112,9 +118,17 @@ def media_hash(content: bytes | memoryview) -> bytes:
     start = bytes(content[:_MAX_URL_HEAD])
     if start.startswith(MEDIA_STAND_IN) and (known := _stood_in(start[len(MEDIA_STAND_IN) :])):
         return known
-    if start.startswith(b"data:") and (comma := start.find(b",")) > 0:
-        content = content[comma + 1 :]
-    return xxhash.xxh3_128_digest(content)
+    return xxhash.xxh3_128_digest(content[_payload(start) :])
+
+
+def media_start(content: memoryview) -> int:
+    """Where in long media what counts begins; negative where they are a stand-in."""
+    start = bytes(content[:_MAX_URL_HEAD])
+    return -1 if start.startswith(MEDIA_STAND_IN) else _payload(start)
+
+
+def _payload(start: bytes) -> int:
+    return start.find(b",") + 1 if start.startswith(b"data:") else 0
 
 
 def _stood_in(digits: bytes) -> bytes:

@@ -60,7 +60,7 @@ def _chat(body: bytes, limit: int) -> Draft | None:
             draft.unread_bytes = max(1, len(body) - sum(map(len, draft.parts)))
             break
     if request.tools:
-        draft.shape.append(("tools", _encoder.encode(list(map(_tool, request.tools)))))
+        draft.shape.append(("tools", _encoder.encode(list(map(tool_of, request.tools)))))
     if request.chat_template_kwargs_json:
         draft.shape.append(("chat_template_kwargs", request.chat_template_kwargs_json.encode()))
     _truncation(draft, request.sampling)
@@ -85,7 +85,8 @@ def _truncation(draft: Draft, sampling: pb.SamplingParams) -> None:
 _encoder: Final = msgspec.json.Encoder()
 
 
-def _tool(tool: pb.Tool) -> dict[str, Any]:
+def tool_of(tool: pb.Tool) -> dict[str, Any]:
+    """A tool as it is hashed."""
     parameters = msgspec.Raw(tool.parameters_json.encode() or b"null")
     return {"name": tool.name, "description": tool.description, "parameters": parameters}
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
-from router.prefix.canonical import Canonical, data_of, namespace_of, read
+from router.prefix.canonical import Canonical, data_of, namespace_of, read, read_in_slices
 from router.prefix.draft import Draft
 from router.types import Chain, Request
 
@@ -43,10 +43,18 @@ class Hasher:
         return None if draft is None else self._hashed(draft, request)
 
     def chain_in_slices(self, request: Request) -> Generator[None, None, Chain | None]:
-        """The same; yields between reading and hashing, each of which takes milliseconds for a large body."""
-        draft = self._read(request)
+        """The same of a large request; yields where others may run."""
+        if request.method != "POST":
+            return None
+        draft = yield from read_in_slices(request.rpc, request.path, request.body, self._max_bytes)
         yield
-        return None if draft is None else self._hashed(draft, request)
+        if draft is None or (seed := self._seed(draft, request)) is None:
+            return None
+        data = data_of(draft)
+        prompt_bytes = len(data) + draft.unread_bytes
+        del draft
+        yield
+        return _chain(seed, data, self._block_bytes, self._max_bytes, prompt_bytes)
 
     def _read(self, request: Request) -> Draft | None:
         if request.method != "POST":

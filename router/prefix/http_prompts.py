@@ -52,16 +52,28 @@ _BILLING: Final = "x-anthropic-billing-header"
 
 def read(path: str, body: bytes, limit: int) -> Draft | None:
     """The prompt of a POST to `path`; None where it has none. Raises `msgspec.MsgspecError` and `ValueError`."""
-    reader = _READERS.get(path) or _READERS.get(path.partition("?")[0])
+    reader = READERS.get(path) or READERS.get(path.partition("?")[0])
     return None if reader is None else reader(body, limit)
 
 
-def _read_on(draft: Draft, write: Callable[[Sequence[T], Draft], None], items: Sequence[T]) -> None:
+def read_on(draft: Draft, write: Callable[[Sequence[T], Draft], None], items: Sequence[T]) -> None:
     """Writes `items` as far as they are understood."""
     try:
         write(items, draft)
     except Unread:
         draft.unread_bytes = draft.unread_bytes or 1
+
+
+def _read_rest(
+    draft: Draft, write: Callable[[Sequence[T], Draft], None], items: Sequence[T], unread_bytes: int
+) -> None:
+    """The same behind what is written already, where all of that was understood."""
+    understood = not draft.unread_bytes
+    draft.unread_bytes = unread_bytes
+    if understood:
+        read_on(draft, write, items)
+    else:
+        draft.unread_bytes = unread_bytes or 1
 
 
 # -- chat
@@ -72,27 +84,29 @@ class _ChatBody(Shape, gc=False):
     continue_final_message: Raw = NONE
 
 
-_chat_body: Final = msgspec.json.Decoder(_ChatBody)
+chat_body: Final = msgspec.json.Decoder(_ChatBody)
 _BARE_CHAT: Final = _ChatBody()
-_CHAT_ENDS: Final = (b'"}]}', b'"}]}]}')
+CHAT_ENDS: Final = (b'"}]}', b'"}]}]}')
 
 
 def _chat(body: bytes, limit: int) -> Draft | None:
-    found, unread_bytes = decode(_chat_body, body, limit, _CHAT_ENDS)
+    return chat_draft(Draft("chat", ASSISTANT), *decode(chat_body, body, limit, CHAT_ENDS))
+
+
+def chat_draft(draft: Draft, found: _ChatBody, unread_bytes: int) -> Draft | None:
+    """`draft` has the parts of earlier messages."""
     messages, found.messages = found.messages, None
-    if not messages:
+    if not messages and not draft.parts:
         return None
-    draft = Draft("chat", ASSISTANT)
-    draft.unread_bytes = unread_bytes
-    _read_on(draft, _add_messages, messages)
+    _read_rest(draft, add_messages, messages or [], unread_bytes)
     if found != _BARE_CHAT:  # As it is for most; comparing all fields at once takes a quarter of looking at each.
         draft.shape = shape_of(found)
-        if bytes(found.continue_final_message) == b"true":
+        if messages and bytes(found.continue_final_message) == b"true":
             draft.answer = _continued(draft, messages[-1])
     return draft
 
 
-def _add_messages(messages: Sequence[Message], draft: Draft) -> None:
+def add_messages(messages: Sequence[Message], draft: Draft) -> None:
     add = draft.parts.append
     head_of = HEADS.get
     for message in messages:
@@ -155,21 +169,22 @@ class _First(Struct, array_like=True, gc=False):
     first: Raw = NONE
 
 
-_prompt_body: Final = msgspec.json.Decoder(_PromptBody)
+prompt_body: Final = msgspec.json.Decoder(_PromptBody)
 _text_body: Final = msgspec.json.Decoder(_TextBody)
 _pair_body: Final = msgspec.json.Decoder(_PairBody)
+one_text: Final = msgspec.json.Decoder(str)
 _first: Final = msgspec.json.Decoder(_First)
-_token_ids: Final = msgspec.json.Decoder(list[int])
+token_ids: Final = msgspec.json.Decoder(list[int])
 _NUMBERS: Final = re.compile(rb"\[\s{0,64}\d")
 _TEXT_ENDS: Final = (b'"}',)
-_PROMPT_ENDS: Final = (b'"}', b"]}", b'"]}', b"]]}", *_CHAT_ENDS)
+PROMPT_ENDS: Final = (b'"}', b"]}", b'"]}', b"]]}", *CHAT_ENDS)
 
 
 def _completion(body: bytes, limit: int) -> Draft | None:
     try:  # A single text is most common, and then decoded in one pass.
         text, unread_bytes = decode(_text_body, body, limit, _TEXT_ENDS)
     except msgspec.DecodeError:
-        found, unread_bytes = decode(_prompt_body, body, limit, _PROMPT_ENDS)
+        found, unread_bytes = decode(prompt_body, body, limit, PROMPT_ENDS)
         return _prompt(Draft("completion", ""), found.prompt, found, unread_bytes, limit)
     draft = Draft("completion", "", [utf8(text.prompt)])
     draft.unread_bytes = unread_bytes
@@ -178,18 +193,18 @@ def _completion(body: bytes, limit: int) -> Draft | None:
 
 
 def _generate(body: bytes, limit: int) -> Draft | None:
-    found, unread_bytes = decode(_prompt_body, body, limit, _PROMPT_ENDS)
+    found, unread_bytes = decode(prompt_body, body, limit, PROMPT_ENDS)
     return _prompt(Draft("completion", ""), found.token_ids, found, unread_bytes, limit)
 
 
 def _embedding(body: bytes, limit: int) -> Draft | None:
-    found, unread_bytes = decode(_prompt_body, body, limit, _PROMPT_ENDS)
+    found, unread_bytes = decode(prompt_body, body, limit, PROMPT_ENDS)
     value = found.texts if found.input is NONE else found.input
     return _prompt_or_chat("embedding", value, found, unread_bytes, limit)
 
 
 def _tokenize(body: bytes, limit: int) -> Draft | None:
-    found, unread_bytes = decode(_prompt_body, body, limit, _PROMPT_ENDS)
+    found, unread_bytes = decode(prompt_body, body, limit, PROMPT_ENDS)
     return _prompt_or_chat("tokenize", found.prompt, found, unread_bytes, limit)
 
 
@@ -207,7 +222,7 @@ def _prompt_or_chat(kind: str, value: Raw, found: _PromptBody, unread_bytes: int
     draft = Draft(f"{kind}-chat")
     draft.unread_bytes = unread_bytes
     draft.shape = shape_of(found)
-    _read_on(draft, _add_messages, found.messages)
+    read_on(draft, add_messages, found.messages)
     return draft
 
 
@@ -230,12 +245,12 @@ def _add_tokens(draft: Draft, raw: bytes, limit: int) -> None:
         comma = max(raw.rfind(b",", 0, limit), 0)
         draft.unread_bytes += len(raw) - comma
         raw = raw[:comma] + b"]"
-    draft.tokens = token_bytes(_token_ids.decode(raw))
+    draft.tokens = token_bytes(token_ids.decode(raw))
 
 
 def _pair(body: bytes, limit: int) -> Draft | None:
     """A score of two texts, or a ranking of documents for a query: the first pair."""
-    found, unread_bytes = decode(_pair_body, body, limit, _PROMPT_ENDS)
+    found, unread_bytes = decode(_pair_body, body, limit, PROMPT_ENDS)
     draft = Draft("pair")
     for value in (
         _one_of(found.text_1, found.data_1, found.queries, found.query),
@@ -255,7 +270,7 @@ def _one_of(*values: Raw) -> Raw:
 # -- the Responses API
 
 
-class _Item(Struct, gc=False):
+class Item(Struct, gc=False):
     type: str | None = None
     role: str | None = None
     content: Content = None
@@ -268,40 +283,43 @@ class _Item(Struct, gc=False):
 
 
 class _ResponsesBody(Shape, gc=False):
-    input: str | list[_Item] | None = None
+    input: str | list[Item] | None = None
     instructions: str | None = None
     previous_response_id: Raw = NONE
     previous_input_messages: Raw = NONE
 
 
-_responses_body: Final = msgspec.json.Decoder(_ResponsesBody)
-_RESPONSES_ENDS: Final = (*_CHAT_ENDS, b'"}')
+responses_body: Final = msgspec.json.Decoder(_ResponsesBody)
+RESPONSES_ENDS: Final = (*CHAT_ENDS, b'"}')
 _CALLS: Final = frozenset({"function_call", "custom_tool_call"})
 _RESULTS: Final = frozenset({"function_call_output", "custom_tool_call_output"})
 _UNFINISHED: Final = frozenset({"in_progress", "incomplete"})
 
 
 def _responses(body: bytes, limit: int) -> Draft | None:
-    found, unread_bytes = decode(_responses_body, body, limit, _RESPONSES_ENDS)
+    return responses_draft(Draft("chat", ASSISTANT), *decode(responses_body, body, limit, RESPONSES_ENDS))
+
+
+def responses_draft(draft: Draft, found: _ResponsesBody, unread_bytes: int) -> Draft | None:
+    """`draft` has the parts of earlier items."""
     earlier = (found.previous_response_id, found.previous_input_messages)
-    if not found.input or any(bytes(value) not in NULLS for value in earlier):
+    if not (found.input or draft.parts) or any(bytes(value) not in NULLS for value in earlier):
         return None  # Or the prompt begins with what only a replica knows.
-    draft = Draft("chat", ASSISTANT)
-    draft.unread_bytes = unread_bytes
     draft.shape = shape_of(found)
-    _add_system(found.instructions, draft.parts.append)
+    _begin(draft, found.instructions)
     if isinstance(found.input, str):
+        draft.unread_bytes = unread_bytes
         draft.parts += (USER, utf8(found.input))
         return draft
-    _read_on(draft, _add_items, found.input)
-    if found.input[-1].status in _UNFINISHED:
+    _read_rest(draft, add_items, found.input or [], unread_bytes)
+    if found.input and found.input[-1].status in _UNFINISHED:
         draft.answer = None
     return draft
 
 
-def _add_items(items: Sequence[_Item], draft: Draft) -> None:
+def add_items(items: Sequence[Item], draft: Draft) -> None:
     add = draft.parts.append
-    assistant = False  # The message before is one of the assistant's: tool calls belong to it.
+    assistant = draft.assistant
     for item in items:
         kind = item.type or "message"
         if kind in _CALLS:
@@ -322,6 +340,7 @@ def _add_items(items: Sequence[_Item], draft: Draft) -> None:
             raise Unread
         if len(draft.parts) > MAX_PARTS:
             raise Unread
+    draft.assistant = assistant
 
 
 # -- the Messages API
@@ -332,21 +351,31 @@ class _MessagesBody(Shape, gc=False):
     system: str | list[Part | str] | None = None
 
 
-_messages_body: Final = msgspec.json.Decoder(_MessagesBody)
+messages_body: Final = msgspec.json.Decoder(_MessagesBody)
 
 
 def _messages(body: bytes, limit: int) -> Draft | None:
-    found, unread_bytes = decode(_messages_body, body, limit, _CHAT_ENDS)
-    if not found.messages:
+    return messages_draft(Draft("chat", ASSISTANT), *decode(messages_body, body, limit, CHAT_ENDS))
+
+
+def messages_draft(draft: Draft, found: _MessagesBody, unread_bytes: int) -> Draft | None:
+    """`draft` has the parts of earlier messages."""
+    messages = found.messages or []
+    if not messages and not draft.parts:
         return None
-    draft = Draft("chat", ASSISTANT)
-    draft.unread_bytes = unread_bytes
     draft.shape = shape_of(found)
-    _add_system(found.system, draft.parts.append)
-    _read_on(draft, _add_turns, found.messages)
-    if found.messages[-1].role == "assistant":
+    _begin(draft, found.system)
+    _read_rest(draft, add_turns, messages, unread_bytes)
+    if messages and messages[-1].role == "assistant":
         draft.answer = None
     return draft
+
+
+def _begin(draft: Draft, system: Content) -> None:
+    """Puts a system message before all others."""
+    parts, draft.parts = draft.parts, []
+    _add_system(system, draft.parts.append)
+    draft.parts += parts
 
 
 def _add_system(system: Content, add: Add) -> None:
@@ -363,7 +392,7 @@ def _add_system(system: Content, add: Add) -> None:
         add(utf8(text))
 
 
-def _add_turns(messages: Sequence[Message], draft: Draft) -> None:
+def add_turns(messages: Sequence[Message], draft: Draft) -> None:
     add = draft.parts.append
     for message in messages:
         content = message.content
@@ -413,7 +442,7 @@ def _add_result(block: Part, add: Add) -> None:
         add_parts(pictures, add)
 
 
-_READERS: Final[dict[str, Callable[[bytes, int], Draft | None]]] = {
+READERS: Final[dict[str, Callable[[bytes, int], Draft | None]]] = {
     "/v1/chat/completions": _chat,
     "/v1/completions": _completion,
     "/inference/v1/generate": _generate,

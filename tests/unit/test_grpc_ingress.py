@@ -325,10 +325,13 @@ async def test_what_a_client_sends_cannot_forge_or_flood_the_log(caplog: pytest.
 
     caplog.set_level(logging.INFO, "router.ingress")
     async with serving(script) as served:
-        for model in ("x\n2026-01-01 ERROR forged", "m" * 100_000):
+        for model in ("x\n2026-01-01 ERROR forged", "m" * 10_000, "m" * 100_000):
             await served.error("Generate", pb.GenerateRequest(model=model, text="a").SerializeToString())
-    lines = [record.getMessage() for record in caplog.records if "model_not_found" in record.getMessage()]
-    assert len(lines) == 2
+    lines = [record.getMessage() for record in caplog.records]
+    assert [name for line in lines for name in ("model_not_found", "invalid_request") if name in line] == [
+        *["model_not_found"] * 2,
+        "invalid_request",
+    ]
     assert all("\n" not in line and len(line) < 500 for line in lines)
 
 

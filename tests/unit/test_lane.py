@@ -9,7 +9,7 @@ import pytest
 from engine.replica import Replica
 from router.errors import ClientTooSlow, InvalidRequest, ReplicaDraining, ReplicaFailed, ReplicaLost
 from router.lane import frames
-from router.lane.client import Lane
+from router.lane.client import PACED_BYTES, Lane
 from router.lane.frames import CacheReport, End
 from router.types import Chain, Charge, EngineInfo, Load
 from tests.fakes import DEADLINE_S, SECRET, Fleet, RecordingSink, eventually, make_request
@@ -338,7 +338,7 @@ async def test_a_router_that_does_not_read_loses_the_overflowing_stream_only() -
     payload = b""
     while len(ends) < 2:
         frame = await read_frame(reader)
-        if isinstance(frame, frames.Step):
+        if isinstance(frame, frames.Step | frames.LargeStep):
             ends |= {output.stream: output.end for output in frame.outputs if output.end}
             payload += b"".join(output.payload for output in frame.outputs if output.stream == 2)
     assert ends[1].error == "client_too_slow"
@@ -644,3 +644,48 @@ async def test_tokens_are_counted_and_a_request_sees_its_own_steps_load() -> Non
     assert lane.tokens == 3, "those of a stream that is not there do not count"
     assert lane.account.view().queue_depth == 3
     assert await task == End()
+
+
+class LargeSink(RecordingSink):
+    """One that takes large payloads without a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large_payloads: list[memoryview] = []
+
+    def large(self, payload: memoryview, tokens: int) -> None:
+        self.large_payloads.append(payload)
+        self.data(bytes(payload), tokens)
+
+
+@pytest.mark.parametrize("sink", [RecordingSink(), LargeSink()], ids=["plain", "large"])
+async def test_large_and_small_outputs_of_one_frame_reach_their_sinks(fleet: Fleet, sink: RecordingSink) -> None:
+    engine = await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    other, large = LargeSink(), bytes(frames.LARGE_BYTES)
+    tasks = [await submitted(fleet, sink), await submitted(fleet, other, "r2")]
+    engine.outs[0].head(200, [("content-length", "9")])
+    engine.outs[0].data(large, 3)
+    engine.outs[1].data(b"small", 1)
+    for out in engine.outs:
+        out.end("stop")
+    assert await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S) == [End("stop"), End("stop")]
+    assert (sink.payloads, sink.tokens, sink.heads) == ([large], 3, [(200, (("content-length", "9"),))])
+    assert [type(payload) for payload in (*sink.payloads, *other.payloads)] == [bytes, bytes]
+    assert (other.payloads, other.large_payloads) == ([b"small"], [])
+    if isinstance(sink, LargeSink):
+        assert [len(payload) for payload in sink.large_payloads] == [len(large)]
+
+
+async def test_a_large_read_leaves_the_loop_to_others_before_the_next(fleet: Fleet) -> None:
+    await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    lane = lane_of(fleet)
+    assert lane._transport is not None
+    frame = frames.encode(frames.Step(1, 0, Load(), [frames.Output(1, bytes(2 * PACED_BYTES))]))
+    lane.data_received(frame[: PACED_BYTES + 1])
+    assert not lane._transport.is_reading()
+    await asyncio.sleep(0)
+    assert lane._transport.is_reading()
+    lane.data_received(frame[PACED_BYTES + 1 :])
+    assert lane.steps == 1

@@ -38,6 +38,8 @@ def test_a_command_that_is_not_there_is_told(arguments: list[str], capsys: pytes
         ["fleet", "--reps", "none"],
         ["stalls", "--kinds", "nothing"],
         ["stalls", "--seconds", "0"],
+        ["stalls-answers", "--kinds", "large,nothing"],
+        ["stalls-answers", "--reps", "0"],
         ["slow", "--streams", "0"],
         ["slow", "--streams", "100000000"],
         ["soak", "--requests", "0"],
@@ -131,7 +133,7 @@ def test_a_watched_process_tells_its_tasks_and_how_long_its_loop_was_busy(tmp_pa
             assert process.stdout.readline() == b"ready\n"
             deadline = time.monotonic() + 30
             while True:
-                told = watched.ask(process.pid, file)
+                told = watched.ask(process.pid, file, collect=True)
                 if told.longer(9.0) >= 1:
                     break
                 assert time.monotonic() < deadline

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Summary,
+    generate_latest,
+)
 
 from router.admission import Admission
-from router.observe.merge import CUMULATIVE, GAUGES, Families, exposition, merge, remains, snapshot
+from router.observe.merge import (
+    CUMULATIVE,
+    GAUGES,
+    SLICE_SAMPLES,
+    Families,
+    exposition,
+    exposition_in_slices,
+    merge,
+    remains,
+    snapshot,
+    snapshot_in_slices,
+)
 from router.observe.metrics import Metrics
 from router.observe.workers import WorkerMetrics
 from router.options import PrefixOptions
 from router.prefix.prefixes import Prefixes
 from tests.fakes import Fleet, make_request
 
+T = TypeVar("T")
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 GREATEST = {
     "kvlane_replicas_ready",
@@ -99,7 +122,7 @@ def test_figures_cross_between_processes_unchanged() -> None:
 async def test_every_gauge_of_a_router_has_a_rule(fleet: Fleet) -> None:
     metrics = Metrics()
     metrics.watch(Admission(10), fleet.router, Prefixes(PrefixOptions(), time.monotonic))
-    gauges = {family.name for family in metrics.snapshot() if family.kind not in CUMULATIVE}
+    gauges = {family.name for family in await metrics.snapshot() if family.kind not in CUMULATIVE}
     assert gauges <= set(GAUGES) | GREATEST
     assert not set(GAUGES) & GREATEST
 
@@ -107,15 +130,72 @@ async def test_every_gauge_of_a_router_has_a_rule(fleet: Fleet) -> None:
 async def test_every_metric_is_documented(fleet: Fleet) -> None:
     metrics = Metrics()
     metrics.watch(Admission(10), fleet.router, Prefixes(PrefixOptions(), time.monotonic))
-    families = [*metrics.snapshot(), *WorkerMetrics(dict).snapshot(0)]
+    families = [*await metrics.snapshot(), *WorkerMetrics(dict).snapshot(0)]
     names = {f"{each.name}_total" if each.kind == "counter" else each.name for each in families}
     documented = set(re.findall(r"`(kvlane_\w+)(?:\{[\w,]+\})?`", DOCS.read_text()))
     assert documented == {name for name in names if name.startswith("kvlane_")}
 
 
-def test_a_scrape_of_one_process_shows_what_its_figures_say() -> None:
+async def test_a_scrape_of_one_process_shows_what_its_figures_say() -> None:
     metrics = Metrics()
     metrics.ended(make_request(), metrics.began(), "ok")
-    assert 'kvlane_requests_total{outcome="ok",rpc="http"} 1.0' in lines(merge([metrics.snapshot()] * 1))
-    assert 'kvlane_requests_total{outcome="ok",rpc="http"} 2.0' in lines(merge([metrics.snapshot()] * 2))
-    assert b"_created" not in metrics.exposition()[0]
+    assert 'kvlane_requests_total{outcome="ok",rpc="http"} 1.0' in lines(merge([await metrics.snapshot()] * 1))
+    assert 'kvlane_requests_total{outcome="ok",rpc="http"} 2.0' in lines(merge([await metrics.snapshot()] * 2))
+    assert b"_created" not in (await metrics.exposition())[0]
+
+
+def many(samples: int) -> CollectorRegistry:
+    """A registry of every kind of metric, with labels that must be escaped and figures of every form."""
+    registry = CollectorRegistry()
+    for number in range(4):
+        gauge = Gauge(f"gauge_{number}", "Back\\slash,\nnew line.", ["replica", "a"], registry=registry)
+        for each in range(samples // 4):
+            gauge.labels(f'quote " slash \\ line \n {each}', "é").set(each * 1234.5678)
+    for value in (math.inf, -math.inf, math.nan, 1e300, -0.0, 1e-9):
+        gauge.labels(str(value), "").set(value)
+    Counter("counted", "Counter.", registry=registry).inc(12_345_678)
+    Summary("took", "Summary.", ["of"], registry=registry).labels("it").observe(0.25)
+    Histogram("times", "Histogram.", registry=registry).observe(0.25)
+    return registry
+
+
+def test_a_page_is_what_the_library_renders() -> None:
+    registry = many(20)
+    text, content_type = exposition(snapshot(registry))
+    assert content_type == CONTENT_TYPE_LATEST
+    whole = generate_latest(registry).decode()
+    # When a metric began to be counted the library shows as a gauge of its own.
+    wanted = [line for line in whole.splitlines() if "_created" not in line]
+    assert text.decode().splitlines() == wanted
+
+
+def test_a_slice_handles_no_more_samples_than_it_may() -> None:
+    slices = snapshot_in_slices(many(10 * SLICE_SAMPLES))
+    turns, families = drained(slices)
+    assert turns >= 10
+    turns, page = drained(exposition_in_slices(families))
+    assert turns >= 10
+    assert page == exposition(families)
+
+
+async def test_several_scrapes_take_turns_of_one() -> None:
+    metrics, turns = Metrics(), 0
+    for number in range(4 * SLICE_SAMPLES):
+        metrics.refused("http", f"error {number}")
+    pages = [asyncio.create_task(metrics.exposition()) for _ in range(5)]
+    while not all(page.done() for page in pages):
+        turns += 1
+        await asyncio.sleep(0)
+    assert turns > 5 * 4
+    assert all(b'outcome="error 7"' in page.result()[0] for page in pages)
+
+
+def drained(slices: Generator[None, None, T]) -> tuple[int, T]:
+    """How many turns it left to others, and what it returned."""
+    turns = 0
+    while True:
+        try:
+            next(slices)
+            turns += 1
+        except StopIteration as end:
+            return turns, end.value

@@ -43,11 +43,12 @@ ALLOWED: dict[str, set[str]] = {
     "router.options": set(),
     "router.fields": set(),
     "router.turns": set(),
+    "router.protobuf": set(),
     "router.ray_private": {"router.errors"},
     # Stages.
     **dict.fromkeys(STAGES, WORDS | SEAMS),
-    "router.ingress": WORDS | SEAMS | {"router.turns", "kvlane.v1"},  # gRPC's messages.
-    "router.prefix": WORDS | SEAMS | {"kvlane.v1"},  # gRPC's prompts.
+    "router.ingress": WORDS | SEAMS | {"router.turns", "router.protobuf", "kvlane.v1"},  # gRPC's messages.
+    "router.prefix": WORDS | SEAMS | {"router.protobuf", "kvlane.v1"},  # gRPC's prompts.
     "router.policies": WORDS | SEAMS | {"router.fields"},  # The registry checks options.
     "router.policies.ray_policy": WORDS | SEAMS | {"router.ray_driver"},
     "router.membership": WORDS | SEAMS | {"router.ray_private"},
@@ -56,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"router.ray_private", "router.load.account"},  # The actor carrier calls replicas through Ray.
     "router.observe": WORDS
     | SEAMS
-    | {"router.admission", "router.prefix.prefixes", "router.replicas"},  # It reads their figures.
+    | {"router.admission", "router.prefix.prefixes", "router.replicas", "router.turns"},  # It reads their figures.
     # Where stages meet.
     "router.replicas": WORDS | SEAMS | {"router.lane.client", "router.lane.meter", "router.load"},
     "router.receipts": WORDS | SEAMS,
