@@ -64,11 +64,13 @@ def prompt_of(call: Submit) -> HashedPrompt | None:
     if call.matched < 0:
         raise ForeignChain(f"{call.matched} blocks of its prompt believed to be held")
     form = canonical(Rpc(call.rpc), call.path, call.body, model="", with_pieces=True)
-    if form is not None and form.prompt_bytes == chain.prompt_bytes:
+    if form is not None:
         blocks, _ = extend(chain.seed, b"", form.data, chain.block_bytes)
         known = len(chain.blocks)
-        if tuple(blocks[:known]) == chain.blocks:
-            whole = known == len(blocks) and chain.prompt_bytes == len(form.data)
+        equal = form.prompt_bytes == chain.prompt_bytes
+        # A router that reads less of a large body judges the rest of the prompt by the body's size.
+        if (equal or known) and tuple(blocks[:known]) == chain.blocks:
+            whole = equal and known == len(blocks) and chain.prompt_bytes == len(form.data)
             return HashedPrompt(chain, form.data, form.pieces, form.answer_prefix if whole else None)
     raise ForeignChain("the router made another chain of its prompt")
 

@@ -22,6 +22,9 @@ _TEXT_SLICE_BYTES: Final = 128 << 10  # For checks at memory speed.
 
 _VARINT, _FIXED_64, _SIZED, _FIXED_32 = 0, 1, 2, 5
 _MORE: Final = 0x80
+_HEAD_BITS: Final = 32
+"""Of a tag or a length, in at most five bytes."""
+_MAX_NUMBER: Final = (1 << 29) - 1
 
 Slice = tuple[int, int, int]
 """A field's number, and where its content begins and ends; 0 for a run of fields."""
@@ -31,19 +34,45 @@ class Malformed(ValueError):
     """These bytes are no protobuf message."""
 
 
-def slices(body: bytes, at: int, end: int) -> Iterator[Slice]:
-    """The fields of the message that stands from `at` to `end`, in order. Raises `Malformed`."""
+class TooManyFields(ValueError):
+    """More fields than an `Allowance` has."""
+
+
+class Allowance:
+    """How many fields a message may have, with those of its long fields."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self, fields: int) -> None:
+        self._left = fields
+
+    def spend(self, fields: int) -> None:
+        """Raises `TooManyFields` where there are not so many left."""
+        self._left -= fields
+        if self._left < 0:
+            raise TooManyFields
+
+
+def slices(body: bytes, at: int, end: int, allowance: Allowance | None = None) -> Iterator[Slice]:
+    """The fields of the message that stands from `at` to `end`, in order.
+
+    Raises `Malformed`, also for groups, which proto3 does not have, and `TooManyFields` where they exceed `allowance`.
+    """
     run, until, left = at, at + SLICE_BYTES, SLICE_FIELDS
     while at < end:
         begin, tag = at, body[at]
         if tag & 0x87 == _SIZED and (size := body[at + 1] if at + 1 < end else _MORE) <= _SHORT:
             at += 2 + size  # As most are: a tag and a length of one byte each.
         else:
-            tag, at = _varint(body, at, end)
+            tag, at = _varint(body, at, end, _HEAD_BITS)
             kind = tag & 7
             if kind == _SIZED:
-                size, at = _varint(body, at, end)
+                size, at = _varint(body, at, end, _HEAD_BITS)
                 if _LONG < size <= end - at:
+                    if not 0 < tag >> 3 <= _MAX_NUMBER:  # That of a short field is judged with its run.
+                        raise Malformed(f"a field with the number {tag >> 3}")
+                    if allowance is not None:
+                        allowance.spend(SLICE_FIELDS - left + 1)
                     if run < begin:
                         yield 0, run, begin
                     yield tag >> 3, at, at + size
@@ -61,18 +90,22 @@ def slices(body: bytes, at: int, end: int) -> Iterator[Slice]:
                 raise Malformed(f"a field of the unknown kind {kind}")
         left -= 1
         if (at >= until or not left) and at <= end:
+            if allowance is not None:
+                allowance.spend(SLICE_FIELDS - left)
             yield 0, run, at
             run, until, left = at, at + SLICE_BYTES, SLICE_FIELDS
     if at > end:
         raise Malformed("a field that ends behind its message")
     if run < end:
+        if allowance is not None:
+            allowance.spend(SLICE_FIELDS - left)
         yield 0, run, end
 
 
-def _varint(body: bytes, at: int, end: int) -> tuple[int, int]:
-    """The number that begins at `at`, and where it ends."""
+def _varint(body: bytes, at: int, end: int, bits: int = 64) -> tuple[int, int]:
+    """The number of at most about `bits` that begins at `at`, and where it ends."""
     value = shift = 0
-    while at < end and shift < 64:
+    while at < end and shift < bits:
         byte = body[at]
         at += 1
         value |= (byte & 0x7F) << shift

@@ -205,7 +205,7 @@ class Connection(asyncio.Protocol):
             self._abandon()
             self.cut()
             return
-        if self._parser.wants_continue and self._exchange is None:
+        if self._parser.wants_continue and self._exchange is None and not self._queue:
             self._parser.wants_continue = False
             self.write(_CONTINUE)
         self._set_deadline()
@@ -393,6 +393,8 @@ class Connection(asyncio.Protocol):
             self._leave()
         elif not self._full:
             self._flow(True)
+            if self._waits_for[0] == _UNREAD:
+                self._waits_for = _NOTHING  # The next answer has its own time.
             self._advance()
 
     # Endings.
@@ -475,8 +477,12 @@ class Connection(asyncio.Protocol):
             self._close()
 
     def abort(self) -> None:
-        """Drops the connection, unflushed output and all."""
-        self._transport.abort()
+        """Drops the connection, unflushed output and all; an answer that is cut so does not look whole."""
+        self._abandon()
+        if self._unread_bytes():
+            self.cut()
+        else:
+            self._transport.abort()
 
     # Deadlines.
 
@@ -519,11 +525,11 @@ class Connection(asyncio.Protocol):
     def _hurry(self, limit_s: float) -> None:
         """Gives the client more time as long as it reads."""
         unread = self._unread_bytes()
-        if 0 < unread < self._unflushed:
+        if self._due or 0 < unread < self._unflushed:
             self._unflushed = unread
             self.deadline = self._site.clock() + limit_s
         else:
-            self._transport.abort()
+            self.abort()
 
 
 def _preflight_reply(preflight: tuple[int, str, bytes], envelope: Envelope) -> Reply:

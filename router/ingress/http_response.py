@@ -255,6 +255,7 @@ class Exchange:
             return
         output = self._output
         output.check_room()
+        self._spend(len(payload))
         if not self.started:
             self.started = True
             output.write(head)
@@ -263,7 +264,6 @@ class Exchange:
             output.write(payload)
             output.write(b"\r\n")
         else:
-            self._spend(len(payload))
             output.write(payload)
         self.flow()
 

@@ -53,7 +53,7 @@ def read(path: str, body: bytes, limit: int) -> Slices:
 
 def _conversation(kind: _Conversation, body: bytes, limit: int) -> Slices:
     draft = Draft("chat", ASSISTANT)
-    place = lists.find(body, kind.field, kind.body, limit)
+    place = yield from lists.find(body, kind.field, kind.body, limit)
     if place is None or place.opening != b"[":
         found, unread_bytes = yield from window.decode_plain(kind.body, body, limit, kind.ends)
         yield
@@ -72,7 +72,7 @@ def _conversation(kind: _Conversation, body: bytes, limit: int) -> Slices:
 
 def _prompt(kind: str, answer: str | None, field: str, body: bytes, limit: int) -> Slices:
     """A text, or token ids, of several the first; None where it is neither."""
-    place = lists.find(body, field, prompts.prompt_body, limit)
+    place = yield from lists.find(body, field, prompts.prompt_body, limit)
     if place is None or not place.opening:
         return None
     draft, taken = Draft(kind, answer), lists.Taken(body, place.at, len(body), limit)

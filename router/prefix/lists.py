@@ -46,8 +46,13 @@ class Place(msgspec.Struct):
     """What the body says that ends there."""
 
 
-def find(body: bytes, field: str, decoder: msgspec.json.Decoder[Any], limit: int) -> Place | None:
-    """The list, or the text, in the body's own `field`; None where that is neither, or not within `limit`."""
+def find(
+    body: bytes, field: str, decoder: msgspec.json.Decoder[Any], limit: int
+) -> Generator[None, None, Place | None]:
+    """The list, or the text, in the body's own `field`; None where that is neither, or not within `limit`.
+
+    Yields after each try, which reads all that stands before the place.
+    """
     pattern, at = _pattern(field), 0
     for _ in range(_TRIES):
         match = pattern.search(body, at, limit)
@@ -55,10 +60,14 @@ def find(body: bytes, field: str, decoder: msgspec.json.Decoder[Any], limit: int
             break
         opening = match[1].translate(None, _SPACE)
         closing = opening.translate(_CLOSING)[::-1] + b"}"
+        at = match.end()
         try:
-            return Place(match.end(), opening, closing, decoder.decode(body[: match.end()] + closing))
+            before = decoder.decode(body[:at] + closing)
         except msgspec.DecodeError:
-            at = match.end()
+            yield
+            continue
+        yield
+        return Place(at, opening, closing, before)
     return None
 
 
@@ -77,7 +86,7 @@ class Taken:
         """All of it was."""
         self._body = body
         self._start = start
-        self._stop = min(stop, limit, len(body))
+        self._stop = max(start, min(stop, limit, len(body)))  # `stop` may be negative where `limit` is small.
         self._limit = limit
 
     def items(self, decoder: msgspec.json.Decoder[T], mark: bytes = b"},") -> Generator[None, None, T | None]:

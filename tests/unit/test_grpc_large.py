@@ -113,3 +113,45 @@ def test_a_model_or_a_routing_of_kilobytes_is_refused(field: str) -> None:
     else:
         message.routing.lora = "l" * 100
     assert in_slices("Generate", message.SerializeToString()) == f"{field} is too long {field}"
+
+
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [
+        ("Chat", b"\x12\x00"),
+        ("Chat", protobuf.sized(2, b"\x2a\x00" * 30)),
+        ("Generate", b"\x78\x01"),
+        ("Generate", protobuf.sized(3, b"\x08\x01" * 30)),
+        ("Generate", protobuf.sized(4, b"\x08\x01" * 30)),
+        ("Embed", b"\x12\x00"),
+    ],
+    ids=["messages", "calls", "unknown", "token ids", "sampling", "texts"],
+)
+def test_more_fields_than_a_request_can_have_are_refused(
+    monkeypatch: pytest.MonkeyPatch, method: str, field: bytes
+) -> None:
+    monkeypatch.setattr(grpc_large, "MAX_FIELDS", 100)
+    body = protobuf.sized(1, b"m") + field * 100
+    assert in_slices(method, body) == "the request has more than 100 fields None"
+
+
+def test_as_many_fields_as_a_request_can_have_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_large, "MAX_FIELDS", 100)
+    body = pb.EmbedRequest(model="m", texts=["a"] * 90 + ["a long text of its own"] * 9).SerializeToString()
+    assert in_slices("Embed", body) == at_once("Embed", body)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"\x02", b"\x82\x80\x00", b"\xfa\xff\xff\xff\x7f", b"\x92\x80\x80\x80\x80\x00"],
+    ids=["number 0", "number 0, padded", "a number of more than 29 bits", "a tag of more than five bytes"],
+)
+def test_long_fields_have_to_have_a_number(head: bytes) -> None:
+    inner = pb.GenerateRequest(model="n", text="a text that is long").SerializeToString()
+    body = pb.GenerateRequest(model="m", text="hi").SerializeToString() + head + bytes([len(inner)]) + inner
+    assert in_slices("Generate", body) == at_once("Generate", body)
+
+
+def test_groups_are_refused() -> None:
+    body = pb.GenerateRequest(model="m", text="hi").SerializeToString() + b"\x7b\x7c"
+    assert in_slices("Generate", body) == "the request is no valid kvlane.v1.GenerateRequest None"

@@ -142,6 +142,25 @@ def test_where_a_body_is_cut_does_not_depend_on_slices(path: str, body: Any, ens
     assert http_in_slices(path, encoded, limit) == http_at_once(path, encoded, limit)
 
 
+@pytest.mark.parametrize("limit", range(60, 140, 7))
+def test_a_limit_that_is_shorter_than_long_media_cuts_at_the_same_place(limit: int) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": f"turn {i}"} for i in range(50)]}).encode()
+    at_once = http_at_once(CHAT, body, limit)
+    assert at_once is not None
+    assert http_in_slices(CHAT, body, limit) == at_once
+
+
+@pytest.mark.parametrize(("path", "field", "prompt"), [(CHAT, "messages", []), (COMPLETIONS, "prompt", "hi")])
+def test_others_run_between_two_tries_to_find_a_prompt(path: str, field: str, prompt: Any) -> None:
+    decoys: Any = []
+    for _ in range(6):
+        decoys = {field: [decoys]}
+    body = json.dumps({"x": decoys, field: prompt}).encode()
+    slices = lists.find(body, field, http_prompts.prompt_body, NO_LIMIT)
+    assert len([*slices]) == lists._TRIES
+    assert http_in_slices(path, body, NO_LIMIT) == http_at_once(path, body, NO_LIMIT)
+
+
 @given(st.sampled_from([*http_prompts.READERS]), st.binary(max_size=300), bodies(), st.integers(0, 400))
 @settings(derandomize=True, deadline=None, max_examples=300)
 def test_no_bytes_raise_anything_else(path: str, junk: bytes, asked: tuple[str, bytes], at: int) -> None:

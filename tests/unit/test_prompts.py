@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvlane.v1 import inference_pb2 as pb
 
 from engine.prompts import ForeignChain, expected_tokens, is_off, open_blocks, prompt_of
 from router.lane.frames import FrameError, Submit, pack_chain, unpack_chain
@@ -63,6 +64,30 @@ def test_a_chain_that_does_not_reach_the_prompts_end_does_not_go_on() -> None:
     assert prompt is not None
     assert prompt.answer_prefix is None
     assert prompt.continued(b"x" * 100) == []
+
+
+@pytest.mark.parametrize(
+    ("rpc", "path", "body"),
+    [
+        (Rpc.HTTP, CHAT, json.dumps(chat(*["é\n" * 1000] * 80)).encode()),
+        (
+            Rpc.GRPC,
+            "/kvlane.v1.Inference/Chat",
+            pb.ChatRequest(
+                model="m", messages=[pb.ChatMessage(role="user", content="a turn " * 300)] * 60
+            ).SerializeToString(),
+        ),
+    ],
+)
+@pytest.mark.parametrize("most", [16 << 10, 64 << 10])
+def test_of_a_large_body_a_router_may_hash_less(rpc: Rpc, path: str, body: bytes, most: int) -> None:
+    chain = Hasher(256, most).chain(Request("r", "m", rpc, path, body))
+    assert chain is not None
+    prompt = prompt_of(Submit(1, "r", rpc, "POST", path, (), body, chain=pack_chain(chain)))
+    assert prompt is not None
+    assert prompt.chain == chain
+    assert len(chain.blocks) > 20
+    assert prompt.continued(b"x" * 1000) == []
 
 
 def test_tokens_and_media_are_told_apart() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from router.ingress.http_connection import MAX_JOINED, PIECE_BYTES, Connection
+from router.ingress.http_connection import LINGER_S, MAX_JOINED, PIECE_BYTES, Connection
 from router.types import Headers, Request, Sink
-from tests.unit.http_ingress.serving import SSE, Served, get, post, receipt, served
+from tests.unit.http_ingress.serving import CHAT, DEADLINE_S, SSE, Served, get, post, receipt, served
 
 LARGE = bytes(range(256)) * (40 * PIECE_BYTES // 256) + b"end"
 
@@ -24,17 +25,21 @@ class Transport(asyncio.Transport):
         """Bytes taken in each turn of the loop."""
         self.closed = False
         self.ended = False
+        self.unread = 0
+        self.after_write: Callable[[], None] = lambda: None
+        self.lost: Callable[[None], None] = lambda error: None
 
     def write(self, data: Any) -> None:
         self.taken += data
         self.turns[-1] += len(data)
+        self.after_write()
 
     async def turn(self) -> None:
         self.turns.append(0)
         await asyncio.sleep(0)
 
     def get_write_buffer_size(self) -> int:
-        return 0
+        return self.unread
 
     def is_closing(self) -> bool:
         return self.closed
@@ -44,6 +49,7 @@ class Transport(asyncio.Transport):
 
     def abort(self) -> None:
         self.closed = True
+        asyncio.get_running_loop().call_soon(self.lost, None)
 
     def can_write_eof(self) -> bool:
         return True
@@ -55,6 +61,7 @@ class Transport(asyncio.Transport):
 def connected(serving: Served) -> tuple[Connection, Transport]:
     connection, transport = Connection(serving.ingress, asyncio.get_running_loop()), Transport()
     connection.connection_made(transport)
+    transport.lost = connection.connection_lost
     return connection, transport
 
 
@@ -103,6 +110,21 @@ async def test_an_answer_until_the_connection_ends_is_whole_too() -> None:
         await client.close()
 
 
+async def test_an_answer_until_the_connection_ends_that_nobody_reads_does_not_end_as_if_it_were_whole() -> None:
+    async with served(answers(LARGE)) as serving:
+        client = await serving.connect()
+        client.write(post().replace(b"HTTP/1.1", b"HTTP/1.0"))
+        await client.head()
+        await serving.until(serving.dispatch.ended.is_set)
+        async with asyncio.timeout(DEADLINE_S):
+            while serving.ingress.connections:
+                serving.pass_time(LINGER_S + 1)
+                await asyncio.sleep(0)
+        with pytest.raises(ConnectionError):
+            await client.rest()
+        await client.close()
+
+
 async def test_a_head_request_gets_no_large_body() -> None:
     async with served(answers(LARGE, headers=sized(len(LARGE)))) as serving:
         serving.fleet.routes["/v1/models/x/file"] = ("GET",)
@@ -114,8 +136,15 @@ async def test_a_head_request_gets_no_large_body() -> None:
         await client.close()
 
 
-async def test_an_answer_longer_than_its_length_breaks_the_connection() -> None:
+async def test_an_answer_longer_than_its_length_from_the_first_payload_on_is_an_error_response() -> None:
     async with served(answers(LARGE, headers=sized(len(LARGE) - 1))) as serving:
+        answer = await serving.say(post())
+    assert answer.status == 500
+    assert b"longer than its content-length" in answer.body
+
+
+async def test_an_answer_that_becomes_longer_than_its_length_breaks_the_connection() -> None:
+    async with served(answers(b"[", LARGE, headers=sized(len(LARGE)))) as serving:
         client = await serving.connect()
         client.write(post())
         status, _ = await client.head()
@@ -193,4 +222,49 @@ async def test_nothing_is_written_to_a_connection_that_was_cut_in_the_middle() -
         for _ in range(3):
             await transport.turn()
         assert len(transport.taken) == taken
+        connection.connection_lost(None)
+
+
+async def test_a_client_that_reads_the_last_of_an_answer_as_its_time_ends_is_not_dropped() -> None:
+    async with served(body_timeout_s=30) as serving:
+        connection, transport = connected(serving)
+        connection.data_received(get("/healthz"))
+        connection.pause_writing()
+        connection.data_received(get("/healthz"))
+        connection.resume_writing()
+        serving.pass_time(31)  # In the same turn.
+        assert not transport.closed
+        await transport.turn()
+        assert transport.taken.count(b"200 OK") == 2
+        connection.connection_lost(None)
+
+
+async def test_each_answer_of_a_pipeline_has_its_own_time_to_be_read() -> None:
+    async with served(body_timeout_s=30) as serving:
+        connection, transport = connected(serving)
+        transport.after_write = connection.pause_writing
+        transport.unread = 100
+        for _ in range(4):
+            connection.data_received(get("/healthz"))
+        for answered in range(1, 4):
+            assert transport.taken.count(b"200 OK") == answered
+            serving.pass_time(20)
+            assert not transport.closed
+            transport.unread = 100
+            connection.resume_writing()
+            await transport.turn()
+        connection.connection_lost(None)
+
+
+async def test_a_client_is_told_to_continue_after_the_answers_to_what_it_asked_before() -> None:
+    head = post("/tokenize", CHAT, "Expect: 100-continue").partition(b"\r\n\r\n")[0]
+    async with served() as serving:
+        connection, transport = connected(serving)
+        connection.data_received(get("/healthz"))
+        connection.pause_writing()
+        connection.data_received(get("/healthz") + head + b"\r\n\r\n")
+        connection.resume_writing()
+        await transport.turn()
+        assert transport.taken.count(b"200 OK") == 2
+        assert transport.taken.endswith(b"100 Continue\r\n\r\n")
         connection.connection_lost(None)
