@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol, cast
 
 from router.errors import KvlaneError, ReplicaLost, from_wire
@@ -41,6 +42,10 @@ log = logging.getLogger(__name__)
 PACED_BYTES: Final = 128 << 10
 """After a read of so many, other lanes and clients get their turn: libuv would take up to 32 reads of 256 kB in one go,
 and to take in 256 kB of a large frame was measured to take 0.3 ms."""
+
+
+MOST_OUTPUTS: Final = 256
+"""Delivered in one turn of the event loop: to write so many was measured to take 2 to 4 ms."""
 
 
 class LaneRefused(ReplicaLost):
@@ -123,6 +128,10 @@ class Lane(asyncio.Protocol):
         self._error: ReplicaLost | None = None
         self._transport: asyncio.Transport | None = None
         self._output: FrameOutput | None = None
+        self._behind: deque[memoryview] | None = None
+        """Frames that wait behind a step with very many outputs; None while there is none under way."""
+        self._rest: tuple[Step | LargeStep, int] | None = None
+        """That step, and how many of its outputs were delivered."""
 
     # -- for dispatch
 
@@ -221,16 +230,70 @@ class Lane(asyncio.Protocol):
             self._transport.pause_reading()
             self._loop.call_soon(self._read_on)
         try:
-            for body in self._splitter.feed(data):
-                if not self.steps % SAMPLE:
-                    self._meter.frame(len(body))
-                self._received(frames.decode_down(body))
+            bodies = self._splitter.feed(data)
+            if self._behind is not None:
+                self._behind.extend(bodies)
+            else:
+                self._take(bodies)
         except FrameError as error:
-            self._lose(LaneRefused(f"replica {self.replica} broke the lane protocol: {error}"))
+            self._broken(error)
 
     def _read_on(self) -> None:
-        if self._transport is not None and not self._transport.is_closing():
+        if self._transport is not None and not self._transport.is_closing() and self._behind is None:
             self._transport.resume_reading()
+
+    def _take(self, bodies: Sequence[memoryview]) -> None:
+        """Frames in their order; of one with very many outputs only the first, and the rest in later turns."""
+        for at, body in enumerate(bodies, 1):
+            if not self.steps % SAMPLE:
+                self._meter.frame(len(body))
+            frame = frames.decode_down(body)
+            if (type(frame) is Step or type(frame) is LargeStep) and len(frame.outputs) > MOST_OUTPUTS:
+                self._behind = deque(bodies[at:])
+                if self._transport is not None and not self._transport.is_closing():
+                    self._transport.pause_reading()
+                self._go_on(frame, 0)
+                return
+            self._received(frame)
+
+    def _go_on(self, step: Step | LargeStep, at: int) -> None:
+        """Some more outputs of a step with very many, then what came behind it."""
+        if self._behind is None:
+            return  # The lane is lost, and all of it was delivered then.
+        end = at + MOST_OUTPUTS
+        self._rest = (step, end)
+        self._deliver(step, at, end)
+        behind = self._behind
+        if behind is None:
+            return
+        if end < len(step.outputs):
+            self._loop.call_soon(self._go_on, step, end)
+            return
+        self._rest = self._behind = None
+        try:
+            self._stepped(step)
+            self._take(list(behind))
+        except FrameError as error:
+            self._broken(error)
+        self._read_on()
+
+    def _catch_up(self) -> None:
+        """Delivers at once what was put off, for nothing comes after it."""
+        rest, behind = self._rest, self._behind
+        self._rest = self._behind = None
+        if rest is not None:
+            step, at = rest
+            self._deliver(step, at, len(step.outputs))
+        try:
+            for body in behind or ():
+                frame = frames.decode_down(body)
+                if type(frame) is Step or type(frame) is LargeStep:
+                    self._deliver(frame, 0, len(frame.outputs))
+        except FrameError as error:
+            log.warning("replica %s: what came last on a lost lane cannot be read: %s", self.replica, error)
+
+    def _broken(self, error: FrameError) -> None:
+        self._lose(LaneRefused(f"replica {self.replica} broke the lane protocol: {error}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lose(ReplicaLost(f"the lane to replica {self.replica} was lost" + (f": {exc}" if exc else "")))
@@ -239,6 +302,7 @@ class Lane(asyncio.Protocol):
 
     def _received(self, frame: frames.DownFrame) -> None:
         if type(frame) is Step or type(frame) is LargeStep:
+            self._deliver(frame, 0, len(frame.outputs))
             self._stepped(frame)
         elif type(frame) is Pong:
             pass
@@ -251,13 +315,11 @@ class Lane(asyncio.Protocol):
         elif type(frame) is frames.Refused:
             self._lose(LaneRefused(f"replica {self.replica} refused the lane ({frame.code}): {frame.message}"))
 
-    def _stepped(self, step: Step | LargeStep) -> None:
+    def _deliver(self, step: Step | LargeStep, start: int, end: int) -> None:
+        """Hands some of a step's outputs to their streams' sinks."""
         large = type(step) is LargeStep
-        self.steps += 1
-        if not self.steps % SAMPLE:
-            self._meter.step(len(step.outputs))
         streams, tokens = self._streams, 0
-        for output in step.outputs:
+        for output in step.outputs[start:end] if start or end < len(step.outputs) else step.outputs:
             stream = streams.get(output.stream)
             if stream is None:  # aborted meanwhile
                 continue
@@ -269,13 +331,15 @@ class Lane(asyncio.Protocol):
                         self._listener.first_output(self._loop.time() - stream.began, stream.expected_s)
                         stream.began = 0.0
                     tokens += output.tokens
-                    end = output.end
-                    if large:
+                    if large and len(output.payload) >= frames.LARGE_BYTES:
                         _hand_over(stream, output)
-                    elif end is None or end.error:
-                        stream.data(output.payload, output.tokens)  # type: ignore[arg-type]
                     else:
-                        stream.last(output.payload, output.tokens)  # type: ignore[arg-type]
+                        payload = bytes(output.payload) if large else output.payload
+                        last = output.end
+                        if last is None or last.error:
+                            stream.data(payload, output.tokens)  # type: ignore[arg-type]
+                        else:
+                            stream.last(payload, output.tokens)  # type: ignore[arg-type]
             except KvlaneError as error:
                 self._fail(stream, error)
             except Exception as error:
@@ -287,9 +351,14 @@ class Lane(asyncio.Protocol):
                     if not stream.done.done():
                         stream.done.set_result(output.end)
         self.tokens += tokens
-        # After the output: no token waits for it, and nobody asks before the loop goes on.
+
+    def _stepped(self, step: Step | LargeStep) -> None:
+        """After a step's output: no token waits for it, and nobody asks before the loop goes on."""
+        self.steps += 1
+        if not self.steps % SAMPLE:
+            self._meter.step(len(step.outputs))
         self.account.stepped(step.load, step.acked, self._loop.time())
-        if step.cache is not None:  # last, so that no token waits for it
+        if step.cache is not None:
             self._reported(step.cache)
 
     def _reported(self, report: CacheReport) -> None:
@@ -332,6 +401,7 @@ class Lane(asyncio.Protocol):
         if self._error is not None:
             return
         self._error = error
+        self._catch_up()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             if not stream.done.done():
@@ -342,9 +412,9 @@ class Lane(asyncio.Protocol):
 
 
 def _hand_over(stream: _Stream, output: Output | LargeOutput) -> None:
-    """An output of a large step."""
+    """A large payload, without a copy where the sink can take it so."""
     large: Callable[[memoryview, int], None] | None = getattr(stream.sink, "large", None)
-    if large is None or len(output.payload) < frames.LARGE_BYTES:
+    if large is None:
         stream.data(bytes(output.payload), output.tokens)
     else:
         large(memoryview(output.payload), output.tokens)

@@ -1,0 +1,176 @@
+"""A step with very many outputs: delivered a part at a time, in order, and whole whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from router.errors import KvlaneError, ReplicaLost
+from router.lane import frames
+from router.lane.client import MOST_OUTPUTS, Lane, LaneRefused
+from router.lane.frames import End, Output, Step, Welcome
+from router.testing import make_request
+from router.types import EngineInfo, Headers, Load, Receipt
+
+STREAMS = 3 * MOST_OUTPUTS + 10
+
+
+class Pipe(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading = True
+        self.gone = False
+
+    def write(self, data: Any) -> None: ...
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def is_closing(self) -> bool:
+        return self.gone
+
+    def abort(self) -> None:
+        self.gone = True
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.lost: list[ReplicaLost] = []
+
+    def lane_opened(self, lane: Lane) -> None: ...
+    def lane_draining(self, lane: Lane) -> None: ...
+    def first_output(self, waited_s: float, expected_s: float) -> None: ...
+    def cache_reported(self, lane: Lane, report: frames.CacheReport) -> None: ...
+
+    def lane_lost(self, lane: Lane, error: ReplicaLost) -> None:
+        self.lost.append(error)
+
+
+class Sink:
+    started = True
+
+    def __init__(self, log: list[tuple[int, bytes]], number: int) -> None:
+        self._log = log
+        self._number = number
+
+    def routed(self, receipt: Receipt) -> None: ...
+    def head(self, status: int, headers: Headers) -> None: ...
+
+    def data(self, payload: bytes, tokens: int) -> None:
+        self._log.append((self._number, payload))
+
+
+class Bench:
+    """A lane with `STREAMS` streams under way, and what was delivered on it."""
+
+    def __init__(self) -> None:
+        self.owner, self.pipe = Owner(), Pipe()
+        self.delivered: list[tuple[int, bytes]] = []
+        self.lane = Lane("a", b"secret", "test", self.owner)
+        self.lane.connection_made(self.pipe)
+        self.come(Welcome(frames.VERSION, "a", EngineInfo("sim", ()), Load()))
+        self.tasks: list[asyncio.Task[End]] = []
+
+    async def submit(self) -> None:
+        self.tasks = [
+            asyncio.create_task(self.lane.run(make_request(f"r{number}"), Sink(self.delivered, number)))
+            for number in range(1, STREAMS + 1)
+        ]
+        await asyncio.sleep(0)
+
+    def come(self, *what: frames.DownFrame) -> None:
+        """These frames, in one read."""
+        self.lane.data_received(b"".join(frames.encode(frame) for frame in what))
+
+    async def caught_up(self) -> None:
+        while not self.pipe.reading:
+            await asyncio.sleep(0)
+
+    async def outcomes(self) -> list[End | BaseException]:
+        return await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+def step(seq: int, payload: bytes, *, end: End | None = None, load: Load | None = None) -> Step:
+    outputs = [Output(number, payload, 1, end) for number in range(1, STREAMS + 1)]
+    return Step(seq, STREAMS, load or Load(running=STREAMS), outputs)
+
+
+@pytest.fixture
+async def bench() -> Bench:
+    bench = Bench()
+    await bench.submit()
+    return bench
+
+
+async def test_each_turn_of_the_loop_delivers_a_part_of_it(bench: Bench) -> None:
+    bench.come(step(1, b"one"))
+    seen = [len(bench.delivered)]
+    assert not bench.pipe.reading
+    while not bench.pipe.reading:
+        await asyncio.sleep(0)
+        seen.append(len(bench.delivered))
+    assert seen == [MOST_OUTPUTS, 2 * MOST_OUTPUTS, 3 * MOST_OUTPUTS, STREAMS]
+    assert bench.delivered == [(number, b"one") for number in range(1, STREAMS + 1)]
+    assert bench.lane.steps == 1
+    assert bench.lane.account.load == Load(running=STREAMS)
+    bench.lane.close()
+    await bench.outcomes()
+
+
+@pytest.mark.parametrize("size", [3, 2000], ids=["small frames", "large frames"])
+async def test_what_comes_behind_it_waits_its_turn(bench: Bench, size: int) -> None:
+    one, two, three = (letter * size for letter in (b"1", b"2", b"3"))
+    bench.come(step(1, one), step(2, two))
+    bench.come(Step(3, STREAMS, Load(running=7), [Output(5, three, 1)]), step(4, b"", end=End("stop")))
+    assert len(bench.delivered) == MOST_OUTPUTS
+    await bench.caught_up()
+    everyone = range(1, STREAMS + 1)
+    assert bench.delivered == [
+        *((number, one) for number in everyone),
+        *((number, two) for number in everyone),
+        (5, three),
+    ]
+    assert await bench.outcomes() == [End("stop")] * STREAMS
+    assert (bench.lane.steps, bench.lane.tokens) == (4, 2 * STREAMS + 1)
+
+
+async def test_a_lane_that_is_lost_meanwhile_still_delivers_all_that_came(bench: Bench) -> None:
+    bench.come(step(1, b"one"), step(2, b"two", end=End("stop")))
+    bench.lane.connection_lost(None)
+    assert len(bench.delivered) == 2 * STREAMS
+    assert await bench.outcomes() == [End("stop")] * STREAMS
+    delivered = list(bench.delivered)
+    await asyncio.sleep(0)
+    assert bench.delivered == delivered
+    assert len(bench.owner.lost) == 1
+
+
+async def test_streams_whose_end_did_not_come_fail_with_the_lane(bench: Bench) -> None:
+    bench.come(step(1, b"one"))
+    bench.lane.connection_lost(None)
+    assert len(bench.delivered) == STREAMS
+    outcomes = await bench.outcomes()
+    assert {type(each) for each in outcomes} == {ReplicaLost}
+
+
+async def test_nonsense_behind_it_costs_the_lane_and_no_output(bench: Bench) -> None:
+    bench.lane.data_received(frames.encode(step(1, b"one")) + b"\x03\x00\x00\x00abc")
+    while not bench.owner.lost:
+        await asyncio.sleep(0)
+    assert [type(error) for error in bench.owner.lost] == [LaneRefused]
+    assert len(bench.delivered) == STREAMS
+    assert all(isinstance(each, KvlaneError) for each in await bench.outcomes())
+
+
+async def test_a_stream_that_is_aborted_meanwhile_gets_nothing_more(bench: Bench) -> None:
+    bench.come(step(1, b"one"))
+    bench.tasks[-1].cancel()
+    await bench.caught_up()
+    assert len(bench.delivered) == STREAMS - 1
+    bench.lane.close()
+    await bench.outcomes()
