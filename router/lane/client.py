@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol, cast
 
 from router.errors import KvlaneError, ReplicaLost, from_wire
@@ -34,7 +34,7 @@ from router.lane.frames import (
 from router.lane.meter import SAMPLE, FrameMeter
 from router.lane.output import FrameOutput
 from router.load.account import Account, Blind, Foresight
-from router.types import NO_CHARGE, Charge, EngineInfo, Request, Sink
+from router.types import NO_CHARGE, Charge, EngineInfo, Request, Rpc, Sink
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +79,12 @@ def _blind(info: EngineInfo) -> Foresight:
 
 
 class _Stream:
-    __slots__ = ("began", "data", "done", "expected_s", "last", "sink")
+    __slots__ = ("began", "data", "done", "expected_s", "joins", "last", "sink")
 
-    def __init__(self, sink: Sink, done: asyncio.Future[End], began: float, expected_s: float) -> None:
+    def __init__(self, sink: Sink, done: asyncio.Future[End], began: float, expected_s: float, joins: bool) -> None:
         self.sink = sink
+        self.joins = joins
+        """Whether its payloads may be joined."""
         self.data = sink.data
         self.last: Callable[[bytes, int], None] = getattr(sink, "last", sink.data)
         self.done = done
@@ -153,7 +155,9 @@ class Lane(asyncio.Protocol):
         self._last_stream = stream_id = self._last_stream + 1
         self.account.submitted(stream_id, charge)
         loop = self._loop
-        stream = self._streams[stream_id] = _Stream(sink, loop.create_future(), loop.time(), expected_s)
+        stream = self._streams[stream_id] = _Stream(
+            sink, loop.create_future(), loop.time(), expected_s, request.rpc == Rpc.HTTP
+        )
         submit = Submit(
             stream_id,
             request.request_id,
@@ -244,10 +248,20 @@ class Lane(asyncio.Protocol):
 
     def _take(self, bodies: Sequence[memoryview]) -> None:
         """Frames in their order; of one with very many outputs only the first, and the rest in later turns."""
+        late: list[Step] = []
         for at, body in enumerate(bodies, 1):
             if not self.steps % SAMPLE:
                 self._meter.frame(len(body))
-            frame = frames.decode_down(body)
+            try:
+                frame = frames.decode_down(body)
+            except FrameError:
+                self._stepped_together(late)
+                raise
+            if type(frame) is Step and (late or at < len(bodies)) and len(frame.outputs) <= MOST_OUTPUTS:
+                late.append(frame)
+                continue
+            self._stepped_together(late)
+            late = []
             if (type(frame) is Step or type(frame) is LargeStep) and len(frame.outputs) > MOST_OUTPUTS:
                 self._behind = deque(bodies[at:])
                 if self._transport is not None and not self._transport.is_closing():
@@ -255,6 +269,17 @@ class Lane(asyncio.Protocol):
                 self._go_on(frame, 0)
                 return
             self._received(frame)
+        self._stepped_together(late)
+
+    def _stepped_together(self, steps: Sequence[Step]) -> None:
+        """Steps that came at once, for the loop was late: what they have of one stream goes to its sink as one."""
+        if not steps:
+            return
+        last = steps[-1]
+        whole = last if len(steps) == 1 else Step(last.seq, last.acked, last.load, _joined(steps, self._streams))
+        self._deliver(whole, 0, len(whole.outputs))
+        for step in steps:
+            self._stepped(step)
 
     def _go_on(self, step: Step | LargeStep, at: int) -> None:
         """Some more outputs of a step with very many, then what came behind it."""
@@ -409,6 +434,31 @@ class Lane(asyncio.Protocol):
         self._listener.lane_lost(self, error)
         if transport is not None:
             transport.abort()
+
+
+def _joined(steps: Sequence[Step], streams: Mapping[int, _Stream]) -> list[Output]:
+    """All outputs of these steps, those of an HTTP stream as one; the messages of a gRPC stream stay apart."""
+    outputs: list[Output] = []
+    latest: dict[int, Output] = {}
+    pieces: dict[int, list[bytes]] = {}
+    for step in steps:
+        for output in step.outputs:
+            number = output.stream
+            stream, before = streams.get(number), latest.get(number)
+            if stream is None:  # aborted meanwhile
+                continue
+            if before is None or not stream.joins or output.head is not None or before.end is not None:
+                if number in pieces:
+                    latest[number].payload = b"".join(pieces.pop(number))
+                latest[number] = output
+                outputs.append(output)
+            else:
+                pieces.setdefault(number, [before.payload]).append(output.payload)
+                before.tokens += output.tokens
+                before.end = output.end
+    for number, parts in pieces.items():
+        latest[number].payload = b"".join(parts)
+    return outputs
 
 
 def _hand_over(stream: _Stream, output: Output | LargeOutput) -> None:

@@ -1,4 +1,4 @@
-"""A step with very many outputs: delivered a part at a time, in order, and whole whatever happens meanwhile."""
+"""A step with very many outputs is delivered a part at a time, and several small ones that came at once together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from router.lane import frames
 from router.lane.client import MOST_OUTPUTS, Lane, LaneRefused
 from router.lane.frames import End, Output, Step, Welcome
 from router.testing import make_request
-from router.types import EngineInfo, Headers, Load, Receipt
+from router.types import EngineInfo, Headers, Load, Receipt, Rpc
 
 STREAMS = 3 * MOST_OUTPUTS + 10
 
@@ -174,3 +174,49 @@ async def test_a_stream_that_is_aborted_meanwhile_gets_nothing_more(bench: Bench
     assert len(bench.delivered) == STREAMS - 1
     bench.lane.close()
     await bench.outcomes()
+
+
+def some(seq: int, payload: bytes, *numbers: int, end: End | None = None) -> Step:
+    return Step(seq, STREAMS, Load(running=seq), [Output(number, payload, 1, end) for number in numbers])
+
+
+async def test_steps_that_come_at_once_reach_each_sink_as_one(bench: Bench) -> None:
+    bench.come(some(1, b"a", 1, 2), some(2, b"b", 2, 3), some(3, b"c", 2, 1, end=End("stop")), some(4, b"d", 3))
+    assert bench.delivered == [(1, b"ac"), (2, b"abc"), (3, b"bd")]
+    assert (bench.lane.steps, bench.lane.tokens, bench.lane.account.load.running) == (4, 7, 4)
+    assert [await task for task in bench.tasks[:2]] == [End("stop")] * 2
+    bench.lane.close()
+    await bench.outcomes()
+
+
+async def test_other_frames_keep_their_place_among_steps(bench: Bench) -> None:
+    bench.come(some(1, b"a", 1), some(2, b"b", 1), frames.Pong(1), some(3, b"c", 1), some(4, b"d", 1))
+    assert bench.delivered == [(1, b"ab"), (1, b"cd")]
+    bench.lane.close()
+    await bench.outcomes()
+
+
+async def test_an_answers_head_stands_before_its_payload_however_much_comes_at_once(bench: Bench) -> None:
+    first = Output(1, b"a", 1, None, frames.Head(200, ()))
+    bench.come(Step(1, STREAMS, Load(), [first]), some(2, b"b", 1), some(3, b"c", 1, end=End("stop")))
+    assert bench.delivered == [(1, b"abc")]
+    assert await bench.tasks[0] == End("stop")
+    bench.lane.close()
+    await bench.outcomes()
+
+
+async def test_what_came_before_nonsense_is_delivered(bench: Bench) -> None:
+    good = frames.encode(some(1, b"a", 1)) + frames.encode(some(2, b"b", 1))
+    bench.lane.data_received(good + b"\x03\x00\x00\x00abc")
+    assert bench.delivered == [(1, b"ab")]
+    assert [type(error) for error in bench.owner.lost] == [LaneRefused]
+    await bench.outcomes()
+
+
+async def test_messages_of_a_grpc_stream_stay_apart() -> None:
+    bench = Bench()
+    task = asyncio.create_task(bench.lane.run(make_request("r", rpc=Rpc.GRPC), Sink(bench.delivered, 1)))
+    await asyncio.sleep(0)
+    bench.come(some(1, b"a", 1), some(2, b"b", 1), some(3, b"c", 1, end=End("stop")))
+    assert bench.delivered == [(1, b"a"), (1, b"b"), (1, b"c")]
+    assert await task == End("stop")
