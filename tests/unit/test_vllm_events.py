@@ -35,13 +35,13 @@ class Publisher:
         self._subscribed = False
 
     def publish(self, payload: bytes) -> None:
-        if not self._subscribed and self._socket.poll(1000):
-            self._socket.recv()
-            self._subscribed = True
         self.send(self._topic, self._number.to_bytes(8, "big"), payload)
         self._number += 1
 
     def send(self, *frames: bytes) -> None:
+        if not self._subscribed and self._socket.poll(1000):
+            self._socket.recv()
+            self._subscribed = True
         self._socket.send_multipart(frames)
 
     def close(self) -> None:
