@@ -166,7 +166,8 @@ async def measure(args: argparse.Namespace, garbage_mode: str) -> tuple[float, f
     engines = Engines()
     router = Router(args.policy, 4 * BURST, engines)
     router.replicas.listed({f"r{i}": ReplicaRecord(f"r{i}", "nowhere", i, b"") for i in range(args.replicas)})
-    await asyncio.sleep(0.05)
+    while router.replicas.readiness().models.get(MODEL, 0) < args.replicas:
+        await router.replicas.wait_for_news()
     prompts, cost, done = Prompts(args.prompt_kb), Cost(cold=args.cold), 0
     pauses = _watch_garbage(garbage_mode)
     for round in range(-args.requests // BURST // 4, args.requests // BURST // 4):

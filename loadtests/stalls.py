@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -86,10 +86,21 @@ class Window(msgspec.Struct):
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0; 1 where a stream was not whole, 2 where the arguments make no sense."""
+    return command("stalls", __doc__, KINDS, measure, argv)
+
+
+def command(
+    name: str,
+    about: str | None,
+    kinds: Iterable[str],
+    measure: Callable[[argparse.Namespace], list[Row]],
+    argv: Sequence[str],
+) -> int:
+    """Runs one of the load tests that disturb streams; `kinds` are its disturbances. Exit statuses as `main`'s."""
     try:
-        args = _parser().parse_args(argv)
+        args = _parser(name, about, list(kinds)).parse_args(argv)
     except ValueError as error:
-        print(f"stalls: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     with leaving_nothing():
         rows = measure(args)
@@ -297,10 +308,15 @@ async def _stall(port: int) -> None:
             client.close()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser("python -m loadtests stalls", description=__doc__)
+def _parser(name: str, about: str | None, kinds: list[str]) -> argparse.ArgumentParser:
+    def kind(word: str) -> str:
+        if word not in kinds:
+            raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(kinds)}")
+        return word
+
+    parser = Parser(f"python -m loadtests {name}", description=about)
     whole, positive = number(int, least=1), number(float, above=0)
-    parser.add_argument("--kinds", type=many(_kind), default=list(KINDS), help=f"by commas: {', '.join(KINDS)}")
+    parser.add_argument("--kinds", type=many(kind), default=kinds, help=f"by commas: {', '.join(kinds)}")
     parser.add_argument("--replicas", type=whole, default=8, help="whose steps come at times of their own")
     parser.add_argument("--streams", type=whole, default=32)
     parser.add_argument("--step-ms", type=positive, default=10.0)
@@ -309,12 +325,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reps", type=whole, default=5)
     parser.add_argument("--json", metavar="FILE", default="", help="write the rows here as well")
     return parser
-
-
-def _kind(name: str) -> str:
-    if name not in KINDS:
-        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(KINDS)}")
-    return name
 
 
 if __name__ == "__main__":

@@ -21,17 +21,15 @@ from typing import Final
 import msgspec
 import uvloop
 
-from loadtests import loop_lag, watched
-from loadtests.arguments import Parser, many, number
+from loadtests import loop_lag, stalls, watched
 from loadtests.large_engine import PATH, Wanted
 from loadtests.peers import load
-from loadtests.peers.children import leaving_nothing
 from loadtests.peers.clients import HttpClient
 from loadtests.peers.load import Due, Prompts
 from loadtests.peers.replicas import EngineOrder, Replicas
 from loadtests.processes import replica_process, router
-from loadtests.results import Row, table, write_json
-from loadtests.stalls import COLUMNS, OTHER, QUIET, SETTLE_S, Window, row
+from loadtests.results import Row
+from loadtests.stalls import OTHER, QUIET, SETTLE_S, Window, row
 
 EVENT_BYTES, EVENT_MS = 4 << 10, 1.0
 HELD_S: Final = 0.7
@@ -48,16 +46,7 @@ _ESTABLISHED: Final = 1
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0; 1 where a stream was not whole, 2 where the arguments make no sense."""
-    try:
-        args = _parser().parse_args(argv)
-    except ValueError as error:
-        print(f"stalls-answers: {error}", file=sys.stderr)
-        return 2
-    with leaving_nothing():
-        rows = measure(args)
-    print(table(rows, COLUMNS))
-    write_json(args.json, rows)
-    return 1 if any(row["errors"] for row in rows) else 0
+    return stalls.command("stalls-answers", __doc__, KINDS, measure, argv)
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
@@ -219,26 +208,6 @@ KINDS: Final[dict[str, tuple[str, Callable[[int], Awaitable[None]]]]] = {
     "large": (f"{ANSWERS_PER_S:g} answers of {ANSWER_MB} MB a second", _large),
     "scrapes": (f"a scrape every {1e3 * SCRAPE_EVERY_S:g} ms", _scrapes),
 }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser("python -m loadtests stalls-answers", description=__doc__)
-    whole, positive = number(int, least=1), number(float, above=0)
-    parser.add_argument("--kinds", type=many(_kind), default=list(KINDS), help=f"by commas: {', '.join(KINDS)}")
-    parser.add_argument("--replicas", type=whole, default=8, help="whose steps come at times of their own")
-    parser.add_argument("--streams", type=whole, default=32)
-    parser.add_argument("--step-ms", type=positive, default=10.0)
-    parser.add_argument("--policy", default="cost")
-    parser.add_argument("--seconds", type=positive, default=5.0, help="of each quiet and each disturbed time")
-    parser.add_argument("--reps", type=whole, default=5)
-    parser.add_argument("--json", metavar="FILE", default="", help="write the rows here as well")
-    return parser
-
-
-def _kind(name: str) -> str:
-    if name not in KINDS:
-        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(KINDS)}")
-    return name
 
 
 if __name__ == "__main__":
