@@ -262,7 +262,7 @@ class Lane(asyncio.Protocol):
                 continue
             self._stepped_together(late)
             late = []
-            if (type(frame) is Step or type(frame) is LargeStep) and len(frame.outputs) > MOST_OUTPUTS:
+            if isinstance(frame, Step | LargeStep) and len(frame.outputs) > MOST_OUTPUTS:
                 self._behind = deque(bodies[at:])
                 if self._transport is not None and not self._transport.is_closing():
                     self._transport.pause_reading()
@@ -277,7 +277,7 @@ class Lane(asyncio.Protocol):
             return
         last = steps[-1]
         whole = last if len(steps) == 1 else Step(last.seq, last.acked, last.load, _joined(steps, self._streams))
-        self._deliver(whole, 0, len(whole.outputs))
+        self._deliver(whole.outputs)
         for step in steps:
             self._stepped(step)
 
@@ -287,7 +287,7 @@ class Lane(asyncio.Protocol):
             return  # The lane is lost, and all of it was delivered then.
         end = at + MOST_OUTPUTS
         self._rest = (step, end)
-        self._deliver(step, at, end)
+        self._deliver(step.outputs[at:end])
         behind = self._behind
         if behind is None:
             return
@@ -308,12 +308,12 @@ class Lane(asyncio.Protocol):
         self._rest = self._behind = None
         if rest is not None:
             step, at = rest
-            self._deliver(step, at, len(step.outputs))
+            self._deliver(step.outputs[at:])
         try:
             for body in behind or ():
                 frame = frames.decode_down(body)
-                if type(frame) is Step or type(frame) is LargeStep:
-                    self._deliver(frame, 0, len(frame.outputs))
+                if isinstance(frame, Step | LargeStep):
+                    self._deliver(frame.outputs)
         except FrameError as error:
             log.warning("replica %s: what came last on a lost lane cannot be read: %s", self.replica, error)
 
@@ -327,7 +327,7 @@ class Lane(asyncio.Protocol):
 
     def _received(self, frame: frames.DownFrame) -> None:
         if type(frame) is Step or type(frame) is LargeStep:
-            self._deliver(frame, 0, len(frame.outputs))
+            self._deliver(frame.outputs)
             self._stepped(frame)
         elif type(frame) is Pong:
             pass
@@ -340,11 +340,11 @@ class Lane(asyncio.Protocol):
         elif type(frame) is frames.Refused:
             self._lose(LaneRefused(f"replica {self.replica} refused the lane ({frame.code}): {frame.message}"))
 
-    def _deliver(self, step: Step | LargeStep, start: int, end: int) -> None:
-        """Hands some of a step's outputs to their streams' sinks."""
-        large = type(step) is LargeStep
+    def _deliver(self, outputs: Sequence[Output] | Sequence[LargeOutput]) -> None:
+        """Hands outputs of one step to their streams' sinks."""
+        large = bool(outputs) and type(outputs[0]) is LargeOutput
         streams, tokens = self._streams, 0
-        for output in step.outputs[start:end] if start or end < len(step.outputs) else step.outputs:
+        for output in outputs:
             stream = streams.get(output.stream)
             if stream is None:  # aborted meanwhile
                 continue
