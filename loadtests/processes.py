@@ -23,6 +23,7 @@ from router.options import (
     LogOptions,
     MembershipOptions,
     PolicyOptions,
+    ShutdownOptions,
     StaticReplica,
 )
 
@@ -115,6 +116,7 @@ def router(
             policy=PolicyOptions(name=policy),
             log=LogOptions(level="warning"),
             workers=workers,
+            shutdown=ShutdownOptions(notice_s=0.0),
         )
         with _child(command or spawn_arguments(), env) as child:
             assert child.stdin is not None
