@@ -22,6 +22,8 @@ from loadtests.processes import MODEL, descendants
 from tests.integration.ray_local import alive, wait_until
 
 STOP_DEADLINE_S = 60.0
+PATIENCE_S = 15.0
+"""What a Pod's terminationGracePeriodSeconds has beyond notice and grace."""
 TOKENS = 40
 _SAMPLE = re.compile(r"^(\w+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
 _READY = re.compile(r"^ready http=http://\S+:(\d+) grpc=\S+:(\d+) admin=http://\S+:(\d+)$")
@@ -34,14 +36,27 @@ class Served:
     http = grpc = admin = 0
     """Its ports."""
 
-    def __init__(self, folder: Path, addresses: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        addresses: list[dict[str, Any]],
+        *,
+        notice_s: float = 0.0,
+        grace_s: float = 30.0,
+        watched: bool = False,
+    ) -> None:
         self.config = folder / "config.toml"
+        self.notice_s = notice_s
+        self.grace_s = grace_s
+        self._watched = watched
         self._log = folder / "log"
         self._addresses = addresses
 
-    def write(self, text: str = "", *, workers: int = 2, secret: str = "secret", http: int = 0) -> None:
+    def write(self, text: str = "", *, workers: int = 2, secret: str = "secret", http: int = 0, grpc: int = 0) -> None:
         """Its configuration file, with more TOML at the end."""
-        lines = [f"workers = {workers}", "[http]", f"port = {http}", "[grpc]", "port = 0"]
+        lines = [f"workers = {workers}", f"reload_on_change = {str(self._watched).lower()}"]
+        lines += ["[shutdown]", f"notice_s = {self.notice_s}", f"grace_s = {self.grace_s}"]
+        lines += ["[http]", f"port = {http}", "[grpc]", f"port = {grpc}"]
         lines += ["[admin]", "enabled = true", "port = 0", "[membership]", 'kind = "static"']
         for address in self._addresses:
             lines += ["[[membership.replicas]]", f'name = "{address["replica"]}"', f"port = {address['lane']}"]
@@ -53,6 +68,15 @@ class Served:
 
     def workers(self) -> set[int]:
         return set(descendants(self.process.pid))
+
+    def wait(self) -> int:
+        """Its exit status, once no process of it is left. A Pod that is patient for that long kills nobody
+        who does as the configuration says."""
+        workers = self.workers()
+        status = self.process.wait(self.notice_s + self.grace_s + PATIENCE_S)
+        wait_until(lambda: not any(map(alive, workers)), "no worker is left")
+        assert "did not stop in time" not in self.log()
+        return status
 
     def reload(self) -> None:
         """Asks for it, and waits until it has come to an end."""
@@ -78,18 +102,21 @@ def serving(
     workers: int = 2,
     *,
     http: int = 0,
+    grpc: int = 0,
     ready: bool = True,
+    **lifecycle: Any,
 ) -> Iterator[Served]:
-    """The command with that configuration. Unless it shall be `ready`, nothing but its HTTP port is known."""
+    """The command with that configuration; `lifecycle` as in `Served`. Unless it shall be `ready`, nothing but its
+    HTTP port is known."""
     (folder / "secret").write_bytes(SECRET)
     command = [sys.executable, "-m", "router", "serve", "--config", str(folder / "config.toml")]
     with (folder / "log").open("w") as log:
-        served = Served(folder, addresses)
-        served.write(text, workers=workers, http=http)
+        served = Served(folder, addresses, **lifecycle)
+        served.write(text, workers=workers, http=http, grpc=grpc)
         served.process = process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
-        served.http = http
+        served.http, served.grpc = http, grpc
         if ready:
             told = _READY.match(process.stdout.readline())
             assert told is not None, served.log()
