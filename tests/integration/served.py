@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 from kvlane.client import Client
@@ -124,7 +124,7 @@ def serving(
         yield served
     finally:
         started = [process.pid, *served.workers()]
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # Without notice.
         try:
             process.wait(STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
@@ -134,14 +134,23 @@ def serving(
         wait_until(lambda: not any(map(alive, started)), "no process is left")
 
 
+class Front(Protocol):
+    """What clients connect to."""
+
+    http: int
+    grpc: int
+
+
 class Load:
     """What clients of all kinds got while it ran."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Front, tokens: int = TOKENS) -> None:
+        """Its streams are so long."""
         self.whole: Counter[str] = Counter()
         """Answers that came whole, by kind of client."""
         self.broken: list[str] = []
         self._served = served
+        self._tokens = tokens
         self._over = False
 
     @asynccontextmanager
@@ -182,17 +191,17 @@ class Load:
                 self.whole[kind] += 1
 
     async def _stream(self, client: httpx.AsyncClient) -> str:
-        body = {"model": MODEL, "prompt": "hello", "max_tokens": TOKENS, "stream": True}
+        body = {"model": MODEL, "prompt": "hello", "max_tokens": self._tokens, "stream": True}
         async with client.stream("POST", f"http://127.0.0.1:{self._served.http}/v1/completions", json=body) as answer:
             lines = [line async for line in answer.aiter_lines() if line]
         chunks = sum(line.startswith("data: {") for line in lines)
-        whole = answer.status_code == 200 and lines[-1] == "data: [DONE]" and chunks >= TOKENS
+        whole = answer.status_code == 200 and lines[-1] == "data: [DONE]" and chunks >= self._tokens
         return "" if whole else f"{answer.status_code}, {chunks} chunks, {lines[-1:]}"
 
     async def _call(self, client: Client) -> str:
-        deltas = [delta async for delta in client.generate(MODEL, "hello", max_tokens=TOKENS, timeout_s=60)]
+        deltas = [delta async for delta in client.generate(MODEL, "hello", max_tokens=self._tokens, timeout_s=60)]
         tokens = sum(len(delta.token_ids) for delta in deltas)
-        return "" if tokens == TOKENS else f"{tokens} tokens"
+        return "" if tokens == self._tokens else f"{tokens} tokens"
 
     async def _come_and_go(self, _: None) -> str:
         body = json.dumps({"model": MODEL, "prompt": "hello", "max_tokens": 1}).encode()
