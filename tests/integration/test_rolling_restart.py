@@ -35,8 +35,9 @@ def addresses() -> Iterator[list[dict[str, Any]]]:
 class Router:
     """One of the two; it comes back at the same ports."""
 
-    def __init__(self, folder: Path, addresses: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, addresses: list[dict[str, Any]], workers: int) -> None:
         folder.mkdir()
+        self._workers = workers
         self.ports = free_port(), free_port()
         self._folder = folder
         self._addresses = addresses
@@ -46,7 +47,7 @@ class Router:
         http, grpc = self.ports
         timing = {"notice_s": NOTICE_S, "grace_s": GRACE_S}
         self.served: Served = self._running.enter_context(
-            serving(self._folder, self._addresses, http=http, grpc=grpc, **timing)
+            serving(self._folder, self._addresses, "", self._workers, http=http, grpc=grpc, **timing)
         )
 
     def restart(self) -> None:
@@ -76,7 +77,7 @@ class Front:
 
 @pytest.fixture
 def routers(tmp_path: Path, addresses: list[dict[str, Any]]) -> Iterator[list[Router]]:
-    found = [Router(tmp_path / name, addresses) for name in ("one", "other")]
+    found = [Router(tmp_path / f"with {workers} workers", addresses, workers) for workers in (1, 2)]
     try:
         for each in found:
             each.start()
@@ -101,9 +102,9 @@ async def test_a_rolling_restart_behind_a_balancer_fails_no_request_and_cuts_no_
     with balancing(tmp_path, [router.ports for router in routers]) as balancer:
         short, *long = loads(balancer)
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(short.running())
+            await stack.enter_async_context(short.running(streams=4, callers=2, newcomers=1))
             for load in long:
-                await stack.enter_async_context(load.running(streams=3, callers=3, newcomers=1))
+                await stack.enter_async_context(load.running(streams=3, callers=3, newcomers=0))
             await short.more()
             for router in routers:
                 await asyncio.to_thread(router.restart)
