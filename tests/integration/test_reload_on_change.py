@@ -47,7 +47,7 @@ def swap(folder: Path, version: str, text: str) -> None:
 
 async def test_changes_of_the_file_are_reloaded_under_load_without_a_broken_stream(served: Served) -> None:
     load = Load(served)
-    async with load.running():
+    async with load.running(streams=4, callers=2, newcomers=2):
         await load.more()
         served.write('[policy]\nname = "random"')
         await asyncio.to_thread(wait_until, lambda: served.metrics()[OK] == 1, "it was reloaded")

@@ -88,9 +88,9 @@ def routers(tmp_path: Path, addresses: list[dict[str, Any]]) -> Iterator[list[Ro
 
 
 def loads(balancer: Balancer) -> list[Load]:
-    """Short streams, with gRPC placed by connection, and long ones, with gRPC placed by call."""
+    """Short streams, and long ones, with gRPC placed by call and by connection."""
     return [
-        Load(Front(balancer.http, balancer.grpc_l4)),
+        Load(Front(balancer.http, balancer.grpc_l7)),
         Load(Front(balancer.http, balancer.grpc_l7), LONG),
         Load(Front(balancer.http, balancer.grpc_l4), LONG),
     ]

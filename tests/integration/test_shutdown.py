@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,16 @@ def addresses() -> Iterator[list[dict[str, Any]]]:
         yield found
 
 
+def readiness(port: int) -> int:
+    """The status of ``/readyz`` on a connection of its own."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status
+
+
 def unready(port: int) -> bool:
     """Whether no worker is ready: each connection may lead to another."""
-    return {httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=30).status_code for _ in range(12)} == {503}
+    return {readiness(port) for _ in range(12)} == {503}
 
 
 def ask(port: int) -> httpx.Response:
@@ -66,20 +75,19 @@ def error_of(line: str) -> str:
     return str(json.loads(line.removeprefix("data: "))["error"]["message"])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 async def test_in_the_notice_nobody_is_refused_and_a_second_signal_ends_it_at_once(
-    tmp_path: Path, addresses: list[dict[str, Any]], workers: int
+    tmp_path: Path, addresses: list[dict[str, Any]]
 ) -> None:
-    with serving(tmp_path, addresses, workers=workers, notice_s=LONG_S, grace_s=LONG_S) as served:
+    with serving(tmp_path, addresses, notice_s=LONG_S, grace_s=LONG_S) as served:
         load = Load(served)
         async with streaming(served.http, ENDLESS) as lines:
-            async with load.running():
+            async with load.running(streams=4, callers=2, newcomers=2):
                 await load.more(5)
                 served.process.terminate()
                 await is_unready(served.http)
                 assert await asyncio.to_thread(unready, served.admin)
                 assert await health(served.grpc) == health_pb2.HealthCheckResponse.NOT_SERVING
-                await load.more()
+                await load.more(10)
             assert load.broken == []
             answer = await asyncio.to_thread(ask, served.http)
             assert (answer.status_code, answer.headers["connection"]) == (200, "close")
@@ -108,7 +116,7 @@ async def test_after_the_notice_newcomers_are_refused_and_streams_in_flight_end_
     tmp_path: Path, addresses: list[dict[str, Any]]
 ) -> None:
     with serving(tmp_path, addresses, notice_s=1.0, grace_s=60.0) as served:
-        tokens = 6 * TOKENS_PER_S
+        tokens = 4 * TOKENS_PER_S
         async with streaming(served.http, tokens) as one, streaming(served.http, tokens) as other:
             async with Client(f"127.0.0.1:{served.grpc}") as client:
                 stream = client.generate(MODEL, "x", max_tokens=tokens)
@@ -173,11 +181,11 @@ def test_a_second_signal_does_not_wait_for_a_worker_that_hangs(tmp_path: Path, a
 
 
 async def test_a_router_alone_gives_notice_and_can_be_hurried(addresses: list[dict[str, Any]]) -> None:
-    with router(addresses, "random", notice_s=LONG_S) as (process, http, _):
-        async with streaming(http, ENDLESS) as lines:
+    with router(addresses, "random", notice_s=LONG_S) as (process, port, _):
+        async with streaming(port, ENDLESS) as lines:
             os.kill(process, signal.SIGTERM)
-            await is_unready(http)
-            answer = await asyncio.to_thread(ask, http)
+            await is_unready(port)
+            answer = await asyncio.to_thread(ask, port)
             assert (answer.status_code, answer.headers["connection"]) == (200, "close")
             os.kill(process, signal.SIGTERM)
             assert [line async for line in lines if "shutting down" in line]
@@ -193,6 +201,6 @@ def test_a_router_is_ready_once_a_replica_is_and_not_before(tmp_path: Path, addr
         assert unready(port)
         found = Served(tmp_path, addresses, watched=True)
         found.write(http=port)
-        wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=30).status_code == 200, "it is ready")
+        wait_until(lambda: readiness(port) == 200, "it is ready")
         assert served.process.stdout is not None
         assert served.process.stdout.readline().startswith("ready ")
