@@ -22,8 +22,9 @@ from router.errors import (
     ReplicaLost,
     ShuttingDown,
 )
+from router.hold import Hold
 from router.lane.frames import CacheReport, End, Submit, unpack_chain
-from router.options import LimitOptions, PrefixOptions
+from router.options import HoldOptions, LimitOptions, PrefixOptions
 from router.prefix.prefixes import Prefixes
 from router.receipts import Explainer
 from router.types import CacheMode, Chain, Decision, Reason, Receipt, Request, Rpc, Snapshot
@@ -81,12 +82,14 @@ class Router:
         self.policy = First()
         options = LimitOptions(**({"no_replica_wait_s": 0.05} | limits))  # type: ignore[arg-type]
         self.admission = Admission(options.max_streams)
+        self.hold = Hold(HoldOptions(), options.no_replica_wait_s, self.fleet.router, time.monotonic)
         self.dispatcher = Dispatcher(
             self.admission,
             self.policy,
             "first",
             self.prefixes,
             self.fleet.router,
+            self.hold,
             options,
             self.notes,
             time.monotonic,
