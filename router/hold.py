@@ -119,7 +119,9 @@ class Hold:
             for place in tuple(queue.places):
                 assert isinstance(place, HeldRequest)
                 place.end(ShuttingDown("this router is shutting down", retry_after_s=1))
-        self._tell()
+        for model in self._told:
+            self._waker.wanted(model, 0)
+        self._told = {}
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -33,8 +33,8 @@ def joined(holding: Holding, *places: Place) -> list[Place]:
 
 def test_a_replica_gets_a_quarter_more_than_its_batch_and_no_more() -> None:
     assert room([view()]) == 10
-    assert room([view(depth=9)]) == 1
-    assert room([view(depth=4), view(depth=8)]) == 6 + 2
+    assert room([view(depth=9, leases=9)]) == 1
+    assert room([view(depth=4, leases=4), view(depth=8, leases=8)]) == 6 + 2
     assert room([view(batch=0)]) == BATCH + BATCH // 4
     assert room([]) == 0
 
