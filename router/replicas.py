@@ -357,7 +357,7 @@ class Replicas:
 
     def tried(self) -> None:
         """Some member's first lane is open, or could not be opened."""
-        if self._told and not self._settled and all(member.tried for member in self._members.values()):
+        if self._told and not self._settled and all(member.tried or member.gone for member in self._members.values()):
             self._settled = True
             self.changed()
 

@@ -76,6 +76,8 @@ class Metrics:
             ["model", "outcome"],
             registry=registry,
         )
+        self._held_models: dict[str, None] = {}
+        """Those whose requests ever had to wait: they go on to be shown, with 0."""
         self._prefixes = PrefixMetrics()
         registry.register(self._prefixes)
 
@@ -86,10 +88,11 @@ class Metrics:
 
     def watch_held(self, queues: Mapping[str, Queue]) -> None:
         """Shows who is held at each scrape."""
-        self._registry.register(_Held(queues))
+        self._registry.register(_Held(queues, self._held_models))
 
     def held(self, model: str, outcome: str, waited_s: float) -> None:
         """A request waits for a replica no longer, or could not (`router.hold.HoldObserver`)."""
+        self._held_models[model] = None
         self._held.labels(model, outcome).inc()
         if outcome != "refused":
             self._times.held.add(waited_s)
@@ -184,10 +187,9 @@ class _Times(Collector):
 class _Held(Collector):
     """Reads at each scrape who is held."""
 
-    def __init__(self, queues: Mapping[str, Queue]) -> None:
+    def __init__(self, queues: Mapping[str, Queue], known: dict[str, None]) -> None:
         self._queues = queues
-        self._known: dict[str, None] = {}
-        """Models that ever had to wait: they go on to be shown, with 0."""
+        self._known = known
 
     def collect(self) -> Iterator[Metric]:
         self._known.update(dict.fromkeys(self._queues))

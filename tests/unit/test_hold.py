@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import weakref
 from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
 
@@ -405,6 +407,26 @@ async def test_sinks_that_want_it_are_told_at_intervals_that_they_wait() -> None
         await all_of(tasks)
         assert names(engine) == ["r0", "r1", "deaf"]
         assert [sink.payloads for sink in sinks] == [[b"hello"], [b"hello"]]
+
+
+@pytest.mark.parametrize("served", [True, False])
+async def test_held_requests_leave_nothing_to_the_garbage_collector(served: bool) -> None:
+    async with holding(timeout_s=DEADLINE_S if served else 0.05) as router:
+        sink = RecordingSink()
+        left = weakref.ref(sink)
+        gc.disable()
+        try:
+            task = asyncio.create_task(router.dispatcher.run(make_request(), sink))
+            await eventually(lambda: router.waiting() == 1)
+            if served:
+                await router.replica("a")
+            await asyncio.wait([task], timeout=DEADLINE_S)
+            assert (task.exception() is None) is served
+            del sink, task
+            await asyncio.sleep(0)
+            assert left() is None
+        finally:
+            gc.enable()
 
 
 async def test_readiness_counts_a_model_that_may_be_held_once_membership_has_told_what_there_is() -> None:
