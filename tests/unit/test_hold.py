@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import random
 import weakref
 from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
@@ -12,7 +13,16 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from router.errors import DeadlineExceeded, HoldFull, KvlaneError, ModelNotFound, NoReplica, ReplicaLost, ShuttingDown
+from router.errors import (
+    DeadlineExceeded,
+    HoldFull,
+    KvlaneError,
+    ModelNotFound,
+    NoReplica,
+    ReplicaDraining,
+    ReplicaLost,
+    ShuttingDown,
+)
 from router.hold import LARGE_BODY_BYTES, SLICE
 from router.lane.frames import End
 from router.options import HoldOptions
@@ -427,6 +437,50 @@ async def test_held_requests_leave_nothing_to_the_garbage_collector(served: bool
             assert left() is None
         finally:
             gc.enable()
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_comes_and_goes_each_request_ends_once_and_nothing_is_left(seed: int) -> None:
+    rng = random.Random(seed)
+    async with holding() as router:
+        up: list[str] = []
+
+        def finish() -> None:
+            for name in up:
+                for out in router.fleet.engines[name].outs:
+                    if rng.random() < 0.5:
+                        out.data(b"hello", 1)
+                        out.end()
+
+        for step in range(120):
+            kind = rng.choice("aaaacuudf")
+            if kind == "a":
+                for _ in range(rng.randrange(1, 6)):
+                    router.ask(make_request(f"r{len(router.tasks)}"))
+            elif kind == "c" and router.tasks:
+                rng.choice(router.tasks).cancel()
+            elif kind == "u" and len(up) < 2:
+                await router.replica(f"e{step}", answers=False)
+                up.append(f"e{step}")
+                await router.fleet.until(lambda: router.fleet.ready() == len(up))
+            elif kind == "d" and up:
+                await router.fleet.replicas[up.pop(rng.randrange(len(up)))].close()
+            elif kind == "f":
+                finish()
+            for _ in range(rng.randrange(4)):
+                await asyncio.sleep(0)
+        await router.replica("last")
+        for name in up:
+            router.fleet.engines[name].respond = answer
+        async with asyncio.timeout(DEADLINE_S):
+            while not all(task.done() for task in router.tasks):
+                finish()
+                await asyncio.sleep(0.001)
+        lost = [e for task in router.tasks if not task.cancelled() and (e := task.exception()) is not None]
+        assert {type(error) for error in lost} <= {ReplicaLost, ReplicaDraining}  # Of three tries each.
+        assert len(router.notes.outcomes) + sum(task.cancelled() for task in router.tasks) >= len(router.tasks)
+        assert (router.hold.queues, router.hold._holding.bytes, router.admission.in_flight) == ({}, 0, 0)
+        await eventually(lambda: router.leases() == 0)
 
 
 async def test_readiness_counts_a_model_that_may_be_held_once_membership_has_told_what_there_is() -> None:
