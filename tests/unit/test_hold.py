@@ -288,7 +288,8 @@ async def test_only_a_replacement_is_bridged_for_models_that_never_scale_to_zero
     assert router.hold.limit_s("m") == 0.1
     with pytest.raises(NoReplica):
         await router.dispatcher.run(make_request(), RecordingSink())
-    assert (router.notes.holds, waker.told) == ([("m", "expired")], [])
+    await eventually(lambda: waker.told == [("m", 1), ("m", 0)])
+    assert router.notes.holds == [("m", "expired")]
     await router.fleet.close()
 
 

@@ -10,10 +10,11 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import httpx
+import msgspec
 import openai
 import pytest
 from kvlane.client import Client, Delta, KvlaneCallError
@@ -21,7 +22,7 @@ from kvlane.v1 import inference_pb2 as pb
 
 from engine.base import StreamOut
 from engine.replica import Replica
-from router.app import App
+from router.app import App, may_be_held
 from router.errors import ReplicaLost
 from router.lane.frames import Submit
 from router.options import (
@@ -182,6 +183,27 @@ async def in_order(count: int, ask: Callable[[int], Any], site: Site) -> list[as
 async def all_of(tasks: list[asyncio.Task[Any]]) -> list[Any]:
     async with asyncio.timeout(3 * DEADLINE_S):
         return await asyncio.gather(*tasks)
+
+
+class Scaling(msgspec.Struct, frozen=True):
+    min_replicas: int
+
+
+class ScaledEngine(EngineOptions, frozen=True):
+    autoscaling: Any = None
+
+
+@pytest.mark.parametrize(("enabled", "held"), [("auto", {"zero"}), ("always", {"zero", "one", "fixed"}), ("never", ())])
+def test_models_that_may_scale_to_zero_are_held_unless_it_is_told_otherwise(
+    enabled: Literal["auto", "always", "never"], held: set[str]
+) -> None:
+    engines = [
+        ScaledEngine(name="zero", autoscaling=Scaling(0)),
+        ScaledEngine(name="one", autoscaling=Scaling(1)),
+        ScaledEngine(name="fixed"),
+    ]
+    config = Config(hold=HoldOptions(enabled=enabled))
+    assert {engine.name for engine in engines if may_be_held(config, engine)} == set(held)
 
 
 async def test_a_model_at_zero_is_ready_listed_and_explained(tmp_path: Path) -> None:
