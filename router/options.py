@@ -139,6 +139,17 @@ class ShutdownOptions(Options, frozen=True):
     grace_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
 
 
+class HoldOptions(Options, frozen=True):
+    """Requests that wait, in order, for a model's first replica. Bounds are per router process: each worker has its
+    own."""
+
+    enabled: Literal["auto", "always", "never"] = "auto"  # Auto: models that may scale to zero; always: every model.
+    max_requests: Count = 10_000  # Of each model; half of limits.max_streams, so that other models still get through.
+    max_bytes: Bytes = 256 << 20  # Bodies of all of them; a few thousand long prompts. Beyond either bound: 503.
+    timeout_s: Seconds = 600.0  # A new node and a large model's start. Others wait for limits.no_replica_wait_s.
+    comment_interval_s: Annotated[float, msgspec.Meta(ge=0)] = 15.0  # Keeps balancers from cutting streams; 0: silence.
+
+
 class EngineOptions(Options, frozen=True):
     """One model's engine replicas, run by Ray Serve."""
 
@@ -182,6 +193,7 @@ class Config(Options, frozen=True):
     policy: PolicyOptions = PolicyOptions()
     prefix: PrefixOptions = PrefixOptions()
     limits: LimitOptions = LimitOptions()
+    hold: HoldOptions = HoldOptions()
     admin: AdminOptions = AdminOptions()
     engines: tuple[EngineOptions, ...] = ()
     ray: RayOptions = RayOptions()
