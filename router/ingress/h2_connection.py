@@ -22,6 +22,7 @@ from h2.settings import SettingCodes
 
 from router.errors import LOGGED_CHARS, cut
 from router.ingress import h2_frames
+from router.ingress.gate import CREDENTIALS
 from router.ingress.grpc_port import peer_name, speaks_h2
 from router.ingress.grpc_requests import FORWARDED
 from router.ingress.h2_call import H2Call
@@ -48,7 +49,7 @@ TLS_CLOSE_S: Final = 2.0
 _HELD_MESSAGES: Final = 8  # How many of the largest messages one connection's requests may hold unread.
 _UNREAD_STREAMS: Final = 16  # How many full buffers of answers one connection may leave unread in all.
 _STINGY_BYTES: Final = 64  # Windows that open by less make us send frame after frame of next to nothing.
-_WANTED: Final = frozenset(name.encode() for name in FORWARDED)
+_WANTED: Final = frozenset(name.encode() for name in (*FORWARDED, *CREDENTIALS))
 _PING: Final = b"kvlane\0\0"
 
 

@@ -27,6 +27,7 @@ from router.observe.loop_lag import LoopLag
 from router.observe.merge import Families, exposition_in_slices, merge, snapshot_in_slices
 from router.observe.policies import PolicyMetrics
 from router.observe.prefixes import PrefixMetrics
+from router.observe.security import SecurityMetrics
 from router.prefix.prefixes import Prefixes
 from router.replicas import Replicas
 from router.turns import in_turns
@@ -68,6 +69,8 @@ class Metrics:
         )
         self.policies = PolicyMetrics(registry)
         """What guards and shadows report to."""
+        self.security = SecurityMetrics(registry)
+        """What the gate, TLS ports and followed files report to."""
         self._prefixes = PrefixMetrics()
         registry.register(self._prefixes)
 
