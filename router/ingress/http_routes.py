@@ -151,7 +151,16 @@ class Routes:
         self._check(request.method, method, target.path)
         if len(request.body) >= large_json.LARGE_BYTES and not _is_form(request):
             return self._relay_large(request, target, method, request_id)
+        if request.key is not None and request.key.models is not None and _is_form(request):
+            return self._relay_form(request, target, method, request_id)
         return self._request(request, target, method, request_id, self._facts(request, target))
+
+    def _relay_form(
+        self, request: HttpRequest, target: Target, method: str, request_id: str
+    ) -> Generator[None, None, Request]:
+        """Of a client that may not name every model."""
+        model = yield from multipart.read_model_strictly(request.body, request.noted["content-type"])
+        return self._request(request, target, method, request_id, self._named(openai.Facts(model=model), model))
 
     def _relay_large(
         self, request: HttpRequest, target: Target, method: str, request_id: str

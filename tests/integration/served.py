@@ -24,7 +24,7 @@ from tests.integration.ray_local import alive, wait_until
 STOP_DEADLINE_S = 60.0
 TOKENS = 40
 _SAMPLE = re.compile(r"^(\w+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
-_READY = re.compile(r"^ready http=http://\S+:(\d+) grpc=\S+:(\d+) admin=http://\S+:(\d+)$")
+_READY = re.compile(r"^ready http=https?://\S+:(\d+) grpc=\S+:(\d+) admin=http://\S+:(\d+)$")
 
 
 class Served:
