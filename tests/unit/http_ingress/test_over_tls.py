@@ -6,12 +6,20 @@ import pytest
 
 from tests.unit.certificates import Certificate
 from tests.unit.http_ingress import serving
-from tests.unit.http_ingress.test_exchanges import (  # noqa: F401
-    test_echo_answers_many_connections_at_once,
-    test_every_error_before_the_first_byte_is_a_status_and_an_error_object,
+from tests.unit.http_ingress.test_exchanges import test_echo_answers_many_connections_at_once  # noqa: F401
+from tests.unit.http_ingress.test_handover import (  # noqa: F401
+    test_in_a_last_call_each_connection_gets_one_more_answer_that_says_so,
 )
-from tests.unit.http_ingress.test_large_answers import *  # noqa: F403
-from tests.unit.http_ingress.test_large_bodies import *  # noqa: F403
+from tests.unit.http_ingress.test_large_answers import (  # noqa: F401
+    test_a_large_answer_arrives_whole,
+    test_an_answer_that_becomes_longer_than_its_length_breaks_the_connection,
+    test_an_answer_until_the_connection_ends_is_whole_too,
+    test_large_and_small_payloads_arrive_in_order_and_the_connection_lives_on,
+)
+from tests.unit.http_ingress.test_large_bodies import (  # noqa: F401
+    test_a_client_that_leaves_while_its_body_is_read_is_forgotten,
+    test_a_large_request_is_relayed_untouched_and_others_are_answered_meanwhile,
+)
 from tests.unit.http_ingress.test_lifecycle import (  # noqa: F401
     test_a_client_that_does_not_read_loses_its_stream_and_no_other_does,
     test_a_client_that_leaves_before_its_task_began_runs_nothing,
