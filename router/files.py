@@ -34,23 +34,25 @@ class Followed:
         self._paths = paths
         self._read = read
         self._told = told
-        self._stamp = self._seen()
+        self._stamp: Stamp | None = None  # The first look reads them again: they may have changed since the start.
 
     def look(self) -> None:
         """Reads them where they have changed; never raises."""
         stamp = self._seen()  # Before they are read: what changes meanwhile is seen by the next look.
         if stamp == self._stamp:
             return
-        self._stamp = stamp
+        first, self._stamp = self._stamp is None, stamp
         try:
             self._read()
         except ConfigError as error:
             log.error("%s changed and cannot be used, the ones in use stay: %s", self._what, error.message)
             self._told(self._what, "failed")
+            return
         except Exception:
             log.exception("%s changed and could not be read, the ones in use stay", self._what)
             self._told(self._what, "failed")
-        else:
+            return
+        if not first:
             log.info("%s changed and are in use", self._what)
             self._told(self._what, "ok")
 

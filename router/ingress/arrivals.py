@@ -156,7 +156,7 @@ class Arrival(asyncio.Protocol, Generic[G]):
 
     def _client(self) -> str:
         where = self._beneath.get_extra_info("peername")
-        return f" to {where[0]}" if isinstance(where, tuple) else ""
+        return f" from {where[0]}" if isinstance(where, tuple) else ""
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if self._shaking is not None:

@@ -19,6 +19,7 @@ from router.ingress.gate import Gate
 from tests.unit import grpc_serving
 from tests.unit.certificates import Certificate
 from tests.unit.grpc_serving import PROMPT, SERVICE, Served, generate_on, hangs, says, serving, trailers, until, within
+from tests.unit.h2_peer import HEADERS, peer
 
 
 @pytest.fixture(params=["h2", "aio"], autouse=True)
@@ -139,7 +140,7 @@ async def test_clients_without_the_right_certificate_are_refused(
         assert len(served.dispatch.requests) == 1
         if edge == "h2":
             assert {reason for _, reason in served.handshakes} == {"no_certificate", "bad_certificate"}
-            assert "refused a TLS handshake at the grpc port to 127.0.0.1: no_certificate" in caplog.text
+            assert "refused a TLS handshake at the grpc port from 127.0.0.1: no_certificate" in caplog.text
 
 
 async def test_new_certificates_are_served_and_open_streams_go_on(
@@ -167,3 +168,17 @@ async def test_new_certificates_are_served_and_open_streams_go_on(
             streaming.cancel()
             await within(served.dispatch.cancelled.wait())
     await until(lambda: len(asyncio.all_tasks()) == 1)
+
+
+@pytest.mark.parametrize("spoilt", ["{} ", "{}\n", "{}\0"])
+async def test_a_key_in_a_malformed_header_is_not_logged(
+    locked: Locked, edge: str, spoilt: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if edge != "h2":
+        pytest.skip("grpc's own server logs nothing of the kind")
+    caplog.set_level("DEBUG", logger="router")
+    async with serving(says("a"), gate=locked.gate) as served, peer(served) as client:
+        client.call(1, headers=(*HEADERS, ("authorization", spoilt.format(f"Bearer {locked.all}"))))
+        assert await client.end() is not None
+    assert "broke the protocol" in caplog.text
+    assert locked.all[-20:] not in caplog.text

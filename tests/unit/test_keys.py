@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from router import files, keys
+from router import files, keys, workers
 from router.__main__ import main
 from router.errors import ConfigError, KeyRefused, ModelForbidden
 from router.ingress.gate import Gate
 from router.ingress.refusals import BURST, RefusalLog
+from router.options import Config, LogOptions
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -200,3 +201,10 @@ def test_the_command_makes_keys_and_lists_them(tmp_path: Path, capsys: pytest.Ca
     assert re.fullmatch(r"team-a  [0-9a-f]{12}  big, tiny  expires 2030-01-01 00:00:00\+00:00\n", line)
     assert main(["key", "new", "--name", "a\tb"]) == 2
     assert main(["key", "new", "--name", "a", "--expires", "soon"]) == 2
+
+
+def test_no_log_level_has_a_library_tell_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    hpack = logging.getLogger("hpack.hpack")
+    workers.log_to_stderr(Config(log=LogOptions(level="debug")))
+    assert not hpack.isEnabledFor(logging.DEBUG)

@@ -115,7 +115,7 @@ async def test_clients_without_the_right_certificate_are_refused_and_told_so(
         assert "ALERT" in await _is_turned_away(serving, client(None))
         assert "ALERT" in await _is_turned_away(serving, client(certificates["stranger"]))
         assert serving.handshakes == [("http", "no_certificate"), ("http", "bad_certificate")]
-        assert "refused a TLS handshake at the http port to 127.0.0.1: no_certificate" in caplog.text
+        assert "refused a TLS handshake at the http port from 127.0.0.1: no_certificate" in caplog.text
         right.write(get("/healthz"))
         assert (await right.answer()).status == 200
         await right.close()
