@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import inspect
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from typing import Any
 import msgspec
 
 from router import config as config_files
+from router import keys
 from router.errors import ConfigError
 from router.fields import expected
 from router.options import Config
@@ -67,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
 
     policies = commands.add_parser("policies", help="list the installed policies and their options")
     policies.set_defaults(run=_policies)
+
+    key = commands.add_parser("key", help="make API keys for auth.keys_file, and list those of such a file")
+    keys_commands = key.add_subparsers(required=True, metavar="COMMAND")
+    new = keys_commands.add_parser("new", help="print a new key to standard error and its entry to standard output")
+    new.add_argument("--name", required=True, metavar="TENANT", help="whose it is; stands in logs and metrics")
+    new.add_argument("--model", action="append", default=[], metavar="MODEL", help="for this model (again: and this)")
+    new.add_argument("--expires", metavar="YYYY-MM-DD", help="the day, in UTC, at whose beginning it ceases")
+    new.set_defaults(run=_new_key)
+    listed = keys_commands.add_parser("list", help="validate a keys file and list what is in it")
+    listed.add_argument("file")
+    listed.set_defaults(run=_list_keys)
 
     shown = commands.add_parser("version", help="print the version")
     shown.set_defaults(run=_version)
@@ -154,6 +168,28 @@ def _default(option: msgspec.structs.FieldInfo) -> str:
         return "required"
     factory: Any = option.default_factory
     return f"default {(option.default if factory is msgspec.NODEFAULT else factory())!r}"
+
+
+def _new_key(arguments: argparse.Namespace) -> int:
+    try:
+        expires = None if arguments.expires is None else datetime.date.fromisoformat(arguments.expires)
+    except ValueError:
+        raise ConfigError(f"--expires {arguments.expires}: expected YYYY-MM-DD") from None
+    text, entry = keys.new(arguments.name, arguments.model, expires)
+    sys.stdout.write(entry)
+    sys.stdout.flush()  # Before the key, which is worth nothing without it.
+    print(f"# The key, shown this once; what stands above is for auth.keys_file:\n{text}", file=sys.stderr)
+    return 0
+
+
+def _list_keys(arguments: argparse.Namespace) -> int:
+    for key in keys.read(arguments.file).values():
+        models = "all models" if key.models is None else ", ".join(sorted(key.models)) or "no model"
+        expires = (
+            datetime.datetime.fromtimestamp(key.expires_at, datetime.UTC) if key.expires_at < math.inf else "never"
+        )
+        print(f"{key.tenant}  {key.id}  {models}  expires {expires}")
+    return 0
 
 
 def _version(_: argparse.Namespace) -> int:

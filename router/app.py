@@ -20,7 +20,9 @@ from router.admission import Admission
 from router.dispatch import Dispatcher
 from router.errors import ConfigError
 from router.hold import Hold
+from router.files import Followed, follow
 from router.ingress.admin import AdminPort
+from router.ingress.gate import Gate
 from router.ingress.grpc import GrpcIngress
 from router.ingress.http import HttpIngress
 from router.lane.carriers import Carrier, SocketCarrier
@@ -121,6 +123,7 @@ class App:
         self._membership = _membership(config, joined)
         self._metrics.watch(self._admission, self.replicas, self.prefixes, self._connections)
         self._metrics.watch_held(self._hold.queues)
+        self._gate = Gate(config.auth.keys_file, self._metrics.security.key_refused) if config.auth.keys_file else None
         self._admin: AdminPort | None = None
         self._http: HttpIngress | None = None
         self._grpc: GrpcIngress | None = None
@@ -153,6 +156,8 @@ class App:
                     self.replicas,
                     metrics=self._page,
                     refused=self._metrics.refused,
+                    handshake_refused=self._metrics.security.handshake_refused,
+                    gate=self._gate,
                 )
                 if shared is None:
                     self.http_port = await self._http.start()
@@ -163,6 +168,8 @@ class App:
                     self.replicas,
                     reuse_port=shared is not None,
                     refused=self._metrics.refused,
+                    handshake_refused=self._metrics.security.handshake_refused,
+                    gate=self._gate,
                 )
                 if shared is None:
                     self.grpc_port = await self._grpc.start()
@@ -171,6 +178,22 @@ class App:
         except (OSError, RuntimeError) as error:
             await self.stop(0)
             raise ConfigError(f"cannot listen: {error}") from error
+        if followed := self._followed():
+            self._tasks.append(asyncio.create_task(follow(followed), name="rotation"))
+            self._tasks[-1].add_done_callback(_report)
+
+    def _followed(self) -> list[Followed]:
+        """Keys and certificates, which others may rotate while this process runs."""
+        security, found = self._metrics.security, []
+        if self._gate is not None:
+            security.watch_tenants(self._gate.asked)
+            found.append(Followed("keys", [self._gate.path], self._gate.reload, security.read_again))
+        for name, ingress in (("http", self._http), ("grpc", self._grpc)):
+            tls = ingress.tls if ingress is not None else None
+            if tls is not None:
+                security.watch_certificate(name, tls.expiry)
+                found.append(Followed(f"{name} certificates", tls.paths, tls.load, security.read_again))
+        return found
 
     async def wait_ready(self, ready: bool = True) -> None:
         """Returns once every required model has a ready replica or may be held, or else once some has none."""

@@ -277,11 +277,12 @@ def _ingress_conflicts(config: Config) -> Iterator[str]:
         yield "http.enabled: both http.enabled and grpc.enabled are false, so that nobody could reach the router"
     if http.enabled and grpc.enabled and http.port == grpc.port != 0:
         yield f"grpc.port: {grpc.port} is http.port too; each needs its own (0 takes any free one)"
-    if bool(grpc.tls_cert_file) != bool(grpc.tls_key_file):
-        given, absent = ("cert", "key") if grpc.tls_cert_file else ("key", "cert")
-        yield f"grpc.tls_{absent}_file: missing; grpc.tls_{given}_file is set and needs it"
-    if grpc.tls_client_ca_file and not grpc.tls_cert_file:
-        yield "grpc.tls_cert_file: missing; grpc.tls_client_ca_file is set and needs it"
+    for section, tls in (("http", http), ("grpc", grpc)):
+        if bool(tls.tls_cert_file) != bool(tls.tls_key_file):
+            given, absent = ("cert", "key") if tls.tls_cert_file else ("key", "cert")
+            yield f"{section}.tls_{absent}_file: missing; {section}.tls_{given}_file is set and needs it"
+        if tls.tls_client_ca_file and not tls.tls_cert_file:
+            yield f"{section}.tls_cert_file: missing; {section}.tls_client_ca_file is set and needs it"
 
 
 def _member_conflicts(config: Config) -> Iterator[str]:

@@ -59,7 +59,8 @@ def address_line(config: Config, http_port: int, grpc_port: int, admin_port: int
     """What a router prints once it serves: where."""
     words = ["ready"]
     if config.http.enabled:
-        words.append(f"http=http://{config.http.host}:{http_port}")
+        scheme = "https" if config.http.tls_cert_file else "http"
+        words.append(f"http={scheme}://{config.http.host}:{http_port}")
     if config.grpc.enabled:
         words.append(f"grpc={config.grpc.host}:{grpc_port}")
     if config.admin.enabled:

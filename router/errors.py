@@ -39,6 +39,10 @@ class KvlaneError(Exception):
     fault: ClassVar[Fault] = Fault.ROUTER
     retryable: ClassVar[bool] = False
     """True where the same request may succeed on another replica or a moment later."""
+    openai_code: ClassVar[str] = ""
+    """OpenAI's own word for it in its error object; empty leaves the HTTP status there, as vLLM does."""
+    logged: ClassVar[bool] = False
+    """Whoever raised it has logged it, so that a flood of them is no flood of lines."""
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -82,6 +86,30 @@ class MethodNotAllowed(InvalidRequest):
     def __init__(self, message: str, *, allow: tuple[str, ...]) -> None:
         super().__init__(message)
         self.allow = allow
+
+
+class KeyRefused(KvlaneError):
+    """The client showed no API key, or none that is valid."""
+
+    name = "invalid_api_key"
+    http_status = 401
+    grpc_status = "UNAUTHENTICATED"
+    openai_type = "AuthenticationError"
+    openai_code = "invalid_api_key"
+    fault = Fault.CLIENT
+    logged = True
+
+
+class ModelForbidden(KvlaneError):
+    """The client's API key is not for this model."""
+
+    name = "model_forbidden"
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
+    openai_type = "PermissionDeniedError"
+    openai_code = "model_forbidden"
+    fault = Fault.CLIENT
+    logged = True
 
 
 class RequestTimeout(InvalidRequest):

@@ -38,6 +38,9 @@ class HttpOptions(Options, frozen=True):
     cors_origins: tuple[str, ...] = ("*",)  # As vLLM's own server; empty turns CORS off.
     default_model: str = ""  # Model of requests that name none; empty refuses them.
     trust_request_id: bool = True  # Clients' x-request-id is kept; false makes up a new one.
+    tls_cert_file: str = ""  # PEM chain; empty serves plaintext. All three are read again when they change.
+    tls_key_file: str = ""
+    tls_client_ca_file: str = ""  # Set: clients must show a certificate that this CA signed.
 
 
 class GrpcOptions(Options, frozen=True):
@@ -56,10 +59,16 @@ class GrpcOptions(Options, frozen=True):
     keepalive_timeout_s: Seconds = 20.0
     idle_timeout_s: Seconds = 1800.0  # A connection without calls; its client opens another when it needs one.
     max_connections: Count = 10_000  # As over HTTP.
-    tls_cert_file: str = ""  # PEM chain; empty serves plaintext.
+    tls_cert_file: str = ""  # PEM chain; empty serves plaintext. All three are read again when they change.
     tls_key_file: str = ""
     tls_client_ca_file: str = ""  # Set: clients must show a certificate that this CA signed.
     reflection: bool = True
+
+
+class AuthOptions(Options, frozen=True):
+    """API keys that clients of HTTP and gRPC must show."""
+
+    keys_file: str = ""  # TOML of `kvlane key new`, hashes only; read again when it changes. Empty lets everybody in.
 
 
 class LaneOptions(Options, frozen=True):
@@ -188,6 +197,7 @@ class Config(Options, frozen=True):
 
     http: HttpOptions = HttpOptions()
     grpc: GrpcOptions = GrpcOptions()
+    auth: AuthOptions = AuthOptions()
     lane: LaneOptions = LaneOptions()
     membership: MembershipOptions = MembershipOptions()
     policy: PolicyOptions = PolicyOptions()

@@ -102,6 +102,8 @@ class Request(msgspec.Struct, frozen=True):
     priority: int = 0
     timeout_s: float | None = None
     """Time left until the caller's own deadline; None where it set none."""
+    tenant: str = ""
+    """Whose API key it came with; empty where none is asked for. Stays in the router."""
 
 
 class CacheMode(enum.StrEnum):

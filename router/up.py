@@ -147,9 +147,12 @@ def _up(config: Config, stack: ExitStack) -> None:
     addresses = dict(word.split("=", 1) for word in line.split()[1:])
     model = model_name(config.engines[0])
     try:
-        if "http" in addresses:
+        if config.auth.keys_file:
+            console.print("note: no demo, since the router asks for API keys", style="yellow")
+            return
+        if addresses.get("http", "").startswith("http://"):
             demo.over_http(console, addresses["http"], model)
-        if "grpc" in addresses:
+        if "grpc" in addresses and not config.grpc.tls_cert_file:
             demo.over_grpc(console, addresses["grpc"], model)
     except demo.DemoFailed as error:
         raise StartFailed(str(error)) from error

@@ -58,6 +58,7 @@ def log_to_stderr(config: Config) -> None:
         stream=sys.stderr,
         format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s",
     )
+    logging.getLogger("hpack").setLevel(logging.INFO)  # Below that it tells every header, keys among them.
 
 
 def say(line: str) -> None:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from router.ingress.base import Dispatch, Fleet
+from router.ingress.gate import Gate
 from router.ingress.grpc_call import Edge
 from router.ingress.grpc_health import Health, standard_services
 from router.ingress.grpc_requests import SERVICE
 from router.ingress.grpc_service import InferenceService
+from router.ingress.tls import server_tls
 from router.options import GrpcOptions
 
 WATCH_S: Final = 1.0
@@ -37,12 +39,17 @@ class GrpcIngress:
         reuse_port: bool = False,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
         refused: Callable[[str, str], None] = lambda rpc, error: None,
+        handshake_refused: Callable[[str, str], None] = lambda section, reason: None,
+        gate: Gate | None = None,
     ) -> None:
-        """`refused` is called with ``"grpc"`` and the error's name for each error answered without dispatch."""
+        """`refused` is called with ``"grpc"`` and the error's name for each error answered without dispatch,
+        `handshake_refused` with ``"grpc"`` and the cause. Raises `ConfigError` for TLS files that cannot be used."""
         self._options = options
+        self.tls = server_tls("grpc", options, ["h2"])
+        self._handshake_refused = handshake_refused
         self._reuse_port = reuse_port
         self._health = Health()
-        self._service = InferenceService(options, dispatch, fleet, new_id, refused)
+        self._service = InferenceService(options, dispatch, fleet, new_id, refused, gate)
         self._edge: Edge | None = None
         self._stopping = False
 
@@ -90,10 +97,18 @@ class GrpcIngress:
         if self._options.edge == "aio":
             from router.ingress.grpc_aio import AioEdge
 
-            return AioEdge(self._options, SERVICE, handlers, standard, reuse_port=self._reuse_port)
+            return AioEdge(self._options, SERVICE, handlers, standard, reuse_port=self._reuse_port, tls=self.tls)
         from router.ingress.h2_edge import H2Edge
 
-        return H2Edge(self._options, SERVICE, handlers, standard, reuse_port=self._reuse_port)
+        return H2Edge(
+            self._options,
+            SERVICE,
+            handlers,
+            standard,
+            reuse_port=self._reuse_port,
+            tls=self.tls,
+            handshake_refused=self._handshake_refused,
+        )
 
     async def set_ready(self, ready: bool) -> None:
         """What the standard health service answers for the server and for `Inference`."""

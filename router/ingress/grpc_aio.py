@@ -18,8 +18,9 @@ import grpc.aio
 from router.ingress.grpc_call import Handler
 from router.ingress.grpc_errors import Trailers
 from router.ingress.grpc_health import Methods
-from router.ingress.grpc_port import bind, server_options, tls_context
+from router.ingress.grpc_port import bind, server_options
 from router.ingress.grpc_sink import StreamSink, check_room, route_message
+from router.ingress.tls import Tls
 from router.options import GrpcOptions
 
 STATUS_S: Final = 5.0
@@ -44,11 +45,13 @@ class AioEdge:
         standard: Mapping[str, Methods],
         *,
         reuse_port: bool,
+        tls: Tls | None = None,
     ) -> None:
         """`handlers` are the service's own, `standard` are grpc's servicers by service name."""
         self.abandoned = False
         self._options = options
         self._reuse_port = reuse_port
+        self._tls = tls
         # The handlers read their one request themselves (as if requests were streams): grpc.aio's own reading leaves a
         # call that sends none without any answer. No serializers: bytes in, bytes out.
         own: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -58,11 +61,11 @@ class AioEdge:
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> int:
-        """Listens; returns the port bound. Raises `ConfigError` where address or TLS files cannot be used."""
+        """Listens; returns the port bound. Raises `ConfigError` where the address cannot be used."""
         server = grpc.aio.server(options=server_options(self._options, reuse_port=self._reuse_port))
         for name, methods in self._services.items():
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
-        port = bind(server, self._options)
+        port = bind(server, self._options, self._tls)
         await server.start()
         self._server = server
         return port
@@ -72,7 +75,6 @@ class AioEdge:
 
         What waits to be accepted there when it ends is reset.
         """
-        tls_context(self._options)  # What cannot be used is refused at once, as by the other edge.
         if socks and self._server is None:
             await self.start()
 

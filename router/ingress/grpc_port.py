@@ -1,4 +1,4 @@
-"""The gRPC server's port: its arguments, its address, and TLS.
+"""The gRPC server's port: its arguments, its address, and TLS as grpc's own server takes it.
 
 Rule: whatever cannot be used is a `ConfigError` that names the option at fault.
 """
@@ -6,13 +6,14 @@ Rule: whatever cannot be used is a `ConfigError` that names the option at fault.
 from __future__ import annotations
 
 import asyncio
-import ssl
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import grpc
 import grpc.aio
 
 from router.errors import ConfigError
+from router.ingress.tls import Tls
 from router.options import GrpcOptions
 
 
@@ -33,10 +34,10 @@ def server_options(options: GrpcOptions, *, reuse_port: bool) -> list[tuple[str,
     ]
 
 
-def bind(server: grpc.aio.Server, options: GrpcOptions) -> int:
+def bind(server: grpc.aio.Server, options: GrpcOptions, tls: Tls | None) -> int:
     """Opens the configured port, with TLS where it is configured; returns its number. Raises `ConfigError`."""
     to = address(options)
-    credentials = _credentials(options)
+    credentials = None if tls is None else _credentials(tls)
     try:
         port = server.add_secure_port(to, credentials) if credentials else server.add_insecure_port(to)
     except RuntimeError as error:
@@ -51,52 +52,25 @@ def address(options: GrpcOptions) -> str:
     return f"[{options.host}]:{options.port}" if ":" in options.host else f"{options.host}:{options.port}"
 
 
-def tls_context(options: GrpcOptions) -> ssl.SSLContext | None:
-    """TLS where it is configured, for HTTP/2 alone. Raises `ConfigError` on files that cannot be used."""
-    if not options.tls_cert_file and not options.tls_key_file:
-        if options.tls_client_ca_file:
-            raise ConfigError("grpc.tls_client_ca_file needs grpc.tls_cert_file and grpc.tls_key_file")
-        return None
-    if not options.tls_cert_file or not options.tls_key_file:
-        raise ConfigError("grpc.tls_cert_file and grpc.tls_key_file go together")
-    for option in ("tls_cert_file", "tls_key_file", "tls_client_ca_file"):
-        if path := getattr(options, option):
-            _read(path, f"grpc.{option}")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["h2"])
-    try:
-        # An empty password: an encrypted key is refused here instead of asking for its password on the terminal.
-        context.load_cert_chain(options.tls_cert_file, options.tls_key_file, password="")
-    except ssl.SSLError as error:
-        raise ConfigError(
-            f"TLS: {options.tls_cert_file} and {options.tls_key_file} are no certificate chain with its key: {error}"
-        ) from error
-    if options.tls_client_ca_file:
-        context.verify_mode = ssl.CERT_REQUIRED
-        try:
-            context.load_verify_locations(options.tls_client_ca_file)
-        except ssl.SSLError as error:
-            raise ConfigError(f"TLS: {options.tls_client_ca_file} holds no certificate: {error}") from error
-    return context
+def _credentials(tls: Tls) -> grpc.ServerCredentials:
+    """TLS for grpc, which asks for the files at each handshake. It tells nobody of handshakes that fail."""
+    given = tls.pems
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:  # Called in grpc's own threads.
+        nonlocal given
+        if given is tls.pems:
+            return None
+        given = tls.pems
+        return _certificates(given)
+
+    first = _certificates(given)
+    fetcher = cast("Callable[[], grpc.ServerCertificateConfiguration]", changed)  # None stands for no news.
+    return grpc.dynamic_ssl_server_credentials(first, fetcher, require_client_authentication=given[2] is not None)
 
 
-def _credentials(options: GrpcOptions) -> grpc.ServerCredentials | None:
-    """The same for grpc, which says of files that it cannot use no more than that it cannot bind."""
-    if tls_context(options) is None:
-        return None
-    chain = _read(options.tls_cert_file, "grpc.tls_cert_file")
-    key = _read(options.tls_key_file, "grpc.tls_key_file")
-    roots = _read(options.tls_client_ca_file, "grpc.tls_client_ca_file") if options.tls_client_ca_file else None
-    return grpc.ssl_server_credentials([(key, chain)], root_certificates=roots, require_client_auth=roots is not None)
-
-
-def _read(path: str, option: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise ConfigError(f"{option}: cannot read {path}: {error.strerror}") from error
+def _certificates(pems: tuple[bytes, bytes, bytes | None]) -> grpc.ServerCertificateConfiguration:
+    chain, key, ca = pems
+    return grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=ca)
 
 
 def peer_name(address: Any) -> str:

@@ -29,6 +29,7 @@ from router.errors import (
 )
 from router.ingress import grpc_large, request_ids
 from router.ingress.base import Dispatch, Fleet
+from router.ingress.gate import Gate, visible
 from router.ingress.grpc_call import Call, Handler
 from router.ingress.grpc_errors import render
 from router.ingress.grpc_requests import (
@@ -40,6 +41,7 @@ from router.ingress.grpc_requests import (
     models_request,
 )
 from router.ingress.grpc_sink import StreamSink, UnarySink
+from router.keys import Key
 from router.options import GrpcOptions
 from router.turns import in_turns
 from router.types import Request
@@ -59,9 +61,11 @@ class InferenceService:
         fleet: Fleet,
         new_id: Callable[[], str],
         refused: Callable[[str, str], None],
+        gate: Gate | None = None,
     ) -> None:
         """`refused` is called with ``"grpc"`` and the error's name for each error answered without dispatch."""
         self._options = options
+        self._gate = gate
         self._dispatch = dispatch
         self._fleet = fleet
         self._new_id = new_id
@@ -119,6 +123,8 @@ class InferenceService:
 
     async def _answered(self, asked: _Asked, handler: Callable[[_Asked], Awaitable[None]]) -> None:
         try:
+            if self._gate is not None:  # Before anything of its request is read.
+                asked.key = self._gate.admit("grpc", asked.call.metadata())
             await handler(asked)
             return
         except KvlaneError as error:
@@ -182,6 +188,9 @@ class InferenceService:
             request = await in_turns(grpc_large.read(asked.method, body, caller, lambda: asked.request_id))
         if not request.lora and self._fleet.parent(request.model):  # An adapter asked for by its own name.
             request = msgspec.structs.replace(request, lora=request.model)
+        if self._gate is not None and asked.key is not None:
+            self._gate.check_model("grpc", asked.key, request.model, request.lora)
+            request = msgspec.structs.replace(request, tenant=asked.key.tenant)
         asked.request_id = request.request_id
         if timeout_s is not None and timeout_s <= 0:
             raise DeadlineExceeded("the deadline passed before the request was read")
@@ -218,7 +227,7 @@ class InferenceService:
                 max_model_len=status.card.max_model_len,
                 ready_replicas=status.ready_replicas,
             )
-            for status in self._fleet.models()
+            for status in visible(self._fleet.models(), asked.key)
         ]
         await asked.call.answer(pb.ModelsResponse(models=models).SerializeToString())
 
@@ -226,13 +235,15 @@ class InferenceService:
 class _Asked:
     """One call, and who it is in the logs."""
 
-    __slots__ = ("call", "dispatched", "method", "request_id", "task")
+    __slots__ = ("call", "dispatched", "key", "method", "request_id", "task")
 
     def __init__(self, method: str, call: Call, task: asyncio.Task[object]) -> None:
         self.method = method
         self.call = call
         self.task = task
         self.request_id = ""
+        self.key: Key | None = None
+        """The API key that let it in, where keys are asked for."""
         self.dispatched = False
         """Dispatch has it, and counts how it ends."""
 
@@ -242,5 +253,7 @@ class _Asked:
 
 
 def _log_failure(asked: _Asked, error: KvlaneError) -> None:
+    if error.logged:
+        return
     level = logging.INFO if error.fault is Fault.CLIENT else logging.WARNING
     log.log(level, "%s: %s: %r", asked.described(), error.name, cut(error.message, LOGGED_CHARS))

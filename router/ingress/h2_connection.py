@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 from typing import Final, cast
 
 from h2.errors import ErrorCodes
@@ -22,6 +23,7 @@ from h2.settings import SettingCodes
 
 from router.errors import LOGGED_CHARS, cut
 from router.ingress import h2_frames
+from router.ingress.gate import CREDENTIALS
 from router.ingress.grpc_port import peer_name, speaks_h2
 from router.ingress.grpc_requests import FORWARDED
 from router.ingress.h2_call import H2Call
@@ -48,7 +50,9 @@ TLS_CLOSE_S: Final = 2.0
 _HELD_MESSAGES: Final = 8  # How many of the largest messages one connection's requests may hold unread.
 _UNREAD_STREAMS: Final = 16  # How many full buffers of answers one connection may leave unread in all.
 _STINGY_BYTES: Final = 64  # Windows that open by less make us send frame after frame of next to nothing.
-_WANTED: Final = frozenset(name.encode() for name in FORWARDED)
+_WANTED: Final = frozenset(name.encode() for name in (*FORWARDED, *CREDENTIALS))
+_QUOTED: Final = re.compile(r" b['\"]")
+"""Where h2 begins to quote a client's header, whose value may be a key."""
 _PING: Final = b"kvlane\0\0"
 
 
@@ -99,8 +103,9 @@ class Connection(asyncio.Protocol):
 
     def _failed(self, error: Exception) -> None:
         if isinstance(error, ProtocolError):
-            log.info("%s broke the protocol: %r", self.peer_name, cut(str(error), LOGGED_CHARS))
-            self._goodbye(error.error_code, str(error).encode(errors="replace")[:64])
+            what = _QUOTED.split(str(error), maxsplit=1)[0]
+            log.info("%s broke the protocol: %r", self.peer_name, cut(what, LOGGED_CHARS))
+            self._goodbye(error.error_code, what.encode(errors="replace")[:64])
         else:
             log.error("a defect in the HTTP/2 edge; %s loses its connection", self.peer_name, exc_info=error)
             self._goodbye(ErrorCodes.INTERNAL_ERROR)

@@ -8,20 +8,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import grpc
 
 from router.errors import ConfigError, KvlaneError
+from router.ingress.arrivals import Door
 from router.ingress.grpc_call import Call, Handler
 from router.ingress.grpc_health import Methods
-from router.ingress.grpc_port import address, tls_context
+from router.ingress.grpc_port import address
 from router.ingress.h2_call import H2Call
-from router.ingress.h2_connection import CLOSE_S, HANDSHAKE_S, Connection
+from router.ingress.h2_connection import CLOSE_S, Connection
 from router.ingress.h2_servicers import served
 from router.ingress.reception import BACKLOG, Reception
+from router.ingress.tls import Tls
 from router.options import GrpcOptions
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class H2Edge:
         standard: Mapping[str, Methods],
         *,
         reuse_port: bool,
+        tls: Tls | None = None,
+        handshake_refused: Callable[[str, str], None] = lambda section, reason: None,
     ) -> None:
         """`handlers` are the service's own, `standard` are grpc's servicers by service name."""
         self.options = options
@@ -54,11 +57,12 @@ class H2Edge:
         self._reception: Reception[Connection] = Reception(self._open)
         self._connections = self._reception.guests
         self._tasks: set[asyncio.Task[None]] = set()
-        self._tls: ssl.SSLContext | None = None
+        self._tls = tls
+        self._handshake_refused = handshake_refused
         self._timer: asyncio.TimerHandle | None = None
 
     async def start(self) -> int:
-        """Listens; returns the port bound. Raises `ConfigError` where address or TLS files cannot be used."""
+        """Listens; returns the port bound. Raises `ConfigError` where the address cannot be used."""
         options = self.options
         self._begin()
         try:
@@ -67,28 +71,30 @@ class H2Edge:
             raise ConfigError(f"the gRPC ingress cannot listen on {address(options)}: {error}") from error
 
     async def listen(self, socks: Sequence[socket.socket]) -> None:
-        """As `Edge.listen`. Raises `ConfigError` for TLS files that cannot be used."""
+        """As `Edge.listen`."""
         self._begin()
         await self._reception.listen(socks)
 
     def _begin(self) -> None:
         if self._timer is None:
-            self._tls = tls_context(self.options)
             self._reception.begin()
             self._tick(asyncio.get_running_loop())
 
     async def _open(self, **where: Any) -> asyncio.Server:
-        tls, loop = self._tls, asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         if "sock" not in where and self._reuse_port:
             where["reuse_port"] = True
-        return await loop.create_server(
-            lambda: Connection(self, loop),
-            ssl=tls,
-            ssl_handshake_timeout=HANDSHAKE_S if tls else None,
-            ssl_shutdown_timeout=CLOSE_S if tls else None,
-            backlog=BACKLOG,
-            **where,
+        if self._tls is None:
+            return await loop.create_server(lambda: Connection(self, loop), backlog=BACKLOG, **where)
+        door = Door(
+            self._tls,
+            self._reception,
+            lambda _: Connection(self, loop),
+            limit=self.options.max_connections,
+            shutdown_s=CLOSE_S,
+            refused=self._handshake_refused,
         )
+        return await loop.create_server(door.arrival, backlog=BACKLOG, **where)
 
     def notice(self, limit_s: float) -> None:
         """As `Edge.notice`."""

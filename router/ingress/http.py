@@ -14,16 +14,20 @@ from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from typing import Any, Final
 
+from router.ingress.arrivals import Door
 from router.ingress.base import Dispatch, Fleet
 from router.ingress.cors import Cors
+from router.ingress.gate import Gate
 from router.ingress.http_connection import Connection, Pages
 from router.ingress.http_routes import Metrics, Routes
 from router.ingress.reception import BACKLOG, Reception
+from router.ingress.tls import server_tls
 from router.options import HttpOptions
 
 SWEEP_INTERVAL_S: Final = 0.5
 """How late a deadline may be noticed."""
 _REFUSALS: Final = 256  # Connections above the limit that may be told so at one time; more are dropped unheard.
+_CLOSING_S: Final = 3600.0  # Over TLS; a connection's own deadlines, which see whether its client reads, end it sooner.
 _FLUSH_S: Final = 1.0  # For the last words to connections that were ended.
 
 
@@ -39,8 +43,10 @@ class HttpServer:
         clock: Callable[[], float],
         wall: Callable[[], float],
         refused: Callable[[str, str], None],
+        handshake_refused: Callable[[str, str], None] = lambda section, reason: None,
     ) -> None:
-        """`refused` is called with ``"http"`` and the error's name for each error answered without dispatch."""
+        """`refused` is called with ``"http"`` and the error's name for each error answered without dispatch,
+        `handshake_refused` with ``"http"`` and the cause. Raises `ConfigError` for TLS files that cannot be used."""
         self.options = options
         self.dispatch = dispatch
         self.cors = Cors(options.cors_origins)
@@ -49,6 +55,8 @@ class HttpServer:
         self.refused = refused
         self._wall = wall
         self._date = ""
+        self.tls = server_tls("http", options, ["http/1.1"])
+        self._handshake_refused = handshake_refused
         self._reception: Reception[Connection] = Reception(self._open)
         self._connections = self._reception.guests
         self._orphans: set[asyncio.Task[None]] = set()
@@ -74,7 +82,17 @@ class HttpServer:
 
     async def _open(self, **where: Any) -> asyncio.Server:
         loop = asyncio.get_running_loop()
-        return await loop.create_server(lambda: Connection(self, loop), backlog=BACKLOG, **where)
+        if self.tls is None:
+            return await loop.create_server(lambda: Connection(self, loop), backlog=BACKLOG, **where)
+        door = Door(
+            self.tls,
+            self._reception,
+            lambda beneath: Connection(self, loop, beneath),
+            limit=self.options.max_connections,
+            shutdown_s=_CLOSING_S,
+            refused=self._handshake_refused,
+        )
+        return await loop.create_server(door.arrival, backlog=BACKLOG, **where)
 
     def notice(self, limit_s: float) -> None:
         """It stops after that time: unready, it serves on, and answers ask clients to go elsewhere."""
@@ -146,6 +164,16 @@ class HttpIngress(HttpServer):
         wall: Callable[[], float] = time.time,
         chance: random.Random | None = None,
         refused: Callable[[str, str], None] = lambda rpc, error: None,
+        handshake_refused: Callable[[str, str], None] = lambda section, reason: None,
+        gate: Gate | None = None,
     ) -> None:
-        routes = Routes(options, fleet, metrics, wall, chance or random.Random())
-        super().__init__(options, dispatch, routes, clock=clock, wall=wall, refused=refused)
+        routes = Routes(options, fleet, metrics, wall, chance or random.Random(), gate)
+        super().__init__(
+            options,
+            dispatch,
+            routes,
+            clock=clock,
+            wall=wall,
+            refused=refused,
+            handshake_refused=handshake_refused,
+        )

@@ -14,7 +14,7 @@ import math
 import socket
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import Final, Protocol, cast
 
 from router.errors import ClientTooSlow, InternalError, KvlaneError, RequestTimeout, ShuttingDown, TooManyConnections
@@ -65,6 +65,10 @@ _NOTHING: Final = ("", 0)
 class Pages(Protocol):
     """What is to be had at a server."""
 
+    @property
+    def glance(self) -> Callable[[Mapping[str, str]], None] | None:
+        """Refuses who may not send a large body, by the noted headers; see `RequestParser`."""
+
     def request_id(self, request: HttpRequest | None) -> str:
         """By which the request goes in logs; None for input that could not be read."""
 
@@ -107,13 +111,15 @@ class Site(Protocol):
 class Connection(asyncio.Protocol):
     """The asyncio protocol of one client connection."""
 
-    def __init__(self, site: Site, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, site: Site, loop: asyncio.AbstractEventLoop, beneath: asyncio.Transport | None = None) -> None:
+        """Over TLS, `beneath` carries the connection's transport."""
         options = site.options
+        self._beneath = beneath
         self.deadline = math.inf
         self.flowing = True
         self._site = site
         self._loop = loop
-        self._parser = RequestParser(options.max_header_bytes, options.max_body_bytes)
+        self._parser = RequestParser(options.max_header_bytes, options.max_body_bytes, site.routes.glance)
         self._queue = self._parser.complete
         self._waits_for = _NOTHING
         self._exchange: Exchange | None = None
@@ -166,7 +172,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
         else:
             self._close()
-        return bool(self._held_output)  # Which goes out first.
+        return bool(self._held_output) and self._beneath is None  # Which goes out first; TLS ends both sides at once.
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
@@ -176,6 +182,7 @@ class Connection(asyncio.Protocol):
         self._queue.clear()
         self._held_input.clear()
         self._held_output.clear()
+        self._beneath = None
         self._site.leave(self)
 
     def pause_writing(self) -> None:
@@ -370,7 +377,8 @@ class Connection(asyncio.Protocol):
 
     def _unread_bytes(self) -> int:
         """Output that the client has not taken yet."""
-        return self._held_bytes + self._transport.get_write_buffer_size()
+        unread = self._held_bytes + self._transport.get_write_buffer_size()
+        return unread if self._beneath is None else unread + self._beneath.get_write_buffer_size()
 
     def _flush_soon(self) -> None:
         if not self._full and not self._due:

@@ -13,6 +13,8 @@ logger: Final = logging.getLogger("kvlane.http")
 
 def log_failure(error: KvlaneError, envelope: Envelope) -> None:
     """One line; with a traceback only for what is a defect here."""
+    if error.logged:
+        return
     path, message = cut(envelope.path, LOGGED_CHARS), cut(error.message, LOGGED_CHARS)
     what = (envelope.method, path, error.http_status, error.name, message, envelope.request_id)
     if isinstance(error, InternalError):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import io
 from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import httptools
 import msgspec
 
 from router.errors import BodyTooLarge, HeadersTooLarge, InternalError, InvalidRequest, KvlaneError
+from router.keys import Key
 
 IDLE: Final = 0
 """Between two requests."""
@@ -33,6 +35,9 @@ _RESERVE_AT: Final = 1 << 20
 _GROWTH: Final = 4
 """By how much memory grows where no length is claimed. Copying a body while it grows would hold up other streams."""
 
+_GLANCE_BYTES: Final = 64 << 10
+"""Who may send larger bodies than that is looked at before they are read."""
+
 _MAX_LENGTH_DIGITS: Final = 20
 """Digits of 2**64; llhttp checks the value, but takes any number of leading zeros."""
 
@@ -45,6 +50,8 @@ _KINDS: Final = {
     "host": _NOTE,
     "content-type": _NOTE,
     "x-session-id": _NOTE,
+    "authorization": _NOTE,
+    "x-api-key": _NOTE,
     "connection": _TAKE,
     "content-length": _TAKE,
     "transfer-encoding": _TAKE,
@@ -64,7 +71,7 @@ _KINDS: Final = {
     "http2-settings": _DROP,
 }
 _COMMON: Final = """
-    accept accept-encoding accept-language authorization cookie referer traceparent tracestate user-agent
+    accept accept-encoding accept-language cookie referer traceparent tracestate user-agent
     x-forwarded-for x-forwarded-proto x-stainless-arch x-stainless-async x-stainless-lang x-stainless-os
     x-stainless-package-version x-stainless-read-timeout x-stainless-retry-count x-stainless-runtime
     x-stainless-runtime-version
@@ -89,6 +96,8 @@ class HttpRequest(msgspec.Struct):
     body: bytes
     keep_alive: bool
     http_1_0: bool
+    key: Key | None = None
+    """The API key that let it in, where keys are asked for."""
 
 
 class _Refused(Exception):
@@ -106,7 +115,14 @@ class RequestParser:
     The `on_…` methods are llhttp's callbacks.
     """
 
-    def __init__(self, max_header_bytes: int, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        max_header_bytes: int,
+        max_body_bytes: int,
+        glance: Callable[[Mapping[str, str]], None] | None = None,
+    ) -> None:
+        """`glance` is shown the noted headers of requests with a large body, before that is read, and may raise
+        `KvlaneError`."""
         self.complete: deque[HttpRequest | KvlaneError] = deque()
         self.state = IDLE
         self.wants_continue = False
@@ -115,6 +131,7 @@ class RequestParser:
         """Requests begun so far, for timeouts that hold per request."""
         self._max_header_bytes = max_header_bytes
         self._max_body_bytes = max_body_bytes
+        self._glance = glance
         self._refusal: KvlaneError | None = None
         self._upgrading = False
         self._reading = 0
@@ -283,6 +300,17 @@ class RequestParser:
         coding = noted.get("transfer-encoding")
         if coding is not None and (coding.lower() != "chunked" or self._http_1_0):
             self._stop(InvalidRequest("The only transfer coding supported is chunked, in HTTP/1.1"))
+        if self._glance is not None and (self._length > _GLANCE_BYTES or coding is not None):
+            self._look_before_reading(self._glance)
+
+    def _look_before_reading(self, glance: Callable[[Mapping[str, str]], None]) -> None:
+        try:
+            glance(self._noted)
+        except KvlaneError as error:
+            refusal = error.with_traceback(None)  # Which would hold this parser, which holds the error.
+        else:
+            return
+        self._stop(refusal)
 
     def _drop_nominated(self, connection: str) -> None:
         """Drops the headers that the client calls hop-by-hop."""

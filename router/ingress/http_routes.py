@@ -8,7 +8,7 @@ resets, weight updates …) are one engine's administration and must not be in r
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import Final
 from urllib.parse import parse_qsl, unquote_to_bytes
 
@@ -18,8 +18,10 @@ import msgspec
 from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, PathNotFound, cut
 from router.ingress import large_json, multipart, openai, request_ids
 from router.ingress.base import Fleet, ModelStatus
+from router.ingress.gate import CREDENTIALS, Gate, visible
 from router.ingress.http_parser import HttpRequest
 from router.ingress.http_response import Reply
+from router.keys import Key
 from router.options import HttpOptions
 from router.types import ModelCard, Request, Rpc
 
@@ -30,7 +32,9 @@ RELAYED: Final = frozenset(
 # These would change one replica of many behind the others' backs.
 _ONE_REPLICAS_STATE: Final = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 
-_OWN: Final = frozenset({"/healthz", "/readyz", "/metrics", "/v1/models"})
+_OPEN: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+"""For probes and scrapers, which need no API key."""
+_OWN: Final = _OPEN | {"/v1/models"}
 _MODEL_PREFIX: Final = "/v1/models/"
 _JSON: Final = "application/json"
 
@@ -85,10 +89,12 @@ class Routes:
         metrics: Metrics,
         wall: Callable[[], float],
         chance: random.Random,
+        gate: Gate | None = None,
     ) -> None:
         self._default_model = options.default_model
         self._trust_request_id = options.trust_request_id
         self._fleet = fleet
+        self._gate = gate
         self._metrics = metrics
         self._wall = wall
         self._random_bits = chance.getrandbits
@@ -98,6 +104,12 @@ class Routes:
     def leave(self) -> None:
         """The router goes away: from now on it is not ready."""
         self._leaving = True
+
+    @property
+    def glance(self) -> Callable[[Mapping[str, str]], None] | None:
+        """Refuses clients without a key before their large bodies are read; None where no keys are asked for."""
+        gate = self._gate
+        return None if gate is None else lambda noted: _checked(gate, noted)
 
     def request_id(self, request: HttpRequest | None) -> str:
         """The client's own where it may choose one, else 32 random hexadecimal digits."""
@@ -110,6 +122,8 @@ class Routes:
     def own(self, request: HttpRequest, target: Target) -> Reply | Awaitable[Reply] | None:
         """The router's own answer, at once or later; None where a replica must give it. Raises `KvlaneError`."""
         path = target.path
+        if self._gate is not None and path not in _OPEN:
+            request.key = self._gate.admit("http", request.noted)
         if path not in _OWN and not path.startswith(_MODEL_PREFIX):
             return None
         if request.method not in ("GET", "HEAD"):
@@ -124,10 +138,10 @@ class Routes:
         if path == "/metrics":
             page = self._metrics()
             return _page(*page) if isinstance(page, tuple) else _later(page)
-        return self._models(path)
+        return self._models(path, request.key)
 
-    def _models(self, path: str) -> Reply:
-        models = self._fleet.models()
+    def _models(self, path: str, key: Key | None) -> Reply:
+        models = visible(self._fleet.models(), key)
         if path == "/v1/models":
             return Reply(200, _JSON, openai.models_list(models, self._created))
         name = path.removeprefix(_MODEL_PREFIX)
@@ -146,7 +160,16 @@ class Routes:
         self._check(request.method, method, target.path)
         if len(request.body) >= large_json.LARGE_BYTES and not _is_form(request):
             return self._relay_large(request, target, method, request_id)
+        if request.key is not None and request.key.models is not None and _is_form(request):
+            return self._relay_form(request, target, method, request_id)
         return self._request(request, target, method, request_id, self._facts(request, target))
+
+    def _relay_form(
+        self, request: HttpRequest, target: Target, method: str, request_id: str
+    ) -> Generator[None, None, Request]:
+        """Of a client that may not name every model."""
+        model = yield from multipart.read_model_strictly(request.body, request.noted["content-type"])
+        return self._request(request, target, method, request_id, self._named(openai.Facts(model=model), model))
 
     def _relay_large(
         self, request: HttpRequest, target: Target, method: str, request_id: str
@@ -157,7 +180,10 @@ class Routes:
     def _request(
         self, request: HttpRequest, target: Target, method: str, request_id: str, facts: openai.Facts
     ) -> Request:
-        headers = request.headers
+        headers, key = request.headers, request.key
+        if key is not None and self._gate is not None:
+            self._gate.check_model("http", key, facts.model)
+            headers = [header for header in headers if header[0] not in CREDENTIALS]
         headers.append(("x-request-id", request_id))
         return Request(
             request_id=request_id,
@@ -171,6 +197,7 @@ class Routes:
             lora=facts.model if self._fleet.parent(facts.model) else "",
             cache_salt=facts.cache_salt,
             priority=facts.priority,
+            tenant=key.tenant if key is not None else "",
         )
 
     def _check(self, asked: str, method: str, path: str) -> None:
@@ -208,6 +235,10 @@ class Routes:
             return model
         base_models = [status.card.name for status in self._fleet.models() if not status.card.parent]
         return base_models[0] if len(base_models) == 1 else ""
+
+
+def _checked(gate: Gate, noted: Mapping[str, str]) -> None:
+    gate.check("http", noted)
 
 
 def _is_form(request: HttpRequest) -> bool:

@@ -8,6 +8,7 @@ and what is between is the file.
 from __future__ import annotations
 
 import re
+from collections.abc import Generator
 from typing import Final
 
 from router.errors import InvalidRequest
@@ -25,18 +26,16 @@ _MAX_HEAD_BYTES: Final = 8192  # Of all parts' headers together; a file's name m
 # One parameter of a header value. Possessive throughout, so that no value makes it try twice.
 _PARAMETER: Final = re.compile(rb';\s*+([^\s=;"]++)\s*+=\s*+("(?:[^"\\]|\\.)*+"|[^\s;"]*+)', re.DOTALL)
 _WANTED: Final = frozenset({b"boundary", b"name", b"filename", b"filename*"})
+_PLAIN_HEADER: Final = re.compile(rb"[A-Za-z0-9-]++:[ -~\x80-\xff]*+").fullmatch
+_PLAIN_DISPOSITION: Final = re.compile(
+    rb'content-disposition: *+form-data *+; *+name="[^"\\%]*+"(?: *+; *+filename="[^"\\]*+")?+', re.IGNORECASE
+).fullmatch
 _ESCAPED: Final = re.compile(rb"\\(.)", re.DOTALL)
 
 
 def read_model(body: bytes, content_type: str) -> str:
     """The value of the field `model`; empty where there is none within the windows. Raises `InvalidRequest`."""
-    boundary = _parameters(content_type[:_MAX_TYPE_CHARS].encode("latin-1")).get(b"boundary", b"")
-    if not 0 < len(boundary) <= _MAX_BOUNDARY:
-        raise InvalidRequest(f"multipart/form-data needs a boundary of 1 to {_MAX_BOUNDARY} characters")
-    delimiter = b"\r\n--" + boundary
-    at = len(delimiter) if body.startswith(b"\r\n") else len(delimiter) - 2
-    if not body.startswith(delimiter[-at:]):
-        raise InvalidRequest("The body is not valid multipart/form-data: it does not begin with its boundary")
+    delimiter, at = _opened(body, content_type)
     heads = 0
     for _ in range(MAX_PARTS):
         if body.startswith(b"--", at):
@@ -52,6 +51,66 @@ def read_model(body: bytes, content_type: str) -> str:
             return ""
         at = end + len(delimiter)
     raise InvalidRequest(f"The form has more than {MAX_PARTS} parts")
+
+
+def read_model_strictly(body: bytes, content_type: str) -> Generator[None, None, str]:
+    """The same for whoever must not name any other model: of the whole body, in slices.
+
+    Raises `InvalidRequest` also for a form that names it twice, and for heads that another reader might understand
+    otherwise: what the engine takes must be what was judged here.
+    """
+    delimiter, at = _opened(body, content_type)
+    model: str | None = None
+    for _ in range(MAX_PARTS):
+        if body.startswith(b"--", at):
+            return model or ""
+        begin, wanted = _read_head(body, at)
+        if not _is_plain(body[at:begin]):
+            raise InvalidRequest(
+                "A part of the form has headers that are not plain: one content-disposition, no escapes"
+            )
+        end = yield from _found_in_slices(body, delimiter, begin)
+        if end < 0:
+            raise InvalidRequest("The body is not valid multipart/form-data: its last boundary is missing")
+        if wanted:
+            if model is not None:
+                raise InvalidRequest("The form names its model more than once", param="model")
+            model = _value(body, begin, end)
+        at = end + len(delimiter)
+    raise InvalidRequest(f"The form has more than {MAX_PARTS} parts")
+
+
+def _opened(body: bytes, content_type: str) -> tuple[bytes, int]:
+    """What stands between two parts, and where the first one of them ends."""
+    boundary = _parameters(content_type[:_MAX_TYPE_CHARS].encode("latin-1")).get(b"boundary", b"")
+    if not 0 < len(boundary) <= _MAX_BOUNDARY:
+        raise InvalidRequest(f"multipart/form-data needs a boundary of 1 to {_MAX_BOUNDARY} characters")
+    delimiter = b"\r\n--" + boundary
+    at = len(delimiter) if body.startswith(b"\r\n") else len(delimiter) - 2
+    if not body.startswith(delimiter[-at:]):
+        raise InvalidRequest("The body is not valid multipart/form-data: it does not begin with its boundary")
+    return delimiter, at
+
+
+def _is_plain(head: bytes) -> bool:
+    """Whether the head of a part can be read in one way only."""
+    lines = [line for line in head.split(b"\r\n") if line]
+    dispositions = [line for line in lines if line[:20].lower() == b"content-disposition:"]
+    return (
+        len(dispositions) == 1
+        and _PLAIN_DISPOSITION(dispositions[0]) is not None
+        and all(_PLAIN_HEADER(line) is not None for line in lines)
+    )
+
+
+def _found_in_slices(body: bytes, delimiter: bytes, begin: int) -> Generator[None, None, int]:
+    while begin < len(body):
+        at = body.find(delimiter, begin, begin + WINDOW_BYTES + len(delimiter))
+        if at >= 0:
+            return at
+        begin += WINDOW_BYTES
+        yield
+    return -1
 
 
 def _next_delimiter(body: bytes, delimiter: bytes, begin: int) -> int:

@@ -45,7 +45,7 @@ class _ErrorInfo(msgspec.Struct):
     message: str
     type: str
     param: str | None
-    code: int
+    code: int | str
 
 
 class _ErrorBody(msgspec.Struct):
@@ -164,7 +164,8 @@ def error_body(error: KvlaneError, path: str = "") -> bytes:
 
 
 def _error_info(error: KvlaneError) -> _ErrorInfo:
-    return _ErrorInfo(cut(error.message, _MAX_MESSAGE_CHARS), error.openai_type, error.param, error.http_status)
+    code = error.openai_code or error.http_status
+    return _ErrorInfo(cut(error.message, _MAX_MESSAGE_CHARS), error.openai_type, error.param, code)
 
 
 def error_event(error: KvlaneError, path: str) -> bytes:

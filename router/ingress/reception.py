@@ -51,6 +51,8 @@ class Reception(Generic[G]):
         self._open = open_server
         self._servers: dict[int, asyncio.Server] = {}
         """By the descriptor of the socket that was given; 0 where an address was."""
+        self._arriving: set[asyncio.Task[None]] = set()
+        """Handshakes, each of which may bring a guest."""
         self._empty = asyncio.Event()
         self._leaves_at = math.inf
         self._last_call = False
@@ -93,7 +95,7 @@ class Reception(Generic[G]):
         await self.listen(())
         for guest in tuple(self.guests):
             guest.last_call()
-        if self.guests:
+        if self.present:
             await self._empty.wait()
 
     async def stop(self, grace_s: float, flush_s: float) -> None:
@@ -108,6 +110,8 @@ class Reception(Generic[G]):
                 server.close()
             for guest in tuple(self.guests):
                 guest.retire()
+            for arrival in self._arriving:
+                arrival.cancel()
         if not await self._emptied(grace_s):
             log.info("cut %d connections that did not finish in time", len(self.guests))
             for guest in tuple(self.guests):
@@ -121,14 +125,33 @@ class Reception(Generic[G]):
             await server.wait_closed()
 
     async def _emptied(self, limit_s: float) -> bool:
-        if not self.guests:
+        if not self.present:
             self._empty.set()
         try:
             async with asyncio.timeout(limit_s):
                 await self._empty.wait()
         except TimeoutError:
-            return not self.guests
+            return not self.present
         return True
+
+    @property
+    def present(self) -> int:
+        """Guests, and those that may become guests."""
+        return len(self.guests) + len(self._arriving)
+
+    def expect(self, arrival: asyncio.Task[None]) -> bool:
+        """A guest may come of this task, whose end is waited for as for a guest's; False where a stop has begun."""
+        if self._stopping:
+            return False
+        self._arriving.add(arrival)
+        self._empty.clear()
+        arrival.add_done_callback(self._arrived)
+        return True
+
+    def _arrived(self, arrival: asyncio.Task[None]) -> None:
+        self._arriving.discard(arrival)
+        if not self.present:
+            self._empty.set()
 
     def admit(self, guest: G) -> int:
         """A guest came in; returns how many there are now.
@@ -148,7 +171,7 @@ class Reception(Generic[G]):
     def leave(self, guest: G) -> None:
         """A guest has gone."""
         self.guests.discard(guest)
-        if not self.guests:
+        if not self.present:
             self._empty.set()
 
 

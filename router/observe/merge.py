@@ -35,6 +35,7 @@ GAUGES: Final[Mapping[str, Callable[[float, float], float]]] = {
     "process_virtual_memory_bytes": float.__add__,
     "process_open_fds": float.__add__,
     "process_start_time_seconds": min,
+    "kvlane_tls_certificate_expiry_seconds": min,  # A worker that has not read the new one yet is the one to know of.
 }
 """How two workers' gauges become one. Of any other the greater counts: workers see the same replicas, each a little
 later or earlier than the others."""

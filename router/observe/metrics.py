@@ -28,6 +28,7 @@ from router.observe.loop_lag import LoopLag
 from router.observe.merge import Families, exposition_in_slices, merge, snapshot_in_slices
 from router.observe.policies import PolicyMetrics
 from router.observe.prefixes import PrefixMetrics
+from router.observe.security import SecurityMetrics
 from router.prefix.prefixes import Prefixes
 from router.replicas import Replicas
 from router.turns import in_turns
@@ -78,6 +79,8 @@ class Metrics:
         )
         self._held_models: dict[str, None] = {}
         """Those whose requests ever had to wait: they go on to be shown, with 0."""
+        self.security = SecurityMetrics(registry)
+        """What the gate, TLS ports and followed files report to."""
         self._prefixes = PrefixMetrics()
         registry.register(self._prefixes)
 

@@ -26,6 +26,8 @@ class RouteRecord(msgspec.Struct, frozen=True):
     time_s: float
     """When it was routed, in seconds since 1970."""
     model: str
+    tenant: str
+    """Whose API key the request came with; empty where none is asked for."""
     route: Receipt
 
 
@@ -38,7 +40,7 @@ class RouteLog:
 
     def record(self, request: Request, receipt: Receipt) -> None:
         """A replica was chosen."""
-        self._records.append(RouteRecord(self._wall(), request.model, receipt))
+        self._records.append(RouteRecord(self._wall(), request.model, request.tenant, receipt))
 
     def page(self, query: str) -> bytes:
         """The receipts as JSON, newest first: ``{"routes": [...]}``.

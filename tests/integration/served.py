@@ -27,7 +27,7 @@ PATIENCE_S = 15.0
 """What a Pod's terminationGracePeriodSeconds has beyond notice and grace."""
 TOKENS = 40
 _SAMPLE = re.compile(r"^(\w+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
-_READY = re.compile(r"^ready http=http://\S+:(\d+) grpc=\S+:(\d+) admin=http://\S+:(\d+)$")
+_READY = re.compile(r"^ready http=https?://\S+:(\d+) grpc=\S+:(\d+) admin=http://\S+:(\d+)$")
 
 
 class Served:

@@ -77,6 +77,8 @@ class Served:
         self.channel = channel
         self.refused: list[tuple[str, str]] = []
         """What the ingress answered without dispatch."""
+        self.handshakes: list[tuple[str, str]] = []
+        """TLS handshakes that were refused; the edge `aio` tells of none."""
 
     def generate(self, request: pb.GenerateRequest = PROMPT, **call: Any) -> grpc.aio.UnaryStreamCall[Any, Any]:
         return generate_on(self.channel)(request, **call)
@@ -115,12 +117,16 @@ async def serving(script: Script, **options: Any) -> AsyncIterator[Served]:
     dispatch = FakeDispatch(script)
     ids = iter(range(1_000_000))
     refused: list[tuple[str, str]] = []
+    handshakes: list[tuple[str, str]] = []
+    gate = options.pop("gate", None)
     ingress = GrpcIngress(
         GrpcOptions(port=0, **{"edge": EDGE} | options),
         dispatch,
         FakeFleet(),
         new_id=lambda: f"made-{next(ids)}",
         refused=lambda rpc, error: refused.append((rpc, error)),
+        handshake_refused=lambda section, reason: handshakes.append((section, reason)),
+        gate=gate,
     )
     port = await ingress.start()
     arguments = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
@@ -128,6 +134,7 @@ async def serving(script: Script, **options: Any) -> AsyncIterator[Served]:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=arguments) as channel:
             served = Served(ingress, dispatch, port, channel)
             served.refused = refused
+            served.handshakes = handshakes
             yield served
     finally:
         await ingress.stop(0)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.errors import InvalidRequest
-from router.ingress.multipart import MAX_PARTS, WINDOW_BYTES, read_model
+from router.ingress.multipart import MAX_PARTS, WINDOW_BYTES, read_model, read_model_strictly
 
 FORM = "multipart/form-data; boundary=xyz"
 END = b"--xyz--\r\n"
@@ -116,3 +116,54 @@ def test_no_form_makes_the_reader_raise_anything_but_invalid_request(data: bytes
                 read_model(body, content_type)
             except InvalidRequest:
                 pass
+
+
+def strictly(body: bytes) -> str:
+    slices = read_model_strictly(body, FORM)
+    while True:
+        try:
+            next(slices)
+        except StopIteration as end:
+            model: str = end.value
+            return model
+
+
+@pytest.mark.parametrize("size", [10, WINDOW_BYTES, 5 * WINDOW_BYTES])
+def test_a_form_that_is_plain_gives_its_one_model_to_a_strict_reader(size: int) -> None:
+    file = part("file", b"RIFF" * (size // 4), '; filename="a.wav"')
+    assert strictly(file + part("model", b"m") + END) == "m"
+    assert strictly(part("prompt", b"p") + part("model", b"m") + file + END) == "m"
+    assert strictly(file + END) == ""
+
+
+OTHER = b"--xyz\r\nContent-Disposition: form-data; %b\r\n\r\nother\r\n"
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        part("model", b"other"),
+        OTHER % b"name=model",
+        OTHER % b"name*=utf-8''model",
+        OTHER % b'name*0="mod"; name*1="el"',
+        OTHER % b'name="mod\\el"',
+        OTHER % b'name="x"; name="model"',
+        OTHER % b'name="x"\r\nContent-Disposition: form-data; name="model"',
+        OTHER % b'name="x";\r\n name="model"',
+    ],
+)
+def test_a_strict_reader_refuses_what_could_name_another_model(hidden: bytes) -> None:
+    large = part("file", b"x" * 3 * WINDOW_BYTES, '; filename="a"')
+    for body in (hidden + part("model", b"m"), part("model", b"m") + large + hidden + large):
+        with pytest.raises(InvalidRequest):
+            strictly(body + END)
+
+
+@given(st.binary(max_size=300), st.integers(0, 300))
+@settings(max_examples=200, deadline=None)
+def test_a_strict_reader_fails_in_no_other_way(noise: bytes, at: int) -> None:
+    form = part("file", b"x", '; filename="a"') + part("model", b"m") + END
+    try:
+        strictly(form[:at] + noise + form[at:])
+    except InvalidRequest:
+        pass

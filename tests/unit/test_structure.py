@@ -44,10 +44,14 @@ ALLOWED: dict[str, set[str]] = {
     "router.fields": set(),
     "router.turns": set(),
     "router.protobuf": set(),
+    "router.keys": {"router.errors"},
+    "router.files": {"router.errors"},
     "router.ray_private": {"router.errors"},
     # Stages.
     **dict.fromkeys(STAGES, WORDS | SEAMS),
-    "router.ingress": WORDS | SEAMS | {"router.turns", "router.protobuf", "kvlane.v1"},  # gRPC's messages.
+    "router.ingress": WORDS
+    | SEAMS
+    | {"router.keys", "router.turns", "router.protobuf", "kvlane.v1"},  # gRPC's messages.
     "router.prefix": WORDS | SEAMS | {"router.protobuf", "kvlane.v1"},  # gRPC's prompts.
     "router.policies": WORDS | SEAMS | {"router.fields"},  # The registry checks options.
     "router.policies.ray_policy": WORDS | SEAMS | {"router.ray_driver"},
@@ -105,7 +109,15 @@ ALLOWED: dict[str, set[str]] = {
     | {"router.app", "router.control", "router.demo", "engine.deployment"}
     | {"router.membership.directory", "router.membership.directory_client"},
     "router.__main__": WORDS
-    | {"router.config", "router.fields", "router.policies.registry", "router.up", "router.watched", "router.workers"},
+    | {
+        "router.config",
+        "router.fields",
+        "router.keys",
+        "router.policies.registry",
+        "router.up",
+        "router.watched",
+        "router.workers",
+    },
     # The other side of the lane: what travels on it, and how a replica makes itself known.
     "engine": {
         *WORDS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,11 +14,15 @@ from router.ingress.http import HttpIngress
 from router.lane.frames import End
 from router.options import HttpOptions
 from router.types import CacheMode, ModelCard, Reason, Receipt, Request, Sink
+from tests.unit.certificates import Certificate
 
 DEADLINE_S = 10.0
 JSON = (("content-type", "application/json"),)
 SSE = (("content-type", "text/event-stream; charset=utf-8"),)
 CHAT = b'{"model":"tiny","messages":[{"role":"user","content":"hi"}]}'
+
+TLS: Certificate | None = None
+"""The server's; tests that hold over TLS too set it in turn."""
 
 Script = Callable[[Request, Sink], Awaitable[None]]
 
@@ -113,6 +118,11 @@ class Clock:
         return self.now
 
 
+def tls_options() -> dict[str, Any]:
+    """Of a client's connection."""
+    return {"ssl": TLS.client(), "server_hostname": "localhost"} if TLS is not None else {}
+
+
 class Served:
     """The server under test and its fakes."""
 
@@ -124,13 +134,15 @@ class Served:
         self.clock = clock
         self.defects: list[dict[str, Any]] = []
         self.refused: list[tuple[str, str]] = []
+        self.handshakes: list[tuple[str, str]] = []
+        """TLS handshakes that were refused."""
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"https://localhost:{self.port}" if self.ingress.tls else f"http://127.0.0.1:{self.port}"
 
     async def connect(self) -> Client:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, **tls_options())
         return Client(reader, writer)
 
     async def say(self, data: bytes) -> Answer:
@@ -204,6 +216,11 @@ class Client:
                 return await self.reader.readexactly(int(headers["content-length"]))
             return await self.reader.read()
 
+    def end(self) -> None:
+        """Says no more, where that can be said: TLS ends both sides at once."""
+        if self.writer.can_write_eof():
+            self.writer.write_eof()
+
     async def rest(self) -> bytes:
         """All that comes until the server closes."""
         async with asyncio.timeout(DEADLINE_S):
@@ -214,8 +231,8 @@ class Client:
         try:
             async with asyncio.timeout(DEADLINE_S):
                 await self.writer.wait_closed()
-        except ConnectionError:
-            pass  # The server may have reset it; that is then the test's subject.
+        except (ConnectionError, ssl.SSLError):
+            pass  # The server may have reset it, or still send; that is then the test's subject.
 
 
 def post(path: str = "/v1/chat/completions", body: bytes = CHAT, *lines: str) -> bytes:
@@ -236,8 +253,11 @@ async def served(script: Script = echo, **options: Any) -> AsyncIterator[Served]
     """Serves until the block ends; fails the test where anything raised inside the event loop."""
     dispatch, fleet, clock = FakeDispatch(script), FakeFleet(), Clock()
     refused: list[tuple[str, str]] = []
+    tls = TLS.options if TLS is not None else {}
+    gate = options.pop("gate", None)
+    handshakes: list[tuple[str, str]] = []
     ingress = HttpIngress(
-        HttpOptions(port=0, **options),
+        HttpOptions(port=0, **{**tls, **options}),
         dispatch,
         fleet,
         metrics=lambda: (b"kvlane_up 1\n", "text/plain; version=0.0.4"),
@@ -245,9 +265,12 @@ async def served(script: Script = echo, **options: Any) -> AsyncIterator[Served]
         wall=lambda: 1_700_000_000.0,
         chance=random.Random(7),
         refused=lambda rpc, error: refused.append((rpc, error)),
+        handshake_refused=lambda section, reason: handshakes.append((section, reason)),
+        gate=gate,
     )
     serving = Served(ingress, await ingress.start(), dispatch, fleet, clock)
     serving.refused = refused
+    serving.handshakes = handshakes
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: serving.defects.append(context))
     try:

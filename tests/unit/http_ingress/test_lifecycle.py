@@ -9,7 +9,19 @@ import pytest
 
 from router.errors import ClientTooSlow, ReplicaLost
 from router.types import Request, Sink
-from tests.unit.http_ingress.serving import DEADLINE_S, JSON, SSE, Client, Script, get, post, receipt, served, stream
+from tests.unit.http_ingress.serving import (
+    DEADLINE_S,
+    JSON,
+    SSE,
+    Client,
+    Script,
+    get,
+    post,
+    receipt,
+    served,
+    stream,
+    tls_options,
+)
 
 
 async def forever(request: Request, sink: Sink) -> None:
@@ -111,7 +123,7 @@ async def _narrow(serving_port: int) -> Client:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.setblocking(False)
     await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", serving_port))
-    reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
+    reader, writer = await asyncio.open_connection(sock=sock, limit=1024, **tls_options())
     return Client(reader, writer)
 
 

@@ -56,7 +56,7 @@ async def _refused(client: Client, status: int) -> str:
     answer = await client.answer()
     error = json.loads(answer.body)["error"]
     assert (answer.status, error["code"], answer.headers["connection"]) == (status, status, "close")
-    client.writer.write_eof()
+    client.end()
     assert await client.rest() == b""
     await client.close()
     message: str = error["message"]
