@@ -19,8 +19,8 @@ import msgspec
 from router.admission import Admission
 from router.dispatch import Dispatcher
 from router.errors import ConfigError
-from router.hold import Hold
 from router.files import Followed, follow
+from router.hold import Hold
 from router.ingress.admin import AdminPort
 from router.ingress.gate import Gate
 from router.ingress.grpc import GrpcIngress
