@@ -42,6 +42,8 @@ class Readiness(msgspec.Struct, frozen=True):
     models: dict[str, int]
     caches: dict[str, CacheStatus] = {}
     """Of the ready replicas."""
+    lanes: dict[str, str] = {}
+    """Of replicas that have no lane: why, as far as something was tried."""
 
 
 class Fleet(Protocol):

@@ -59,7 +59,9 @@ ALLOWED: dict[str, set[str]] = {
     | SEAMS
     | {"router.admission", "router.prefix.prefixes", "router.replicas", "router.turns"},  # It reads their figures.
     # Where stages meet.
-    "router.replicas": WORDS | SEAMS | {"router.lane.client", "router.lane.meter", "router.load"},
+    "router.replicas": WORDS
+    | SEAMS
+    | {"router.lane.client", "router.lane.meter", "router.lane.troubles", "router.load"},
     "router.receipts": WORDS | SEAMS,
     "router.dispatch": WORDS
     | SEAMS
@@ -87,7 +89,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"router.control", "router.listeners", "router.serving", "router.signals", "router.supervisor"},
     "router.demo": {"kvlane"},
     "router.up": WORDS
-    | {"router.app", "router.control", "router.demo", "engine.deployment"}
+    | {"router.app", "router.control", "router.demo", "router.ray_private", "engine.deployment"}
     | {"router.membership.directory", "router.membership.directory_client"},
     "router.__main__": WORDS
     | {"router.config", "router.fields", "router.policies.registry", "router.up", "router.workers"},
@@ -97,6 +99,7 @@ ALLOWED: dict[str, set[str]] = {
         "router.lane.frames",
         "router.lane.carriers",
         "router.lane.pipes",
+        "router.lane.tls",
         "router.membership.base",
         "router.membership.directory",
         "router.membership.directory_client",
