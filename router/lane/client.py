@@ -454,7 +454,7 @@ class Lane(asyncio.Protocol):
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             if not stream.done.done():
-                stream.done.set_exception(type(error)(error.message))
+                stream.done.set_exception(ReplicaLost(error.message))
         self._listener.lane_lost(self, error)
         if transport is not None:
             transport.abort()
