@@ -10,7 +10,7 @@ import inspect
 import logging
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus
+from ray.util.metrics import Counter
 
 from engine.actor_lane import ActorPipes
 from engine.base import Engine
@@ -25,6 +26,7 @@ from engine.registration import Registration
 from engine.replica import Replica
 from router import ray_private
 from router.errors import ConfigError
+from router.lane.tls import LaneTls, TlsFiles
 from router.membership.base import ReplicaRecord
 from router.membership.directory_client import join
 from router.options import Config, EngineOptions
@@ -55,11 +57,12 @@ class EngineReplica:
         replica_id = serve.get_replica_context().replica_id
         self._name = f"{options.name}-{replica_id.unique_id}"
         secret = secrets.token_bytes(32)
-        self._replica = Replica(self._name, make_engine(options), secret)
+        tls = lane_tls(options)
+        self._replica = Replica(self._name, make_engine(options), secret, refused=_count_refusals(self._name))
         await self._replica.start()
         node = ray.util.get_node_ip_address()
         host = options.lane_host or node
-        port = await self._replica.listen(host)
+        port = await self._replica.listen(host, options.lane_port, tls)
         self._pipes = ActorPipes(self._name, self._replica.session)
         self._pipes.open()
         self._registration = Registration(
@@ -70,6 +73,7 @@ class EngineReplica:
                 secret,
                 replica_id.deployment_id.app_name,
                 ray.get_runtime_context().current_actor,
+                tls is not None,
             ),
             namespace,
         )
@@ -238,6 +242,22 @@ def make_engine(options: EngineOptions) -> Engine:
     from engine.vllm import VllmEngine
 
     return VllmEngine(options.model or _tiny_model(), name, args, fast_rendering=options.fast_rendering)
+
+
+def lane_tls(options: EngineOptions) -> LaneTls | None:
+    """TLS for the engine's lanes where its options ask for it. Raises `ConfigError` for files that cannot be used."""
+    if not options.lane_tls_cert_file:
+        return None
+    files = TlsFiles(
+        options.lane_tls_cert_file, options.lane_tls_key_file, options.lane_tls_ca_file, "engines.lane_tls_"
+    )
+    return LaneTls("replica", files)
+
+
+def _count_refusals(replica: str) -> Callable[[str], None]:
+    """Counts refused lanes in a metric that each Ray node's own endpoint shows."""
+    counter = Counter("kvlane_lanes_refused", "Lanes that a replica refused, by cause.", tag_keys=("replica", "code"))
+    return lambda code: counter.inc(tags={"replica": replica, "code": code})
 
 
 def log_to_stderr() -> None:

@@ -17,16 +17,21 @@ from collections.abc import Callable
 
 from engine.base import Engine
 from engine.cache_report import Cursor
+from engine.lane_port import LanePort
 from engine.lane_stream import LaneStream
+from engine.refusals import Refusals
 from router.errors import ReplicaDraining, ReplicaFailed
 from router.lane import frames
 from router.lane.carriers import tune
 from router.lane.frames import CacheReport, Draining, FrameError, Output, Step
+from router.lane.tls import LaneTls
 from router.types import CacheMode, Load, Rpc
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 5.0
+TLS_HANDSHAKE = b"\x16\x03"
+"""How a TLS client begins."""
 STEP_PAYLOAD_BYTES = 4 << 20
 """After a pause the backlog goes out in frames of about this size, so that none comes near the frame limit."""
 URGENT_GAP_S = 0.001
@@ -40,7 +45,10 @@ LANE_BUFFER_BYTES = 4 << 20
 class Replica:
     """One engine and the lanes that lead to it."""
 
-    def __init__(self, name: str, engine: Engine, secret: bytes) -> None:
+    def __init__(
+        self, name: str, engine: Engine, secret: bytes, *, refused: Callable[[str], None] = lambda code: None
+    ) -> None:
+        """`refused` takes the code of each lane that is refused, for metrics."""
         self.name = name
         self.engine = engine
         self.secret = secret
@@ -50,8 +58,9 @@ class Replica:
         """Streams accepted and not ended, all lanes together."""
         self._idle = asyncio.Event()
         self._idle.set()
+        self.refusals = Refusals(name, refused)
         self._sessions: set[LaneSession] = set()
-        self._server: asyncio.Server | None = None
+        self._port: LanePort | None = None
 
     async def start(self) -> None:
         """Starts the engine."""
@@ -62,11 +71,10 @@ class Replica:
         """The replica's side of one new lane; connect it to a transport."""
         return LaneSession(self)
 
-    async def listen(self, host: str, port: int = 0) -> int:
-        """Opens the TCP port of the `socket` carrier; returns the port."""
-        self._server = await asyncio.get_running_loop().create_server(self.session, host, port, backlog=1024)
-        bound: int = self._server.sockets[0].getsockname()[1]
-        return bound
+    async def listen(self, host: str, port: int = 0, tls: LaneTls | None = None) -> int:
+        """Opens the TCP port of the `socket` carrier; returns the port. See `LanePort.open`."""
+        self._port = LanePort(self.session, self.refusals.add, tls)
+        return await self._port.open(host, port)
 
     def load(self) -> Load:
         """The engine's load now."""
@@ -88,8 +96,8 @@ class Replica:
 
     async def close(self) -> None:
         """Closes all lanes, with what they still hold sent first, and the engine."""
-        if self._server is not None:
-            self._server.close()
+        if self._port is not None:
+            await self._port.close()
         sessions = tuple(self._sessions)
         for session in sessions:
             session.close()
@@ -163,7 +171,7 @@ class LaneSession(asyncio.Protocol):
         tune(transport)
         self._transport.set_write_buffer_limits(high=LANE_BUFFER_BYTES)
         self._replica.opened(self)
-        self._handshake = self._loop.call_later(HANDSHAKE_TIMEOUT_S, self._transport.abort)
+        self._handshake = self._loop.call_later(HANDSHAKE_TIMEOUT_S, self._give_up)
         self._write(frames.Challenge(frames.VERSION, self._nonce))
 
     def data_received(self, data: bytes) -> None:
@@ -171,7 +179,10 @@ class LaneSession(asyncio.Protocol):
             for body in self._splitter.feed(data):
                 self._received(frames.decode_up(body))
         except FrameError as error:
-            self._refuse("protocol", str(error))
+            if not self._ready and data.startswith(TLS_HANDSHAKE):
+                self._refuse("tls", "the router speaks TLS, and this replica has no engines.lane_tls_cert_file")
+            else:
+                self._refuse("protocol", str(error))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._handshake.cancel()
@@ -236,8 +247,16 @@ class LaneSession(asyncio.Protocol):
                 self._cursor = feed.cursor(self.schedule_flush)
                 self.schedule_flush()
 
+    def _give_up(self) -> None:
+        self._refused("silent", f"no hello within {HANDSHAKE_TIMEOUT_S:g} s")
+        self._transport.abort()
+
+    def _refused(self, code: str, message: str) -> None:
+        peer = self._router or self._transport.get_extra_info("peername")
+        self._replica.refusals.add(code, peer, message)
+
     def _refuse(self, code: str, message: str) -> None:
-        log.warning("replica %s: lane from %s refused: %s", self._replica.name, self._router or "a router", message)
+        self._refused(code, message)
         self._write(frames.Refused(code, message))
         self._ready = False
         self._transport.close()

@@ -27,6 +27,7 @@ from router.ingress.http_parser import HttpRequest
 from router.ingress.http_response import Reply
 from router.ingress.http_routes import Routes, Target
 from router.lane.frames import End, Submit
+from router.lane.tls import LaneTls, TlsFiles
 from router.options import HttpOptions
 from router.types import Headers, Reason, Receipt, Request, Sink
 
@@ -97,7 +98,7 @@ class _Out(StreamOut):
             self.done.set_exception(error)
 
 
-async def serve(model: str, replicas: int, engine_options: dict[str, Any]) -> None:
+async def serve(model: str, replicas: int, engine_options: dict[str, Any], tls: LaneTls | None = None) -> None:
     """Runs the replicas until standard input closes."""
     started = []
     for number in range(replicas):
@@ -110,7 +111,7 @@ async def serve(model: str, replicas: int, engine_options: dict[str, Any]) -> No
         http = HttpServer(
             options, direct, pages, clock=time.monotonic, wall=time.time, refused=lambda protocol, error: None
         )
-        started.append((replica, http, await replica.listen("127.0.0.1"), await http.start()))
+        started.append((replica, http, await replica.listen("127.0.0.1", tls=tls), await http.start()))
     addresses = [{"replica": r.name, "lane": lane, "http": port} for r, _, lane, port in started]
     sys.stdout.write(json.dumps(addresses) + "\n")
     sys.stdout.flush()
@@ -123,4 +124,5 @@ async def serve(model: str, replicas: int, engine_options: dict[str, Any]) -> No
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])))
+    lane_tls = LaneTls("replica", TlsFiles(*sys.argv[4:])) if len(sys.argv) > 4 else None
+    uvloop.run(serve(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), lane_tls))

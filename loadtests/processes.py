@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from router.options import (
     Config,
     GrpcOptions,
     HttpOptions,
+    LaneOptions,
     LogOptions,
     MembershipOptions,
     PolicyOptions,
@@ -77,9 +78,11 @@ def _status_mb(pid: int, name: str) -> float:
     raise ProcessLookupError(pid)
 
 
-def engines(replicas: int, options: dict[str, Any]) -> AbstractContextManager[tuple[int, list[dict[str, Any]]]]:
-    """A process of simulated replicas: its pid and their addresses."""
-    return replica_process("loadtests.engines", str(replicas), json.dumps(options))
+def engines(
+    replicas: int, options: dict[str, Any], lane_tls: Sequence[str] = ()
+) -> AbstractContextManager[tuple[int, list[dict[str, Any]]]]:
+    """A process of simulated replicas: its pid and their addresses. `lane_tls` are a chain, its key and a CA."""
+    return replica_process("loadtests.engines", str(replicas), json.dumps(options), *lane_tls)
 
 
 @contextmanager
@@ -101,6 +104,7 @@ def router(
     command: list[str] | None = None,
     max_connections: int = HttpOptions().max_connections,
     notice_s: float = 0.0,
+    lane: LaneOptions = LaneOptions(),  # noqa: B008 - It is frozen.
 ) -> Iterator[tuple[int, int, int]]:
     """A router over those replicas: its process, its HTTP port and its gRPC port. `command` runs it in another way."""
     with tempfile.NamedTemporaryFile() as secret:
@@ -113,6 +117,7 @@ def router(
         config = Config(
             http=HttpOptions(port=0, max_connections=max_connections),
             grpc=GrpcOptions(port=0, edge=edge),
+            lane=lane,
             membership=MembershipOptions(kind="static", replicas=replicas),
             policy=PolicyOptions(name=policy),
             log=LogOptions(level="warning"),

@@ -13,6 +13,9 @@ import asyncio
 import json
 import statistics
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +23,11 @@ import msgspec
 import uvloop
 
 from loadtests import clients
+from loadtests.certificates import Authority
 from loadtests.clients import Tally
 from loadtests.floor import send_cost_us
 from loadtests.processes import Cost, engines, peak_rss_mb, router
+from router.options import LaneOptions
 
 
 class Load(Protocol):
@@ -70,6 +75,7 @@ def main() -> int:
     parser.add_argument("--step-ms", type=float, default=20.0, help="duration of an engine step")
     parser.add_argument("--policy", default="power-of-two")
     parser.add_argument("--reps", type=int, default=5)
+    parser.add_argument("--lane-tls", action="store_true", help="TLS on lanes, with certificates on both sides")
     parser.add_argument("--json", metavar="FILE", help="write the rows here as well")
     arguments = parser.parse_args()
     rows = uvloop.run(_measure_all(arguments))
@@ -84,13 +90,27 @@ async def _measure_all(arguments: argparse.Namespace) -> list[Row]:
     for protocol in arguments.protocols.split(","):
         for streams in map(int, arguments.streams.split(",")):
             with (
-                engines(2, STEP_OPTIONS | {"step_base_ms": arguments.step_ms}) as (_, addresses),
-                router(addresses, arguments.policy) as (pid, http, grpc),
+                _lanes(tls=arguments.lane_tls) as (lane, lane_tls),
+                engines(2, STEP_OPTIONS | {"step_base_ms": arguments.step_ms}, lane_tls) as (_, addresses),
+                router(addresses, arguments.policy, lane=lane) as (pid, http, grpc),
             ):
                 port = {"http": http, "grpc": grpc}[protocol]
                 rows.append(await _measure(arguments, protocol, streams, pid, port, addresses))
                 print(json.dumps(msgspec.to_builtins(rows[-1])), file=sys.stderr)
     return rows
+
+
+@contextmanager
+def _lanes(*, tls: bool) -> Iterator[tuple[LaneOptions, tuple[str, ...]]]:
+    """Options of the router's lanes, and files of the replicas'."""
+    if not tls:
+        yield LaneOptions(), ()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        authority = Authority(Path(folder))
+        cert, key = authority.issue("router")
+        replica = authority.issue("replica")
+        yield LaneOptions(tls_ca_file=authority.ca, tls_cert_file=cert, tls_key_file=key), (*replica, authority.ca)
 
 
 async def _measure(

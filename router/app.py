@@ -26,6 +26,7 @@ from router.ingress.gate import Gate
 from router.ingress.grpc import GrpcIngress
 from router.ingress.http import HttpIngress
 from router.lane.carriers import Carrier, SocketCarrier
+from router.lane.tls import LaneTls, TlsFiles
 from router.load.model import FleetModel, ReplicaModel
 from router.membership.base import Membership
 from router.observe.metrics import Metrics
@@ -120,7 +121,7 @@ class App:
             ),
             self._routes.record if self._routes is not None else None,
         )
-        self._membership = _membership(config, joined)
+        self._membership = _membership(config, joined, self._metrics.membership_failed)
         self._metrics.watch(self._admission, self.replicas, self.prefixes, self._connections)
         self._metrics.watch_held(self._hold.queues)
         self._gate = Gate(config.auth.keys_file, self._metrics.security.key_refused) if config.auth.keys_file else None
@@ -333,8 +334,10 @@ def _guarded(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Policy
 
 
 def _carrier(config: Config) -> Carrier:
-    if config.lane.carrier == "socket":
-        return SocketCarrier()
+    lane = config.lane
+    if lane.carrier == "socket":
+        files = TlsFiles(lane.tls_cert_file, lane.tls_key_file, lane.tls_ca_file)
+        return SocketCarrier(LaneTls("router", files, lane.tls_server_name) if lane.tls_ca_file else None)
     if config.membership.kind != "ray":
         raise ConfigError("lane.carrier: 'actor' needs membership.kind = 'ray'")
     from router.lane.actor import ActorCarrier  # Ray is imported only where it is used: it takes a second
@@ -342,14 +345,14 @@ def _carrier(config: Config) -> Carrier:
     return ActorCarrier()
 
 
-def _membership(config: Config, joined: Callable[[], None]) -> Membership:
+def _membership(config: Config, joined: Callable[[], None], failed: Callable[[str], None]) -> Membership:
     if config.membership.kind == "static":
         from router.membership.static import StaticMembership
 
         return StaticMembership(config.membership)
     from router.membership.ray import RayMembership
 
-    return RayMembership(config.membership, joined)
+    return RayMembership(config.membership, joined, failed=failed)
 
 
 def _waker(config: Config) -> Waker:

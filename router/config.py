@@ -19,10 +19,11 @@ import tomli_w
 
 from router.errors import ConfigError
 from router.fields import Path, dotted, fields, from_text, item_type, nearest, problems, table_type, value_type
-from router.options import Config
+from router.options import LANE_PORTS, Config
 from router.policies import registry
 
 PREFIX = "KVLANE_"
+_LAST_PORT = 65535
 INDEX = "N"
 """Stands for any index in the path of a field inside an array of tables."""
 
@@ -253,6 +254,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     if config.lane.reconnect_min_s > config.lane.reconnect_max_s:
         low, high = config.lane.reconnect_min_s, config.lane.reconnect_max_s
         yield f"lane.reconnect_min_s: {low:g} is above lane.reconnect_max_s, which is {high:g}"
+    yield from _lane_tls_conflicts(config)
     yield from _repeated("engines", [engine.name for engine in config.engines])
     yield from _policy_conflicts(config)
 
@@ -283,6 +285,29 @@ def _ingress_conflicts(config: Config) -> Iterator[str]:
             yield f"{section}.tls_{absent}_file: missing; {section}.tls_{given}_file is set and needs it"
         if tls.tls_client_ca_file and not tls.tls_cert_file:
             yield f"{section}.tls_cert_file: missing; {section}.tls_client_ca_file is set and needs it"
+
+
+def _lane_tls_conflicts(config: Config) -> Iterator[str]:
+    lane = config.lane
+    yield from _pair("lane.tls", lane.tls_cert_file, lane.tls_key_file)
+    if (lane.tls_cert_file or lane.tls_server_name) and not lane.tls_ca_file:
+        given = "tls_cert_file" if lane.tls_cert_file else "tls_server_name"
+        yield f"lane.tls_ca_file: missing; lane.{given} is set and needs it"
+    if lane.tls_ca_file and lane.carrier == "actor":
+        yield "lane.tls_ca_file: lane.carrier 'actor' goes through Ray, which has TLS of its own (RAY_USE_TLS)"
+    for index, engine in enumerate(config.engines):
+        at = f"engines.{index}.lane"
+        yield from _pair(f"{at}_tls", engine.lane_tls_cert_file, engine.lane_tls_key_file)
+        if engine.lane_tls_ca_file and not engine.lane_tls_cert_file:
+            yield f"{at}_tls_cert_file: missing; {at}_tls_ca_file is set and needs it"
+        if engine.lane_port > _LAST_PORT + 1 - LANE_PORTS:
+            yield f"{at}_port: {engine.lane_port} and the {LANE_PORTS - 1} ports after it go beyond {_LAST_PORT}"
+
+
+def _pair(prefix: str, cert: str, key: str) -> Iterator[str]:
+    if bool(cert) != bool(key):
+        given, absent = ("cert", "key") if cert else ("key", "cert")
+        yield f"{prefix}_{absent}_file: missing; {prefix}_{given}_file is set and needs it"
 
 
 def _member_conflicts(config: Config) -> Iterator[str]:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+LANE_PORTS = 64
+"""Tried from `engines.lane_port` on: as many replicas as can share a network address."""
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=1)]
@@ -80,6 +82,10 @@ class LaneOptions(Options, frozen=True):
     reconnect_max_s: Seconds = 5.0
     ping_interval_s: Seconds = 2.0  # A host that vanished is noticed after interval + timeout.
     ping_timeout_s: Seconds = 8.0  # Longer than any pause of a healthy replica's event loop.
+    tls_ca_file: str = ""  # Set: lanes are TLS, and replicas must show a certificate that this private CA signed.
+    tls_cert_file: str = ""  # This router's own PEM chain, for replicas that want one (`engines.lane_tls_ca_file`).
+    tls_key_file: str = ""
+    tls_server_name: str = ""  # A name that replicas' certificates must be for; empty: the private CA is enough.
 
 
 class MembershipOptions(Options, frozen=True):
@@ -174,6 +180,10 @@ class EngineOptions(Options, frozen=True):
     required: bool = True  # Readiness waits for a replica of this model.
     env: dict[str, str] = {}  # Environment variables of the replica's process.
     lane_host: str = ""  # Address that replicas listen on; empty takes the Ray node's.
+    lane_port: Port = 0  # The first of 64 ports that are tried, so that firewalls can name them; 0 takes any free one.
+    lane_tls_cert_file: str = ""  # PEM chain on the engine's host; set: lanes are TLS. `lane.tls_ca_file` goes with it.
+    lane_tls_key_file: str = ""
+    lane_tls_ca_file: str = ""  # Set: routers must show a certificate that this private CA signed.
     drain_timeout_s: Seconds = 120.0  # How long a replica that goes away may finish its streams.
     surge: Literal["auto", "always", "never"] = "auto"  # Redeploy with one replica more; auto: where no GPU is needed.
     health_check_period_s: Seconds = 2.0  # A dead engine is replaced after about three of these.

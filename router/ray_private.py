@@ -1,4 +1,5 @@
-"""Ray API that is not public: running functions inside actors whose class is not ours, and parts of request routers.
+"""Ray API that is not public: running functions inside actors whose class is not ours, parts of request routers, and
+asking a cluster's head whether it takes this process.
 
 A Serve replica is an actor of Serve's own class, so a lane over actor calls and the watch for an actor's death need
 functions that run there beside Serve's methods. `__ray_call__` does that, and Serve neither counts nor queues such
@@ -9,10 +10,15 @@ others.
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
+import grpc
 import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError
 
 from router.errors import ConfigError
 
@@ -29,6 +35,60 @@ def check_version(version: str = ray.__version__) -> None:
     if not OLDEST <= (major, minor) <= NEWEST:
         tried = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
         raise ConfigError(f"Ray {version} is installed, and kvlane was tried with {tried}")
+
+
+class RayRefused(ConnectionRefusedError):
+    """The cluster's head does not take this process, and will not before somebody changes something."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        """``token`` or ``tls``."""
+
+
+def knock(address: str, timeout_s: float) -> None:
+    """Asks the head at that address (HOST:PORT) for its name, as Ray does first, with this process's token and TLS.
+
+    Ray itself would ask for 20 s, and then not say why it may not join. Raises `RayRefused`, or `ConnectionError` where
+    there is no answer.
+    """
+    channel = None
+    try:
+        # A token in a file may have been put right since the last time.
+        AuthenticationTokenLoader.instance().reset_cache()
+        channel = init_grpc_channel(address, [("grpc.enable_retries", 0)])
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=timeout_s)
+    except AuthenticationError as error:
+        raise RayRefused(f"this process has no Ray token: {reason(error)}", "token") from error
+    except grpc.RpcError as error:
+        raise _refusal(address, error) from error
+    except (RuntimeError, OSError) as error:
+        raise RayRefused(f"this process's TLS for Ray cannot be used: {reason(error)}", "tls") from error
+    finally:
+        if channel is not None:
+            channel.close()
+
+
+def _refusal(address: str, error: Any) -> ConnectionError:
+    code, details = error.code(), error.details() or ""
+    tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        hint = "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+        return RayRefused(f"the Ray cluster at {address} refuses this process's token; {hint}", "token")
+    if tls and "handshake" in details.lower():
+        hint = "is its head without TLS, or with a certificate that RAY_TLS_CA_CERT did not sign or that is for others?"
+        return RayRefused(f"no TLS with the Ray cluster at {address}; {hint}", "tls")
+    hint = "" if tls else "; it may want TLS (RAY_USE_TLS)" if "Socket closed" in details else ""
+    return ConnectionError(f"no Ray cluster answers at {address}: {code.name.lower()}{hint}")
+
+
+def kind(error: Exception) -> str:
+    """Of a failure to reach the cluster: ``token``, ``tls``, ``timeout`` or ``unreachable``, for metrics."""
+    if isinstance(error, RayRefused):
+        return error.kind
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    return "token" if isinstance(error, AuthenticationError) else "unreachable"
 
 
 def call(actor: Any, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Any:

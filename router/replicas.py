@@ -22,6 +22,7 @@ from router.lane.carriers import Carrier
 from router.lane.client import Lane, Lease
 from router.lane.frames import CacheReport
 from router.lane.meter import FrameMeter
+from router.lane.troubles import Troubles
 from router.load.account import Blind, Foresight
 from router.membership.base import ReplicaRecord
 from router.options import LaneOptions
@@ -161,9 +162,11 @@ class _Member:
                     await self._owner.carrier.connect(self.record, self._new_lane)
                     await self._opened.wait()
             except (OSError, TimeoutError) as error:
-                log.info("replica %s: no lane: %s", self.record.replica, str(error) or "timed out")
+                cause = self._owner.troubles.failed(self.record.replica, error, self.lane)
+                log.info("replica %s: no lane: %s", self.record.replica, cause)
                 self._give_up_lane()
-            except Exception:  # a carrier's defect must not keep the replica out for good
+            except Exception as error:  # a carrier's defect must not keep the replica out for good
+                self._owner.troubles.failed(self.record.replica, error, self.lane)
                 log.exception("replica %s: the carrier failed", self.record.replica)
                 self._give_up_lane()
             else:
@@ -195,6 +198,7 @@ class _Member:
             self._opened.set()
             assert lane.welcome is not None
             self.info = lane.welcome.info
+            self._owner.troubles.over(lane.replica)
             self._owner.opened(lane)
             self.happens(Event.OPENED)
 
@@ -205,6 +209,7 @@ class _Member:
     def lane_lost(self, lane: Lane, error: ReplicaLost) -> None:
         if lane is self.lane:
             log.info("replica %s: %s", self.record.replica, error.message)
+            self._owner.troubles.lost(lane, error, expected=self.state is not State.READY)
             self._owner.retired(lane)
             self.lane = None
             self.happens(Event.LOST)
@@ -305,6 +310,8 @@ class Replicas:
         self.foresee = foresee
         self.meter = FrameMeter()
         """Samples the frames of all lanes, for metrics."""
+        self.troubles = Troubles()
+        """Why replicas have no lane."""
         self.random = rng or random.Random()
         self._required = tuple(required)
         self._held = tuple(held)
@@ -340,6 +347,7 @@ class Replicas:
         for name, member in tuple(self._members.items()):
             if member.state is State.GONE:
                 del self._members[name]
+                self.troubles.over(member.record.replica)
             elif name not in records:
                 member.unlisted()
             elif _same(records[name], member.record):
@@ -532,7 +540,9 @@ class Replicas:
         held = {name: HELD for name in self._held if not counts[name]} if self._settled else {}
         wanted = [counts[name] > 0 or name in held for name in self._required]
         ready = all(wanted) if wanted else any(counts.values()) or bool(held)
-        return Readiness(ready, counts, self.caches(), held=held or msgspec.UNSET)
+        joining = {m.record.replica for m in self._members.values() if m.state is State.JOINING}
+        troubles = {replica: text for replica, text in self.troubles.last.items() if replica in joining}
+        return Readiness(ready, counts, self.caches(), troubles, held=held or msgspec.UNSET)
 
     def _is_held(self, model: str) -> bool:
         """Whether requests for the model, or for the adapter of that name, may wait without any replica."""
@@ -565,7 +575,7 @@ def _caching(pools: Mapping[str, _Pool]) -> frozenset[str]:
 
 def _same(one: ReplicaRecord, other: ReplicaRecord) -> bool:
     """Whether two records lead to the same lane; actor handles of one actor are not equal."""
-    return (one.host, one.port, one.secret) == (other.host, other.port, other.secret)
+    return (one.host, one.port, one.secret, one.tls) == (other.host, other.port, other.secret, other.tls)
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -34,6 +34,7 @@ from router.errors import ConfigError
 from router.membership import directory
 from router.membership.directory_client import join
 from router.options import Config, EngineOptions
+from router.ray_private import RayRefused
 
 LOOK_INTERVAL_S = 0.5
 """How often to look for a Ctrl-C that another thread got."""
@@ -168,8 +169,8 @@ def _ray(config: Config) -> Iterator[bool]:
         if not ours:
             try:
                 join(membership)
-            except ConnectionError:
-                if membership.ray_address != AUTO:
+            except ConnectionError as error:
+                if membership.ray_address != AUTO or isinstance(error, RayRefused):
                     raise
                 ours = True
         if ours:

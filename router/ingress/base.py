@@ -44,6 +44,8 @@ class Readiness(msgspec.Struct, frozen=True):
     models: dict[str, int]
     caches: dict[str, CacheStatus] = {}
     """Of the ready replicas."""
+    lanes: dict[str, str] = {}
+    """Of replicas that have no lane: why, as far as something was tried."""
     leaving: bool | msgspec.UnsetType = msgspec.UNSET
     """True where the router goes away, whatever its replicas."""
     held: dict[str, str] | msgspec.UnsetType = msgspec.UNSET

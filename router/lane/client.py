@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol, cast
@@ -33,6 +34,7 @@ from router.lane.frames import (
 )
 from router.lane.meter import SAMPLE, FrameMeter
 from router.lane.output import FrameOutput
+from router.lane.tls import explain
 from router.load.account import Account, Blind, Foresight
 from router.types import NO_CHARGE, Charge, EngineInfo, Request, Rpc, Sink
 
@@ -49,7 +51,16 @@ MOST_OUTPUTS: Final = 256
 
 
 class LaneRefused(ReplicaLost):
-    """The replica does not want this router: other lane version, wrong secret or broken protocol."""
+    """The replica does not want this router: other lane version, wrong secret, no trust or broken protocol."""
+
+    def __init__(self, message: str, *, code: str = "protocol") -> None:
+        super().__init__(message)
+        self.code = code
+        """As in `frames.Refused`, or ``tls``."""
+
+
+class LaneClosed(ReplicaLost):
+    """This side closed the lane."""
 
 
 class LaneListener(Protocol):
@@ -114,6 +125,8 @@ class Lane(asyncio.Protocol):
         self.steps = 0
         self.tokens = 0
         """Tokens received, for metrics."""
+        self.silent = True
+        """Whether the replica has said nothing at all."""
         self._secret = secret
         self._router = router
         self._listener = listener
@@ -212,7 +225,7 @@ class Lane(asyncio.Protocol):
 
     def close(self) -> None:
         """Closes the lane; its streams fail."""
-        self._lose(ReplicaLost(f"the lane to replica {self.replica} was closed"))
+        self._lose(LaneClosed(f"the lane to replica {self.replica} was closed"))
 
     # -- the transport's side
 
@@ -321,7 +334,15 @@ class Lane(asyncio.Protocol):
         self._lose(LaneRefused(f"replica {self.replica} broke the lane protocol: {error}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if isinstance(exc, ssl.SSLError) or (self.silent and self._is_tls()):
+            # A side of TLS 1.3 that is refused hears of it only after it took the lane for open, if at all.
+            why = explain(exc) if exc else "it closed a new lane without a word, as where it does not trust a router"
+            self._lose(LaneRefused(f"replica {self.replica} refused the lane (tls): {why}", code="tls"))
+            return
         self._lose(ReplicaLost(f"the lane to replica {self.replica} was lost" + (f": {exc}" if exc else "")))
+
+    def _is_tls(self) -> bool:
+        return self._transport is not None and self._transport.get_extra_info("ssl_object") is not None
 
     # -- frames from the replica
 
@@ -338,7 +359,8 @@ class Lane(asyncio.Protocol):
         elif type(frame) is frames.Challenge:
             self._challenged(frame)
         elif type(frame) is frames.Refused:
-            self._lose(LaneRefused(f"replica {self.replica} refused the lane ({frame.code}): {frame.message}"))
+            text = f"replica {self.replica} refused the lane ({frame.code}): {frame.message}"
+            self._lose(LaneRefused(text, code=frame.code))
 
     def _deliver(self, outputs: Sequence[Output] | Sequence[LargeOutput]) -> None:
         """Hands outputs of one step to their streams' sinks."""
@@ -401,10 +423,12 @@ class Lane(asyncio.Protocol):
         stream.sink, stream.data, stream.last = _DEAF, _DEAF.data, _DEAF.data
 
     def _challenged(self, challenge: frames.Challenge) -> None:
+        self.silent = False
         if challenge.version != frames.VERSION:
             self._lose(
                 LaneRefused(
-                    f"replica {self.replica} speaks lane version {challenge.version}, this router {frames.VERSION}"
+                    f"replica {self.replica} speaks lane version {challenge.version}, this router {frames.VERSION}",
+                    code="version",
                 )
             )
         elif self._output is not None:
@@ -430,7 +454,7 @@ class Lane(asyncio.Protocol):
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             if not stream.done.done():
-                stream.done.set_exception(type(error)(error.message))
+                stream.done.set_exception(ReplicaLost(error.message))
         self._listener.lane_lost(self, error)
         if transport is not None:
             transport.abort()

@@ -50,20 +50,29 @@ def join(options: MembershipOptions) -> None:
 
 
 def _look_for(address: str) -> None:
-    """Raises `ConnectionError` where nobody listens: Ray itself waits for as long as it outlives the cluster's head."""
+    """Raises `ConnectionError` where nobody listens: Ray itself waits for as long as it outlives the cluster's head.
+
+    And `ray_private.RayRefused` where the head does not take this process.
+    """
     address = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
     host, _, port = address.rpartition(":")
     if not (host and port.isdigit()):
         return
     try:
         with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
-            return
+            pass
     except OSError as error:
         raise ConnectionError(f"no Ray cluster answers at {address!r}: {error}") from error
+    ray_private.knock(address, CONNECT_TIMEOUT_S)
 
 
 class DirectoryAway(Exception):
     """The directory cannot be asked now; says why in one line."""
+
+    def __init__(self, message: str, kind: str = "unreachable") -> None:
+        super().__init__(message)
+        self.kind = kind
+        """See `ray_private.kind`."""
 
 
 class DirectoryClient:
@@ -100,11 +109,11 @@ class DirectoryClient:
                 return await getattr(self._handle, method).remote(*args)
         except TimeoutError as error:
             self._handle = None
-            raise DirectoryAway("no answer in time") from error
+            raise DirectoryAway("no answer in time", ray_private.kind(error)) from error
         except (RayError, OSError, RuntimeError, ValueError) as error:
             # RuntimeError and ValueError: how Ray says that it cannot join, or has no such actor any more.
             self._handle = None
-            raise DirectoryAway(ray_private.reason(error)) from error
+            raise DirectoryAway(ray_private.reason(error), ray_private.kind(error)) from error
 
     def _find(self) -> Any:
         self._join()

@@ -29,6 +29,9 @@ from router.options import MembershipOptions
 log = logging.getLogger(__name__)
 
 RETRY_S: Final = 0.5
+REFUSED_RETRY_S: Final = 5.0
+"""Where the cluster does not take this process: somebody has to mend that, and a mounted token may be replaced."""
+REFUSALS: Final = ("token", "tls")
 RESTART_GRACE_S: Final = 5 * directory.HEARTBEAT_S
 """How long replicas that a restarted directory does not list yet are kept: they repeat themselves every second."""
 
@@ -72,8 +75,10 @@ class RayMembership:
         options: MembershipOptions,
         joined: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        failed: Callable[[str], None] = lambda kind: None,
     ) -> None:
-        """`joined` is called on the event loop each time this process has become part of the cluster.
+        """`joined` is called on the event loop each time this process has become part of the cluster; `failed` with the
+        kind of each try that came to nothing (``token``, ``tls``, ``timeout``, ``unreachable``).
 
         Raises `ConfigError` where Ray's version is one that kvlane was not tried with.
         """
@@ -84,7 +89,9 @@ class RayMembership:
         self._clock = clock
         self._view = MemberView()
         self._directory = DirectoryClient(options.ray_namespace, self._join)
-        self._out = False
+        self._failed = failed
+        self._out = ""
+        """The kind of the outage that there is; empty while there is none."""
 
     async def run(self, on_members: OnMembers) -> None:
         """See `Membership.run`. Joins the cluster first, and never leaves it: that is for the process's owner."""
@@ -97,7 +104,7 @@ class RayMembership:
                 listing = await self._directory.watch(view.epoch, view.version, wait_s)
             except DirectoryAway as error:
                 self._outage(error)
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(REFUSED_RETRY_S if error.kind in REFUSALS else RETRY_S)
                 continue
             self._recovered()
             if view.take(listing, self._clock()) or not told:
@@ -111,11 +118,17 @@ class RayMembership:
             self._loop.call_soon_threadsafe(self._joined)
 
     def _outage(self, error: DirectoryAway) -> None:
-        if not self._out:
-            self._out = True
-            log.warning("the directory is out of reach (%s); %d replicas are kept", error, len(self._view.members))
+        self._failed(error.kind)
+        if self._out == error.kind or (self._out and error.kind not in REFUSALS):
+            return
+        self._out = error.kind
+        kept = len(self._view.members)
+        if error.kind in REFUSALS:
+            log.error("this router may not join Ray (%s); it tries on, and %d replicas are kept", error, kept)
+        else:
+            log.warning("the directory is out of reach (%s); %d replicas are kept", error, kept)
 
     def _recovered(self) -> None:
         if self._out:
-            self._out = False
+            self._out = ""
             log.info("the directory answers again")

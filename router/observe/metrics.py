@@ -69,6 +69,14 @@ class Metrics:
         self._retries = Counter(
             "kvlane_retries", "Requests sent to another replica, by the error before.", ["error"], registry=registry
         )
+        self._membership = Counter(
+            "kvlane_membership_failures",
+            "Tries to reach Ray or the directory that came to nothing, by cause.",
+            ["kind"],
+            registry=registry,
+        )
+        for kind in ("token", "tls", "timeout", "unreachable"):
+            self._membership.labels(kind)
         self.policies = PolicyMetrics(registry)
         """What guards and shadows report to."""
         self._held = Counter(
@@ -147,6 +155,10 @@ class Metrics:
     def retried(self, error: KvlaneError) -> None:
         """A request goes to another replica."""
         self._retries.labels(error.name).inc()
+
+    def membership_failed(self, kind: str) -> None:
+        """Membership could not be asked."""
+        self._membership.labels(kind).inc()
 
     async def snapshot(self) -> Families:
         """All figures of this process now. Other tasks run meanwhile."""
@@ -229,6 +241,12 @@ class _State(Collector):
         steps, tokens = self._replicas.totals()
         yield CounterMetricFamily("kvlane_steps", "Step frames received.", steps)
         yield CounterMetricFamily("kvlane_tokens", "Tokens received.", tokens)
+        failures = CounterMetricFamily(
+            "kvlane_lane_failures", "Lanes that could not be opened or were lost, by cause.", labels=["kind"]
+        )
+        for kind, count in self._replicas.troubles.counts.items():
+            failures.add_metric([kind], count)
+        yield failures
         yield from self._frames()
         ready = GaugeMetricFamily("kvlane_replicas_ready", "Ready replicas of a model.", labels=["model"])
         for status in self._replicas.models():

@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 import msgspec
 import pytest
 
+from loadtests.certificates import Authority
 from router.errors import ClientTooSlow, ReplicaLost
 from router.lane.actor import ActorCarrier
 from router.lane.carriers import Carrier, SocketCarrier
 from router.lane.client import Lane
+from router.lane.tls import LaneTls, TlsFiles
 from router.membership.base import ReplicaRecord
 from router.membership.ray import RayMembership
 from router.options import Config, LaneOptions
@@ -23,15 +25,48 @@ from tests.integration.serving import MODEL, completion, config, deployed, withi
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-CARRIERS: dict[str, type[Carrier]] = {"socket": SocketCarrier, "actor": ActorCarrier}
+CARRIERS = ("socket", "socket with TLS", "actor")
 
 
 @pytest.fixture(scope="module")
-def fleet() -> Iterator[Config]:
-    with cluster() as address:
-        settings = config(address, max_num_seqs=1024, kv_blocks=200_000)
-        with deployed(settings):
-            yield settings
+def address() -> Iterator[str]:
+    with cluster() as gcs_address:
+        yield gcs_address
+
+
+@pytest.fixture(scope="module")
+def fleet(address: str) -> Iterator[Config]:
+    settings = config(address, max_num_seqs=1024, kv_blocks=200_000)
+    with deployed(settings):
+        yield settings
+
+
+@pytest.fixture(scope="module")
+def secured_fleet(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
+    """The same with certificates on both sides, and a directory of its own."""
+    authority = Authority(tmp_path_factory.mktemp("tls"))
+    settings = config(address, max_num_seqs=1024, kv_blocks=200_000)
+    (cert, key), replace = authority.issue("replica"), msgspec.structs.replace
+    (engine,) = settings.engines
+    tls = {"lane_tls_cert_file": cert, "lane_tls_key_file": key, "lane_tls_ca_file": authority.ca}
+    engine = replace(engine, name="secured", served_model_name=MODEL, lane_port=7100, **tls)
+    cert, key = authority.issue("router")
+    settings = replace(
+        settings,
+        membership=replace(settings.membership, ray_namespace="kvlane-test-tls"),
+        lane=LaneOptions(tls_ca_file=authority.ca, tls_cert_file=cert, tls_key_file=key),
+        engines=(engine,),
+    )
+    with deployed(settings):
+        yield settings
+
+
+def carrier_of(name: str, settings: Config) -> Carrier:
+    if name == "actor":
+        return ActorCarrier()
+    lane = settings.lane
+    files = TlsFiles(lane.tls_cert_file, lane.tls_key_file, lane.tls_ca_file)
+    return SocketCarrier(LaneTls("router", files) if lane.tls_ca_file else None)
 
 
 class Joined:
@@ -39,7 +74,7 @@ class Joined:
 
     def __init__(self, carrier: str, settings: Config) -> None:
         self.settings = settings
-        self.router = Replicas("test", CARRIERS[carrier](), LaneOptions(connect_timeout_s=30.0))
+        self.router = Replicas("test", carrier_of(carrier, settings), LaneOptions(connect_timeout_s=30.0))
         self.records: Mapping[str, ReplicaRecord] = {}
 
     def listed(self, records: Mapping[str, ReplicaRecord]) -> None:
@@ -52,9 +87,10 @@ class Joined:
 
 
 @pytest.fixture(params=CARRIERS)
-async def joined(request: pytest.FixtureRequest, fleet: Config) -> AsyncIterator[Joined]:
-    joined = Joined(request.param, fleet)
-    membership = asyncio.create_task(RayMembership(fleet.membership).run(joined.listed))
+async def joined(request: pytest.FixtureRequest) -> AsyncIterator[Joined]:
+    settings: Config = request.getfixturevalue("secured_fleet" if "TLS" in request.param else "fleet")
+    joined = Joined(request.param, settings)
+    membership = asyncio.create_task(RayMembership(settings.membership).run(joined.listed))
     async with running(membership):
         await until(lambda: len(joined.lanes) == 2, "a lane to each replica")
         try:

@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "router.replica_life": set(),
     "router.replicas": WORDS
     | SEAMS
-    | {"router.lane.client", "router.lane.meter", "router.load", "router.replica_life"},
+    | {"router.lane.client", "router.lane.meter", "router.lane.troubles", "router.load", "router.replica_life"},
     "router.wake": set(),
     "router.holding": WORDS,
     "router.hold": WORDS | {"router.holding", "router.wake"},
@@ -106,7 +106,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"router.control", "router.listeners", "router.serving", "router.signals", "router.supervisor", "router.watched"},
     "router.demo": {"kvlane"},
     "router.up": WORDS
-    | {"router.app", "router.control", "router.demo", "engine.deployment"}
+    | {"router.app", "router.control", "router.demo", "router.ray_private", "engine.deployment"}
     | {"router.membership.directory", "router.membership.directory_client"},
     "router.__main__": WORDS
     | {
@@ -124,6 +124,7 @@ ALLOWED: dict[str, set[str]] = {
         "router.lane.frames",
         "router.lane.carriers",
         "router.lane.pipes",
+        "router.lane.tls",
         "router.membership.base",
         "router.membership.directory",
         "router.membership.directory_client",

@@ -198,6 +198,7 @@ async def test_the_routers_own_pages() -> None:
                 "ready": True,
                 "models": {"tiny": 1},
                 "caches": {"r-1": {"mode": "exact"}, "r-2": {"mode": "approximate", "cause": "no events"}},
+                "lanes": {},
             },
         )
         serving.fleet.ready = False
