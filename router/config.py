@@ -19,6 +19,7 @@ import tomli_w
 
 from router.errors import ConfigError
 from router.fields import Path, dotted, fields, from_text, item_type, nearest, problems, table_type, value_type
+from router.membership.node_address import parse
 from router.options import Config
 from router.policies import registry
 
@@ -291,8 +292,12 @@ def _member_conflicts(config: Config) -> Iterator[str]:
             yield "membership.replicas: missing; membership.kind 'static' needs at least one"
         if config.lane.carrier == "actor":
             yield "lane.carrier: 'actor' goes through Ray, which membership.kind 'static' leaves out; use 'socket'"
+        if membership.join:
+            yield "membership.join: there is no Ray cluster to join where membership.kind is 'static'"
     elif membership.replicas:
         yield f"membership.replicas: only used where membership.kind is 'static', and it is '{membership.kind}'"
+    if membership.join and membership.kind == "ray" and parse(membership.ray_address) is None:
+        yield f"membership.ray_address: expected HOST:PORT of the head to join, got {membership.ray_address!r}"
     yield from _repeated("membership.replicas", [replica.name for replica in membership.replicas])
 
 

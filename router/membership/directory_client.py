@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable
@@ -19,9 +18,10 @@ import ray
 from ray.exceptions import RayError
 
 from router import ray_private
-from router.membership import directory
+from router.membership import directory, node_address
 from router.membership.base import ReplicaRecord
 from router.membership.directory import Listing
+from router.membership.node_address import NODE_MANAGER, Address
 from router.options import MembershipOptions
 
 T = TypeVar("T")
@@ -36,10 +36,13 @@ ANSWER_TIMEOUT_S: Final = 5.0
 def join(options: MembershipOptions) -> None:
     """Makes this process a driver of the running cluster; no effect where it is one. Blocks.
 
-    Never starts a cluster. Raises `ConnectionError` where there is none, and what else `ray.init` raises.
+    Never starts a cluster. Raises `ConnectionError` where there is none, or not yet the node that it shall be on, and
+    what else `ray.init` raises.
     """
     if not ray.is_initialized():
-        _look_for(options.ray_address)
+        _look_for(node_address.head(options), "no Ray cluster answers")
+        if options.join:
+            _look_for(Address(node_address.node_ip(options), NODE_MANAGER), "the Ray node of this host is not up")
         ray.init(
             address=options.ray_address,
             namespace=options.ray_namespace,
@@ -49,17 +52,15 @@ def join(options: MembershipOptions) -> None:
         )
 
 
-def _look_for(address: str) -> None:
+def _look_for(address: Address | None, otherwise: str) -> None:
     """Raises `ConnectionError` where nobody listens: Ray itself waits for as long as it outlives the cluster's head."""
-    address = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdigit()):
+    if address is None:
         return
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
+        with socket.create_connection(address, CONNECT_TIMEOUT_S):
             return
     except OSError as error:
-        raise ConnectionError(f"no Ray cluster answers at {address!r}: {error}") from error
+        raise ConnectionError(f"{otherwise} at {address.host}:{address.port}: {error}") from error
 
 
 class DirectoryAway(Exception):

@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "router.ray_pool": WORDS | {"router.fields", "router.policies", "router.prefix.prefixes", "router.ray_requests"},
     "router.ray_router": {"router.ray_pool", "router.ray_private"},
     # Around the router.
-    "router.config": WORDS | {"router.fields", "router.policies.registry"},
+    "router.config": WORDS | {"router.fields", "router.membership.node_address", "router.policies.registry"},
     "router.reference": {"router.config", "router.fields"},
     "router.testing": WORDS | SEAMS,
     "router.garbage": set(),
@@ -83,8 +83,9 @@ ALLOWED: dict[str, set[str]] = {
     "router.generation": WORDS | SUPERVISION | {"router.worker_process"},
     "router.supervisor": WORDS | SUPERVISION | {"router.generation", "router.worker_process"},
     "router.serving": WORDS | {"router.app", "router.control", "router.garbage", "router.signals"},
+    "router.node": WORDS | {"router.membership.node_address"},
     "router.workers": WORDS
-    | {"router.control", "router.listeners", "router.serving", "router.signals", "router.supervisor"},
+    | {"router.control", "router.listeners", "router.node", "router.serving", "router.signals", "router.supervisor"},
     "router.demo": {"kvlane"},
     "router.up": WORDS
     | {"router.app", "router.control", "router.demo", "engine.deployment"}
