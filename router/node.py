@@ -41,6 +41,10 @@ LAST_LINES: Final = 5
 """Of what a node says that ends, for the log."""
 LAST_WORDS_LIMIT_S: Final = 1.0
 
+_TIED_RAY: Final = (
+    "import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGTERM); from ray.scripts.scripts import main; main()"
+)
+"""Ray's command line, which gets SIGTERM when this process dies (1 is PR_SET_PDEATHSIG)."""
 GCS_LIMIT: Final = "RAY_gcs_rpc_server_reconnect_timeout_s"
 GCS_LIMIT_S: Final = 86_400
 """For how long the cluster's head may be away: Ray's own 60 s end every process that belongs to the cluster."""
@@ -63,7 +67,7 @@ def command(options: MembershipOptions) -> list[str]:
         "min-worker-port": node_address.FIRST_WORKER,
         "max-worker-port": node_address.LAST_WORKER,
     }
-    words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    words = [sys.executable, "-c", _TIED_RAY, "start", "--block", "--disable-usage-stats"]
     words += [f"--address={options.ray_address}", f"--node-ip-address={node_address.node_ip(options)}"]
     words += ["--num-cpus=0", "--num-gpus=0", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     words += ["--include-log-monitor=false", f"--labels={node_address.ROLE}={node_address.ROUTER}"]

@@ -74,7 +74,7 @@ class Load:
 
     async def run(self, clients: int) -> None:
         """So many of each kind at each router, until told to end; streams in flight come to their own end then."""
-        async with asyncio.TaskGroup() as group, asyncio.timeout(LIMIT_S):
+        async with asyncio.TaskGroup() as group:
             for address in self.replicas:
                 for _ in range(clients):
                     group.create_task(self._http(address))

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import httpx
+
 from tests.hosts.client import Inside, Load, inside
 from tests.hosts.network import Container, Host, Network, network
-
-import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S: Final = 120.0
@@ -32,6 +32,10 @@ PING_INTERVAL_S, PING_TIMEOUT_S = 0.5, 3.0
 TOKENS: Final = 120
 CLIENTS: Final = 3
 RAY: Final = (sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats")
+OUTLIVE: Final = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+"""For nodes: to wait so long for a head that is away, and not Ray's 60 s."""
+SOON: Final = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
+"""For the head: nodes that refuse its calls are taken for dead soon. What does not answer has its usual 10 s a call."""
 _SAMPLE = re.compile(r"^(\w+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
 
 ROUTER = """
@@ -151,7 +155,7 @@ class World:
         flags = ["--head", "--port=6379", f"--node-ip-address={self.head.address}", "--num-cpus=0", "--num-gpus=0"]
         flags += ["--object-store-memory=80000000", "--include-dashboard=false", "--include-log-monitor=false"]
         flags += [f"--temp-dir=/tmp/ray{self._heads}"]
-        state = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "/tmp/gcs"}
+        state = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "/tmp/gcs", **SOON}
         (self.head.temp / "gcs").mkdir(exist_ok=True)
         self.head.run([*RAY, *flags], {**self._env, **state})
         wait_until(lambda: self._answers(self.head.address, 6379), "the head answers", self.head.log)
@@ -204,9 +208,6 @@ class World:
         finally:
             load.end()
             running.result(DEADLINE_S)
-
-
-OUTLIVE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
 
 
 async def _get(url: str) -> httpx.Response | None:
