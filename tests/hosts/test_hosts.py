@@ -76,6 +76,16 @@ def test_two_routers_share_the_replicas_of_two_hosts(hosts: World) -> None:
     assert load.broken == []
 
 
+def test_a_router_with_another_token_gets_no_part_in_the_cluster(hosts: World) -> None:
+    token = "e" * 64
+    with hosts.stranger(token) as router:
+        wait_until(lambda: "the Ray node has ended" in router.host.log(), "its node is refused", router.host.log)
+        healthy, ready = hosts.get(router, "/healthz"), hosts.get(router, "/readyz")
+        assert (healthy and healthy.status_code, ready and ready.status_code) == (200, 503)
+    assert "kvlane-directory" not in router.host.log()
+    assert token not in router.host.log()
+
+
 @pytest.mark.parametrize(
     ("sends", "hears"), [(False, False), (False, True)], ids=["nothing gets through", "one direction is dead"]
 )

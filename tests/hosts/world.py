@@ -145,7 +145,7 @@ class World:
             (host.temp / name).chmod(0o444)
 
     def _hosts(self) -> list[Host]:
-        return [self.head, *self.engines, *self._router_hosts]
+        return [self.head, *self.engines, *self._router_hosts, self._client]
 
     # What runs where.
 
@@ -166,9 +166,19 @@ class World:
         flags += [f"--num-cpus={PER_HOST}", "--num-gpus=0", "--object-store-memory=80000000"]
         host.run([*RAY, *flags, "--include-log-monitor=false"], {**self._env, **OUTLIVE})
 
-    def _start_router(self, host: Host) -> Container:
+    def _start_router(self, host: Host, token: str = "/tmp/token") -> Container:
         command = [sys.executable, "-m", "router", "serve", "--config", "/tmp/router.toml"]
-        return host.run(command, self._env, confined=True)
+        return host.run(command, {**self._env, "RAY_AUTH_TOKEN_PATH": token}, confined=True)
+
+    @contextmanager
+    def stranger(self, token: str) -> Iterator[Router]:
+        """A router that has another token, on the clients' host."""
+        self._put("strange", token)
+        router = Router(self._client, self._start_router(self._client, "/tmp/strange"))
+        try:
+            yield router
+        finally:
+            router.container.stop(DEADLINE_S)
 
     def _deploy(self) -> None:
         command = [sys.executable, "-m", "router", "deploy", "--no-wait", "--config", "/tmp/engines.toml"]
