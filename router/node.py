@@ -31,7 +31,7 @@ STEADY_S: Final = 60.0
 """A node that was up so long is started again soon."""
 CONNECT_LIMIT_S: Final = 5.0
 LOOK_S: Final = 0.5
-STOP_LIMIT_S: Final = 10.0
+STOP_LIMIT_S: Final = 5.0
 """For Ray's processes to end; then they are killed."""
 LEAVE_S: Final = 2
 """For the head to hear that the node leaves, so that it need not find out."""

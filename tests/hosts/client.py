@@ -19,7 +19,7 @@ from tests.integration.asking import WHOLE, ask, ask_grpc
 T = TypeVar("T")
 
 CLONE_NEWNET: Final = 0x40000000
-LIMIT_S: Final = 120.0
+LIMIT_S: Final = 240.0
 MODEL: Final = "sim"
 
 

@@ -22,7 +22,7 @@ from tests.integration.asking import CUT, ERROR_EVENT, WHOLE
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(bool(why := missing()), reason=f"NO HOSTS CAN BE MADE: {why}"),
 ]
 

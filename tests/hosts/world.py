@@ -24,7 +24,7 @@ from tests.hosts.client import Inside, Load, inside
 from tests.hosts.network import Container, Host, Network, network
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S: Final = 120.0
+DEADLINE_S: Final = 240.0
 """For all that other processes have to do first; the machine may be busy."""
 REPLICAS: Final = 4
 PER_HOST: Final = 2
@@ -36,6 +36,15 @@ OUTLIVE: Final = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
 """For nodes: to wait so long for a head that is away, and not Ray's 60 s."""
 SOON: Final = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
 """For the head: nodes that refuse its calls are taken for dead soon. What does not answer has its usual 10 s a call."""
+PORTS: Final = [
+    "--runtime-env-agent-port=6383",
+    "--dashboard-agent-grpc-port=6384",
+    "--dashboard-agent-listen-port=52365",
+    "--metrics-export-port=6385",
+]
+"""Given, so that a node need not wait until its agents have found some: on a busy machine it gives up."""
+AGAIN_AND_AGAIN: Final = ("sh", "-c", 'while :; do "$@"; sleep 1; done', "sh")
+"""Starts a command again that ends, as Kubernetes does with containers."""
 _SAMPLE = re.compile(r"^(\w+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
 
 ROUTER = """
@@ -154,17 +163,18 @@ class World:
         self._heads += 1
         flags = ["--head", "--port=6379", f"--node-ip-address={self.head.address}", "--num-cpus=0", "--num-gpus=0"]
         flags += ["--object-store-memory=80000000", "--include-dashboard=false", "--include-log-monitor=false"]
-        flags += [f"--temp-dir=/tmp/ray{self._heads}"]
+        flags += [f"--temp-dir=/tmp/ray{self._heads}", *PORTS]
         state = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "/tmp/gcs", **SOON}
         (self.head.temp / "gcs").mkdir(exist_ok=True)
-        self.head.run([*RAY, *flags], {**self._env, **state})
+        self.head.run([*AGAIN_AND_AGAIN, *RAY, *flags], {**self._env, **state})
         wait_until(lambda: self._answers(self.head.address, 6379), "the head answers", self.head.log)
 
     def start_engines(self, host: Host) -> None:
         """A node for two replicas, which waits long for a head that is away."""
         flags = [f"--address={self.head.address}:6379", f"--node-ip-address={host.address}"]
         flags += [f"--num-cpus={PER_HOST}", "--num-gpus=0", "--object-store-memory=80000000"]
-        host.run([*RAY, *flags, "--include-log-monitor=false"], {**self._env, **OUTLIVE})
+        flags += ["--include-log-monitor=false", *PORTS]
+        host.run([*AGAIN_AND_AGAIN, *RAY, *flags], {**self._env, **OUTLIVE})
 
     def _start_router(self, host: Host, token: str = "/tmp/token") -> Container:
         command = [sys.executable, "-m", "router", "serve", "--config", "/tmp/router.toml"]
