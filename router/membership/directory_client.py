@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -21,7 +22,6 @@ from router import ray_private
 from router.membership import directory, node_address
 from router.membership.base import ReplicaRecord
 from router.membership.directory import Listing
-from router.membership.node_address import NODE_MANAGER, Address
 from router.options import MembershipOptions
 
 T = TypeVar("T")
@@ -40,9 +40,9 @@ def join(options: MembershipOptions) -> None:
     what else `ray.init` raises.
     """
     if not ray.is_initialized():
-        _look_for(node_address.head(options), "no Ray cluster answers")
+        _look_for(options.ray_address)
         if options.join:
-            _look_for(Address(node_address.node_ip(options), NODE_MANAGER), "the Ray node of this host is not up")
+            _look_for_node(options)
         ray.init(
             address=options.ray_address,
             namespace=options.ray_namespace,
@@ -52,15 +52,27 @@ def join(options: MembershipOptions) -> None:
         )
 
 
-def _look_for(address: Address | None, otherwise: str) -> None:
+def _look_for(address: str) -> None:
     """Raises `ConnectionError` where nobody listens: Ray itself waits for as long as it outlives the cluster's head."""
-    if address is None:
+    address = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
         return
     try:
-        with socket.create_connection(address, CONNECT_TIMEOUT_S):
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
             return
     except OSError as error:
-        raise ConnectionError(f"{otherwise} at {address.host}:{address.port}: {error}") from error
+        raise ConnectionError(f"no Ray cluster answers at {address!r}: {error}") from error
+
+
+def _look_for_node(options: MembershipOptions) -> None:
+    """Raises `ConnectionError` where this host's own node is not up: Ray itself waits half a minute for it."""
+    here = node_address.node_ip(options), node_address.NODE_MANAGER
+    try:
+        with socket.create_connection(here, CONNECT_TIMEOUT_S):
+            return
+    except OSError as error:
+        raise ConnectionError(f"the Ray node of this host is not up at {here[0]}:{here[1]}: {error}") from error
 
 
 class DirectoryAway(Exception):

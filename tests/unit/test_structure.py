@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "router.ray_pool": WORDS | {"router.fields", "router.policies", "router.prefix.prefixes", "router.ray_requests"},
     "router.ray_router": {"router.ray_pool", "router.ray_private"},
     # Around the router.
-    "router.config": WORDS | {"router.fields", "router.membership.node_address", "router.policies.registry"},
+    "router.config": WORDS | {"router.fields", "router.policies.registry"},
     "router.reference": {"router.config", "router.fields"},
     "router.testing": WORDS | SEAMS,
     "router.garbage": set(),
