@@ -7,6 +7,8 @@ VARIANT ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu
 RUNTIME_VENV := $(if $(filter gpu,$(VARIANT)),$(VENV)-gpu,$(VENV))
 BIN := $(VENV)/bin
 ARGS ?=
+# Debian's, for tests with a load balancer in front, network namespaces, and a store that outlives Ray's head.
+SYSTEM_PACKAGES := haproxy iproute2 redis-server
 
 digest = $(shell cat $(1) | sha256sum | cut -c1-16)
 RUNTIME_STAMP := $(RUNTIME_VENV)/.installed-$(VARIANT)-$(call digest,requirements/$(VARIANT).txt)
@@ -27,8 +29,17 @@ up: $(RUNTIME_STAMP) ## real vLLM replicas behind the router, with a streamed de
 	$(call install_source,$(RUNTIME_VENV))
 	$(RUNTIME_VENV)/bin/kvlane up $(ARGS)
 
+.PHONY: system
+system: ## install the Debian packages that some tests need; as root, or with sudo
+	@missing=$$(for each in $(SYSTEM_PACKAGES); do dpkg -s $$each >/dev/null 2>&1 || echo $$each; done); \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" = 0 ]; then sudo=; elif sudo -n true 2>/dev/null; then sudo=sudo; \
+	else echo "not installed, and nobody here may: "$$missing"; tests that need it are skipped" >&2; exit 0; fi; \
+	$$sudo apt-get update -qq && \
+	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null
+
 .PHONY: test
-test: $(DEV_STAMP) ## every test; those that start engines, clusters and routers one at a time
+test: system $(DEV_STAMP) ## every test; those that start engines, clusters and routers one at a time
 	$(call install_source,$(VENV))
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 

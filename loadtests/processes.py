@@ -23,6 +23,7 @@ from router.options import (
     LogOptions,
     MembershipOptions,
     PolicyOptions,
+    ShutdownOptions,
     StaticReplica,
 )
 
@@ -99,6 +100,7 @@ def router(
     edge: Literal["h2", "aio"] = "h2",
     command: list[str] | None = None,
     max_connections: int = HttpOptions().max_connections,
+    notice_s: float = 0.0,
 ) -> Iterator[tuple[int, int, int]]:
     """A router over those replicas: its process, its HTTP port and its gRPC port. `command` runs it in another way."""
     with tempfile.NamedTemporaryFile() as secret:
@@ -115,6 +117,7 @@ def router(
             policy=PolicyOptions(name=policy),
             log=LogOptions(level="warning"),
             workers=workers,
+            shutdown=ShutdownOptions(notice_s=notice_s),
         )
         with _child(command or spawn_arguments(), env) as child:
             assert child.stdin is not None

@@ -17,6 +17,7 @@ from router.errors import ConfigError
 from router.fields import expected
 from router.options import Config
 from router.policies import registry
+from router.watched import WatchedFile
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,9 +114,12 @@ def _up(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     from router import workers
 
+    file = WatchedFile(arguments.config) if arguments.config is not None else None  # Before it is read.
     config = _load(arguments, _router_flags(arguments))
     workers.log_to_stderr(config)
-    return workers.serve(config, read_again=lambda: _load(arguments, _router_flags(arguments)), ready=workers.say)
+    return workers.serve(
+        config, read_again=lambda: _load(arguments, _router_flags(arguments)), file=file, ready=workers.say
+    )
 
 
 def _deploy(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 import msgspec
 
 from router.admission import Admission
-from router.control import SHUTDOWN_GRACE_S
 from router.dispatch import Dispatcher
 from router.errors import ConfigError
 from router.ingress.admin import AdminPort
@@ -106,7 +105,7 @@ class App:
             self._routes.record if self._routes is not None else None,
         )
         self._membership = _membership(config, joined)
-        self._metrics.watch(self._admission, self.replicas, self.prefixes)
+        self._metrics.watch(self._admission, self.replicas, self.prefixes, self._connections)
         self._admin: AdminPort | None = None
         self._http: HttpIngress | None = None
         self._grpc: GrpcIngress | None = None
@@ -177,6 +176,13 @@ class App:
         if self._grpc is not None:
             await self._grpc.listen(_of(shared.grpc, slots))
 
+    def notice(self, limit_s: float) -> None:
+        """The process stops after that time: unready from now on, it still serves whoever comes, and asks clients to
+        go elsewhere with their next requests."""
+        for ingress in (self._http, self._grpc, self._admin):
+            if ingress is not None:
+                ingress.notice(limit_s)
+
     async def drain(self, limit_s: float) -> None:
         """Others have taken over: accepts nothing more; returns when what is connected has gone, or after that time.
 
@@ -192,8 +198,10 @@ class App:
         except TimeoutError:
             log.warning("streams that others did not take over go on after %.0f s and are cut", limit_s)
 
-    async def stop(self, grace_s: float = SHUTDOWN_GRACE_S) -> None:
-        """Refuses new requests, lets streams in flight end for `grace_s`, and closes everything."""
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Refuses new requests, lets streams in flight end for `grace_s`, else the configured time, and closes all."""
+        if grace_s is None:
+            grace_s = self.config.shutdown.grace_s
         if self._grpc is not None:
             await self._grpc.set_ready(False)
         self._admission.close()
@@ -208,6 +216,10 @@ class App:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.replicas.close()
 
+    async def hurry(self) -> None:
+        """While a stop runs: cuts what is in flight, so that it soon comes to its end."""
+        await asyncio.gather(*(ingress.stop(0) for ingress in (self._http, self._grpc) if ingress is not None))
+
     def _forsake(self) -> None:
         """Lets go of the shared sockets: while any process holds one, clients connect to it and wait for ever."""
         shared = self._sockets
@@ -217,6 +229,11 @@ class App:
                 *(each for slots in (shared.http, shared.grpc) for slot in slots for each in slot),
             ):
                 sock.close()
+
+    def _connections(self) -> dict[str, int]:
+        """Clients' connections, by protocol, as far as that is known."""
+        counts = {name: each.connections for name, each in (("http", self._http), ("grpc", self._grpc)) if each}
+        return {name: count for name, count in counts.items() if count is not None}
 
     async def _publish_readiness(self) -> None:
         while True:

@@ -20,10 +20,10 @@ from router.options import Config
 
 log = logging.getLogger(__name__)
 
-SHUTDOWN_GRACE_S: Final = 30.0
-"""How long streams in flight may go on after a stop was asked for."""
 STOP_MARGIN_S: Final = 10.0
-"""How much later a process that was told to stop is killed."""
+"""How much later than its streams' grace ends a process that was told to stop is killed."""
+HURRY_S: Final = 5.0
+"""How soon one is that was told to hurry."""
 LAST_WORDS: Final = 0
 """The number of what a worker tells at its end."""
 _LENGTH: Final = struct.Struct("<I")
@@ -96,6 +96,16 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     limit_s: float
 
 
+class Notice(msgspec.Struct, frozen=True, tag=True):
+    """The router goes away after that time: serve on, be unready, and ask clients to go elsewhere."""
+
+    limit_s: float
+
+
+class Hurry(msgspec.Struct, frozen=True, tag=True):
+    """Cut what is in flight, and end."""
+
+
 # From a worker.
 
 
@@ -124,7 +134,7 @@ class Leaving(msgspec.Struct, frozen=True, tag=True):
     """It got a signal of its own and ends."""
 
 
-ToWorker = Listen | Collect | Page | Drain
+ToWorker = Listen | Collect | Page | Drain | Notice | Hurry
 ToSupervisor = Started | Ready | Collected | Scrape | Leaving
 Got = TypeVar("Got")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -52,6 +53,7 @@ class Generation:
         self._scraped = scraped
         self._gone = gone
         self._draining = False
+        self._leaves_at = math.inf
         self._keepers = [
             asyncio.create_task(self._keep(number), name=f"worker {number}") for number in range(config.workers)
         ]
@@ -76,6 +78,17 @@ class Generation:
     def _all(self, *states: State) -> bool:
         running = self.workers.values()
         return len(running) == self._config.workers and all(worker.state in states for worker in running)
+
+    def notice(self, limit_s: float) -> None:
+        """Tells its workers that the router goes away after that time, those too that are to be started until then."""
+        self._leaves_at = asyncio.get_running_loop().time() + limit_s
+        for worker in self.workers.values():
+            worker.notice(limit_s)
+
+    def hurry(self) -> None:
+        """While it closes: has its workers end without their streams in flight."""
+        for worker in self.workers.values():
+            worker.hurry()
 
     async def drain(self, limit_s: float) -> None:
         """Lets its workers finish what they have, and returns when all have ended."""
@@ -124,6 +137,8 @@ class Generation:
         """One worker's life: its exit status, and whether it had started."""
         worker = await WorkerProcess.start(number, self._config, self._listeners, self._changed, self._scraped)
         self.workers[number] = worker
+        if self._leaves_at < math.inf:
+            worker.notice(max(0.0, self._leaves_at - asyncio.get_running_loop().time()))
         try:
             status = await worker.run()
         finally:

@@ -133,6 +133,15 @@ class LimitOptions(Options, frozen=True):
     max_tries: Count = 3  # Replicas tried per request before its first byte.
 
 
+class ShutdownOptions(Options, frozen=True):
+    """How the router ends at SIGTERM. At SIGINT there is no notice, and a second signal ends it at once."""
+
+    # Unready, and still serving whoever comes: load balancers take seconds to notice, Google's 10 to 20. 0: no notice.
+    notice_s: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    # After that, until streams in flight are cut. Above the longest answers that must be whole, below a Pod's patience.
+    grace_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
+
+
 class EngineOptions(Options, frozen=True):
     """One model's engine replicas, run by Ray Serve."""
 
@@ -180,4 +189,6 @@ class Config(Options, frozen=True):
     engines: tuple[EngineOptions, ...] = ()
     ray: RayOptions = RayOptions()
     log: LogOptions = LogOptions()
+    shutdown: ShutdownOptions = ShutdownOptions()
+    reload_on_change: bool = True  # Kubernetes changes mounted files and signals nobody; only `kvlane serve --config`.
     workers: Count = 1  # Router processes on the same ports.

@@ -1,6 +1,7 @@
 """The main functions of the processes that serve: one alone, or one of several workers under a supervisor.
 
-Rule: both end by SIGINT, by SIGTERM and with whoever started them, and give streams in flight time to end.
+Rule: both end by SIGINT, by SIGTERM and with whoever started them, and give streams in flight time to end unless they
+are asked twice.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from router.control import (
     Channel,
     Collect,
     Collected,
+    Drain,
+    Hurry,
     Leaving,
     Listen,
+    Notice,
     Page,
     Ready,
     Scrape,
@@ -31,7 +35,7 @@ from router.control import (
 )
 from router.errors import InternalError
 from router.options import Config
-from router.signals import ignore_hangup, stop_event, stop_on_signals
+from router.signals import Stop, ignore_hangup, stop_asked, stop_on_signals
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +45,7 @@ PAGE_LIMIT_S: Final = 5.0
 
 async def alone(config: Config, ready: Callable[[str], None]) -> int:
     """A router by itself until a signal or its parent's end; `ready` takes the line that tells its addresses."""
-    stop = stop_event(parent_pipe=True)
+    stop = stop_asked(parent_pipe=True)
     ignore_hangup("this router was not started from a configuration that could be read again")
     # Joining Ray puts a handler over ours that prints a stack trace and does not stop.
     app = App(config, joined=lambda: stop_on_signals(stop))
@@ -53,12 +57,36 @@ async def alone(config: Config, ready: Callable[[str], None]) -> int:
         ready(address_line(config, app.http_port, app.grpc_port, app.admin_port))
 
     announcing = asyncio.create_task(announce())
-    await stop.wait()
-    log.info("stopping: streams in flight may end")
+    await stop.asked.wait()
     announcing.cancel()
     await asyncio.gather(announcing, return_exceptions=True)
-    await app.stop()
-    return 0
+    if not stop.promptly.is_set():
+        await _give_notice(app, config.shutdown.notice_s, stop)
+    await _stopped(app, stop)
+    return stop.status
+
+
+async def _give_notice(app: App, notice_s: float, stop: Stop) -> None:
+    log.info("going away: unready, and serving for another %g s", notice_s)
+    app.notice(notice_s)
+    try:
+        async with asyncio.timeout(notice_s):
+            await stop.promptly.wait()
+    except TimeoutError:
+        pass  # They had their time.
+
+
+async def _stopped(app: App, stop: Stop) -> None:
+    """Stops it, faster where it is hurried."""
+    log.info("stopping: streams in flight %s", "are cut" if stop.hurried.is_set() else "may end")
+    stopping = asyncio.create_task(app.stop(0 if stop.hurried.is_set() else None))
+    hurried = asyncio.create_task(stop.hurried.wait())
+    await asyncio.wait([stopping, hurried], return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        log.warning("hurrying: streams in flight are cut")
+        await app.hurry()
+    hurried.cancel()
+    await stopping
 
 
 async def seated(config: Config, seat: Seat) -> int:
@@ -72,7 +100,7 @@ class _Worker:
     def __init__(self, config: Config, seat: Seat, channel: Channel[ToWorker]) -> None:
         self._seat = seat
         self._channel = channel
-        self._stop = stop_event(parent_pipe=True)
+        self._stop = stop_asked(parent_pipe=True)
         ignore_hangup("a reload is the supervisor's to do")
         self._app = App(
             config,
@@ -89,13 +117,12 @@ class _Worker:
         await self._app.start()
         self._channel.send(Started())
         tasks = [asyncio.create_task(self._hear()), asyncio.create_task(self._announce())]
-        await self._stop.wait()
+        await self._stop.asked.wait()
         self._channel.send(Leaving())
-        log.info("stopping: streams in flight may end")
         if self._draining is not None:
             self._draining.cancel()
             tasks.append(self._draining)
-        await self._app.stop()
+        await _stopped(self._app, self._stop)
         self._channel.send(Collected(LAST_WORDS, await self._app.figures()))
         for task in tasks:
             task.cancel()
@@ -103,7 +130,7 @@ class _Worker:
             if isinstance(end, Exception):
                 log.critical("a worker failed", exc_info=end)
         await self._channel.close()
-        return 0
+        return self._stop.status
 
     async def _announce(self) -> None:
         """Tells whenever its readiness changes."""
@@ -121,11 +148,11 @@ class _Worker:
             while (message := await self._channel.receive()) is not None:
                 await self._obey(message)
         finally:
-            self._stop.set()
+            self._stop.at_once()
 
     async def _obey(self, message: ToWorker) -> None:
         if isinstance(message, Listen):
-            if self._draining is None and not self._stop.is_set():  # It may have been sent before that was known.
+            if self._draining is None and not self._stop.asked.is_set():  # It may have been sent before that was known.
                 await self._app.listen(message.slots)
         elif isinstance(message, Collect):
             self._channel.send(Collected(message.number, await self._app.figures()))
@@ -133,14 +160,18 @@ class _Worker:
             page = self._pages.pop(message.number, None)
             if page is not None and not page.done():
                 page.set_result((message.text, message.content_type))
-        elif self._draining is None:
+        elif isinstance(message, Notice):
+            self._app.notice(message.limit_s)
+        elif isinstance(message, Hurry):
+            self._stop.hurry()
+        elif isinstance(message, Drain) and self._draining is None:
             self._draining = asyncio.create_task(self._drain(message.limit_s))
 
     async def _drain(self, limit_s: float) -> None:
         try:
             await self._app.drain(limit_s)
         finally:
-            self._stop.set()
+            self._stop.at_once()
 
     async def _page(self) -> tuple[bytes, str]:
         """The metrics of all workers. Raises `InternalError` where the supervisor does not tell."""

@@ -1,4 +1,7 @@
-"""How router processes end, and what they make of a hang-up."""
+"""How router processes are asked to end, and what they make of a hang-up.
+
+Rule: whatever asks again asks for more haste, never for less.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,58 @@ import sys
 log = logging.getLogger(__name__)
 
 
-def stop_event(*, parent_pipe: bool) -> asyncio.Event:
-    """Set by SIGINT and SIGTERM, and with `parent_pipe` when the parent, who holds our standard input, is gone."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+class Stop:
+    """Whether a process shall end, and how fast; each signal after the first one hastens it."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.promptly = asyncio.Event()
+        """Without notice: nobody has to be told first."""
+        self.hurried = asyncio.Event()
+        """Streams in flight are not waited for."""
+        self.status = 0
+        """The exit status: 0, or 128 and the number of the signal that hurried it, as shells have it."""
+
+    def signalled(self, number: int) -> None:
+        """SIGTERM asks to end; SIGINT, from somebody who waits at a terminal, promptly; any second one to hurry."""
+        if self.asked.is_set():
+            self.status = self.status or 128 + number
+            self.hurry()
+        elif number == signal.SIGTERM:
+            self.asked.set()
+        else:
+            self.at_once()
+
+    def at_once(self) -> None:
+        """Asks to end without notice."""
+        self.promptly.set()
+        self.asked.set()
+
+    def hurry(self) -> None:
+        """Asks to end without waiting for streams in flight."""
+        self.hurried.set()
+        self.at_once()
+
+
+def stop_asked(*, parent_pipe: bool) -> Stop:
+    """By SIGINT and SIGTERM, and with `parent_pipe` at once when the parent, who holds our standard input, is gone."""
+    stop, loop = Stop(), asyncio.get_running_loop()
     stop_on_signals(stop)
     if parent_pipe:
         # Nothing more comes on it, so readable means closed; and closed it stays readable.
         def closed() -> None:
             loop.remove_reader(sys.stdin.fileno())
-            stop.set()
+            stop.at_once()
 
         loop.add_reader(sys.stdin.fileno(), closed)
     return stop
 
 
-def stop_on_signals(stop: asyncio.Event) -> None:
-    """Sets it by SIGINT and SIGTERM."""
+def stop_on_signals(stop: Stop) -> None:
+    """SIGINT and SIGTERM ask it to end."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.signalled, number)
 
 
 def ignore_hangup(why: str) -> None:

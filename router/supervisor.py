@@ -11,7 +11,7 @@ import asyncio
 import logging
 import signal
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Final
 
 from router.errors import ConfigError
@@ -20,6 +20,8 @@ from router.listeners import Listeners, share
 from router.observe.merge import Families, exposition, merge, remains
 from router.observe.workers import WorkerMetrics
 from router.options import Config
+from router.signals import Stop
+from router.watched import LOOK_S, WatchedFile
 from router.worker_process import State, WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -35,12 +37,17 @@ COLLECT_LIMIT_S: Final = 2.0
 class Supervisor:
     """Runs workers until told to stop."""
 
-    def __init__(self, config: Config, read_again: Callable[[], Config] | None) -> None:
+    def __init__(
+        self, config: Config, read_again: Callable[[], Config] | None, file: WatchedFile | None = None
+    ) -> None:
         """Binds the ports. `read_again` reads the configuration anew; None where there is nothing to read it from.
+        `file` is what it reads, if any.
 
         Raises `ConfigError`.
         """
+        self._config = config
         self._read_again = read_again
+        self._file = file
         self._listeners = Listeners(config)
         self._generations: list[Generation] = []
         """The last serves; those before it drain."""
@@ -49,41 +56,78 @@ class Supervisor:
         self._metrics = WorkerMetrics(self._states)
         self._news = asyncio.Event()
         self._hangup = asyncio.Event()
+        self._forced = False
+        """A signal asks for the reload, and not only a file that has changed."""
+        self._candidate: Generation | None = None
+        """What a reload waits for; it may yet replace the last generation."""
         self._closing = False
         self._tasks: set[asyncio.Task[object]] = set()
 
-    async def run(self, config: Config, ready: Callable[[Listeners], None], stop: asyncio.Event) -> int:
-        """Until `stop` is set; returns the exit status. `ready` is called once all workers are.
+    async def run(self, ready: Callable[[Listeners], None], stop: Stop) -> int:
+        """Until `stop` is asked for; returns the exit status. `ready` is called once all workers are.
 
         That is the status of a worker that ended before it had started, where that happens at the start: another try
         would end the same way.
         """
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hangup.set)
-        first = self._generation(config, self._listeners)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
+        first = self._generation(self._config, self._listeners)
         self._generations.append(first)
         self._own(self._announce(ready), "announce")
-        self._own(self._reloads(), "reloads")
-        ends = [asyncio.create_task(stop.wait()), asyncio.create_task(first.failed.wait())]
+        changes = [self._own(self._reloads(), "reloads"), self._own(self._watch(), "watch of the configuration")]
+        ends = [asyncio.create_task(stop.asked.wait()), asyncio.create_task(first.failed.wait())]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            return 0 if stop.is_set() else first.status
+            for change in changes:
+                change.cancel()
+            if stop.asked.is_set():
+                await self._give_notice(stop)
         finally:
-            # First of all, so that nobody new waits for workers that accept no more.
-            self._closing = True
-            self._listeners.close()
-            for task in (*ends, *self._tasks):
+            await self._close(stop, ends)
+        return stop.status if stop.asked.is_set() else first.status
+
+    async def _give_notice(self, stop: Stop) -> None:
+        """Has load balancers notice that the router goes away, while it serves what they still send."""
+        serving, notice_s = self._generations[-1], self._config.shutdown.notice_s
+        if stop.promptly.is_set() or not any(worker.was_started for worker in serving.workers.values()):
+            return
+        log.info("going away: unready, and serving for another %g s", notice_s)
+        serving.notice(notice_s)
+        try:
+            async with asyncio.timeout(notice_s):
+                await stop.promptly.wait()
+        except TimeoutError:
+            pass  # They had their time.
+
+    async def _close(self, stop: Stop, ends: Sequence[asyncio.Task[object]]) -> None:
+        log.info("stopping: streams in flight may end; another signal cuts them")
+        # First of all, so that nobody new waits for workers that accept no more.
+        self._closing = True
+        self._listeners.close()
+        for task in (*ends, *self._tasks):
+            if not task.cancelling():  # A second time would keep a reload from seeing its workers' end.
                 task.cancel()
-            # All at once: what a reload began or leaves behind has no more time than the rest.
-            closing = [generation.close() for generation in self._generations]
-            await asyncio.gather(*closing, *ends, *self._tasks, return_exceptions=True)
+        hurrying = asyncio.create_task(self._hurry(stop))
+        # All at once: what a reload began or leaves behind has no more time than the rest.
+        closing = [generation.close() for generation in self._generations]
+        await asyncio.gather(*closing, *ends, *self._tasks, return_exceptions=True)
+        hurrying.cancel()
+        await asyncio.gather(hurrying, return_exceptions=True)
+
+    async def _hurry(self, stop: Stop) -> None:
+        await stop.hurried.wait()
+        log.warning("hurrying: streams in flight are cut")
+        for generation in (*self._generations, self._candidate):
+            if generation is not None:
+                generation.hurry()
 
     def _generation(self, config: Config, listeners: Listeners) -> Generation:
         return Generation(config, listeners, self._metrics, self._changed, self._scraped, self._gone)
 
-    def _own(self, work: Coroutine[object, object, object], name: str) -> None:
+    def _own(self, work: Coroutine[object, object, object], name: str) -> asyncio.Task[object]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
@@ -116,40 +160,65 @@ class Supervisor:
 
     # Reloads.
 
+    def _hung_up(self) -> None:
+        self._forced = True
+        self._hangup.set()
+
     async def _reloads(self) -> None:
         while True:
             await self._hangup.wait()
             self._hangup.clear()
+            forced, self._forced = self._forced, False
             try:
-                outcome = await self._reload()
+                outcome = await self._reload(forced)
             except Exception:  # The next one, with another configuration, must find somebody to do it.
                 log.exception("reload failed, the configuration in use stays")
                 outcome = "failed"
-            self._metrics.reloaded(outcome)
+            if outcome:
+                self._metrics.reloaded(outcome)
 
-    async def _reload(self) -> str:
+    async def _watch(self) -> None:
+        """Asks for a reload where the file that the configuration was read from has changed."""
+        while self._file is not None:
+            await asyncio.sleep(LOOK_S)
+            if self._file.changed() and self._config.reload_on_change:
+                log.info("%s has changed", self._file.path)
+                self._hangup.set()
+
+    async def _reload(self, forced: bool) -> str:
+        """Its outcome; empty where the file says what is in use already, unless it is `forced`."""
         log.info("reloading the configuration")
         if self._read_again is None:
             log.error("reload refused: this router was not started from a configuration that could be read again")
             return "refused"
+        if self._file is not None:
+            self._file.reading()
         try:
             config = self._read_again()
+            if config == self._config and not forced:
+                log.info("no reload: the configuration is the one in use")
+                return ""
             listeners = Listeners(config, self._listeners)
         except ConfigError as error:
             log.error("reload refused, the configuration in use stays: %s", error.message)
             return "refused"
+        return await self._replace(config, listeners)
+
+    async def _replace(self, config: Config, listeners: Listeners) -> str:
+        """Has workers with that configuration take over; the outcome."""
         old, new = self._generations[-1], self._generation(config, listeners)
-        taken_over = False
+        taken_over, self._candidate = False, new
         try:
             taken_over = await self._can_take_over(new, old)
         finally:
             if not taken_over:
                 await new.close()
                 listeners.abandon()
+            self._candidate = None
         if not taken_over:
             log.error("reload failed, the configuration in use stays: its workers did not become ready")
             return "failed"
-        self._listeners = listeners
+        self._config, self._listeners = config, listeners
         self._generations.append(new)
         self._share_out()
         self._own(self._drain(old), "drain")

@@ -29,7 +29,7 @@ from rich.console import Console
 from engine import deployment
 from router import demo
 from router.app import model_name
-from router.control import SHUTDOWN_GRACE_S, STOP_MARGIN_S, Order, spawn_arguments
+from router.control import STOP_MARGIN_S, Order, spawn_arguments
 from router.errors import ConfigError
 from router.membership import directory
 from router.membership.directory_client import join
@@ -288,7 +288,7 @@ def _router(config: Config) -> Iterator[str]:
     finally:
         child.stdin.close()
         try:
-            child.wait(SHUTDOWN_GRACE_S + STOP_MARGIN_S)
+            child.wait(config.shutdown.grace_s + STOP_MARGIN_S)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

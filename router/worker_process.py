@@ -12,15 +12,17 @@ from collections.abc import Callable
 import msgspec
 
 from router.control import (
+    HURRY_S,
     LAST_WORDS,
-    SHUTDOWN_GRACE_S,
     STOP_MARGIN_S,
     Channel,
     Collect,
     Collected,
     Drain,
+    Hurry,
     Leaving,
     Listen,
+    Notice,
     Order,
     Page,
     Ready,
@@ -57,9 +59,11 @@ class WorkerProcess:
         number: int,
         process: asyncio.subprocess.Process,
         channel: Channel[ToSupervisor],
+        end_limit_s: float,
         changed: Callable[[], None],
         scraped: Callable[[WorkerProcess, int], None],
     ) -> None:
+        """It is killed where it has not ended `end_limit_s` after it was told to."""
         self.number = number
         self.state = State.STARTING
         self.was_started = False
@@ -70,6 +74,8 @@ class WorkerProcess:
         """What it last told; kept for when it does not answer, and for when it has ended."""
         self._process = process
         self._channel = channel
+        self._end_limit_s = end_limit_s
+        self._ending: asyncio.Timeout | None = None
         self._changed = changed
         self._scraped = scraped
         self._asked = LAST_WORDS
@@ -103,7 +109,7 @@ class WorkerProcess:
                 raise
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(Order(listeners.settled(config, number), seat)) + b"\n")
-        return cls(number, process, channel, changed, scraped)
+        return cls(number, process, channel, config.shutdown.grace_s + STOP_MARGIN_S, changed, scraped)
 
     @property
     def pid(self) -> int:
@@ -154,6 +160,17 @@ class WorkerProcess:
         self._channel.send(Drain(limit_s))
         self._becomes(State.DRAINING)
 
+    def notice(self, limit_s: float) -> None:
+        """Tells it that the router goes away after that time."""
+        self._channel.send(Notice(limit_s))
+
+    def hurry(self) -> None:
+        """Tells it to end without its streams in flight."""
+        self._channel.send(Hurry())
+        self._end_limit_s = HURRY_S
+        if self._ending is not None and not self._ending.expired():
+            self._ending.reschedule(asyncio.get_running_loop().time() + HURRY_S)
+
     def page(self, number: int, page: tuple[bytes, str]) -> None:
         """What it wanted to know."""
         self._channel.send(Page(number, *page))
@@ -172,10 +189,13 @@ class WorkerProcess:
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            async with asyncio.timeout(SHUTDOWN_GRACE_S + STOP_MARGIN_S):
-                while (message := await self._channel.receive()) is not None:
-                    self._heard(message)
-                return await self._process.wait()
+            async with asyncio.timeout(self._end_limit_s) as self._ending:
+                try:
+                    while (message := await self._channel.receive()) is not None:
+                        self._heard(message)
+                    return await self._process.wait()
+                finally:
+                    self._ending = None
         except TimeoutError:
             log.error("worker process %d did not stop in time and is killed", self.pid)
             self._process.kill()

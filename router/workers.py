@@ -18,17 +18,21 @@ from router import node
 from router.control import Order, address_line
 from router.listeners import Listeners
 from router.options import Config
-from router.signals import stop_event
+from router.signals import stop_asked
 from router.supervisor import Supervisor
+from router.watched import WatchedFile
 
 
-def serve(config: Config, *, read_again: Callable[[], Config], ready: Callable[[str], None]) -> int:
-    """Serves until SIGINT or SIGTERM, and at SIGHUP with what `read_again` returns; returns the exit status.
+def serve(
+    config: Config, *, read_again: Callable[[], Config], file: WatchedFile | None, ready: Callable[[str], None]
+) -> int:
+    """Serves until SIGINT or SIGTERM, at SIGHUP and when the `file` changes with what `read_again` returns; returns
+    the exit status.
 
     `ready` takes the line that tells the addresses. Raises `ConfigError`.
     """
     node.outlive_the_head()
-    return uvloop.run(_supervise(config, read_again, ready, parent_pipe=False))
+    return uvloop.run(_supervise(config, read_again, file, ready, parent_pipe=False))
 
 
 def worker() -> int:
@@ -41,7 +45,7 @@ def worker() -> int:
         order = msgspec.json.decode(stdin.readline(), type=Order)
     log_to_stderr(order.config)
     if order.seat is None and order.config.workers > 1:
-        return uvloop.run(_supervise(order.config, None, say, parent_pipe=True))
+        return uvloop.run(_supervise(order.config, None, None, say, parent_pipe=True))
     from router import serving  # The supervisor needs none of it.
 
     if order.seat is None:
@@ -65,13 +69,19 @@ def say(line: str) -> None:
 
 
 async def _supervise(
-    config: Config, read_again: Callable[[], Config] | None, ready: Callable[[str], None], *, parent_pipe: bool
+    config: Config,
+    read_again: Callable[[], Config] | None,
+    file: WatchedFile | None,
+    ready: Callable[[str], None],
+    *,
+    parent_pipe: bool,
 ) -> int:
-    supervisor = Supervisor(config, read_again)
+    supervisor = Supervisor(config, read_again, file)
 
     def tell(listeners: Listeners) -> None:
         settled = listeners.settled(config)
         ready(address_line(settled, settled.http.port, settled.grpc.port, settled.admin.port))
 
+    stop = stop_asked(parent_pipe=parent_pipe)
     async with node.beside(config.membership):
-        return await supervisor.run(config, tell, stop_event(parent_pipe=parent_pipe))
+        return await supervisor.run(tell, stop)

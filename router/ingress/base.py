@@ -42,6 +42,8 @@ class Readiness(msgspec.Struct, frozen=True):
     models: dict[str, int]
     caches: dict[str, CacheStatus] = {}
     """Of the ready replicas."""
+    leaving: bool | msgspec.UnsetType = msgspec.UNSET
+    """True where the router goes away, whatever its replicas."""
 
 
 class Fleet(Protocol):

@@ -44,6 +44,12 @@ class GrpcIngress:
         self._health = Health()
         self._service = InferenceService(options, dispatch, fleet, new_id, refused)
         self._edge: Edge | None = None
+        self._stopping = False
+
+    @property
+    def connections(self) -> int | None:
+        """Connections open now; None where the edge does not know."""
+        return self._edge.connections if self._edge is not None else 0
 
     async def start(self) -> int:
         """Listens; returns the port bound. Raises `ConfigError` where address or TLS files cannot be used."""
@@ -52,6 +58,12 @@ class GrpcIngress:
     async def listen(self, socks: Sequence[socket.socket]) -> None:
         """Listens on these sockets, which other processes may share, and on no others. Raises `ConfigError`."""
         await (await self._begun()).listen(socks)
+
+    def notice(self, limit_s: float) -> None:
+        """It stops after that time: unready, it serves on, and clients are asked to make their next calls elsewhere."""
+        self._health.leave()
+        if self._edge is not None:
+            self._edge.notice(limit_s)
 
     async def last_call(self) -> None:
         """Accepts nothing more, asks clients to make their next calls elsewhere, and returns when all have gone."""
@@ -90,11 +102,23 @@ class GrpcIngress:
     async def stop(self, grace_s: float) -> None:
         """Takes no new calls and gives those in flight `grace_s` seconds; what is left then ends with UNAVAILABLE.
 
-        Calls that have not sent their request yet end so at once.
+        Calls that have not sent their request yet end so at once. Called again while it runs, it ends all calls.
         """
-        edge, self._edge = self._edge, None
+        edge, service = self._edge, self._service
         if edge is None:
             return
+        if self._stopping:
+            self._health.standing.end()
+            service.cut_off(service.calls)
+            await edge.stop(FLUSH_S)
+            return
+        self._stopping = True
+        try:
+            await self._stop(edge, grace_s)
+        finally:
+            self._edge, self._stopping = None, False
+
+    async def _stop(self, edge: Edge, grace_s: float) -> None:
         service = self._service
         self._health.leave()
         draining = asyncio.create_task(edge.stop(grace_s + FLUSH_S))

@@ -76,6 +76,13 @@ class AioEdge:
         if socks and self._server is None:
             await self.start()
 
+    def notice(self, limit_s: float) -> None:
+        """grpc's server can ask clients to leave only by its stop, which refuses their next calls."""
+
+    @property
+    def connections(self) -> None:
+        """grpc does not tell."""
+
     async def last_call(self) -> None:
         """As `Edge.last_call`."""
         if self._server is not None:

@@ -51,6 +51,10 @@ class Edge(Protocol):
     def abandoned(self) -> bool:
         """A call was ended whose client has not read its status; only the client or a stop ends that call's stream."""
 
+    @property
+    def connections(self) -> int | None:
+        """Connections open now, where that is known."""
+
     async def start(self) -> int:
         """Listens; returns the port. Raises `ConfigError`."""
 
@@ -59,6 +63,9 @@ class Edge(Protocol):
 
         Other processes may accept on them too: what waits there when this one ceases is theirs, and is not reset.
         """
+
+    def notice(self, limit_s: float) -> None:
+        """It stops after that time: asks clients to make their next calls elsewhere, and serves whoever comes."""
 
     async def last_call(self) -> None:
         """Accepts nothing more, asks clients to make their next calls elsewhere, and returns when all have gone."""

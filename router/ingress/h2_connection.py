@@ -72,7 +72,7 @@ class Connection(asyncio.Protocol):
         self._closing = False
         self._patience_s = CLOSE_S
         self._made_at = self._heard_at = self._idle_since = loop.time()
-        self._pinged_at = self._closed_at = self._close_by = self._drain_at = math.inf
+        self._pinged_at = self._closed_at = self._close_by = self._tell_at = self._drain_at = math.inf
 
     # -- the transport's side
 
@@ -322,10 +322,18 @@ class Connection(asyncio.Protocol):
 
     # -- endings
 
+    def notice(self, limit_s: float) -> None:
+        """Half-way the client is asked to make its next calls elsewhere: sooner, it might be led here again. All those
+        that it makes here are served."""
+        self._tell_at = self.loop.time() + limit_s / 2
+
     def last_call(self) -> None:
         """The client shall make its next calls elsewhere; those that it makes before it knows are still served."""
-        self.wire.write(h2_frames.goaway_frame(MAX_WINDOW, ErrorCodes.NO_ERROR))  # The greatest stream there can be.
+        self._ask_to_leave()
         self._drain_at = self.loop.time() + LAST_CALL_S
+
+    def _ask_to_leave(self) -> None:
+        self.wire.write(h2_frames.goaway_frame(MAX_WINDOW, ErrorCodes.NO_ERROR))  # The greatest stream there can be.
 
     def retire(self) -> None:
         """No new calls: tells the client so, and closes when those in flight are over."""
@@ -373,6 +381,9 @@ class Connection(asyncio.Protocol):
             if now > self._close_by:
                 self.abort()
             return
+        if now > self._tell_at:
+            self._tell_at = math.inf
+            self._ask_to_leave()
         if now > self._drain_at:
             self.retire()
         if not self._intake.ready:

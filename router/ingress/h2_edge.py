@@ -90,6 +90,10 @@ class H2Edge:
             **where,
         )
 
+    def notice(self, limit_s: float) -> None:
+        """As `Edge.notice`."""
+        self._reception.notice(limit_s)
+
     async def last_call(self) -> None:
         """As `Edge.last_call`."""
         await self._reception.last_call()
@@ -102,6 +106,11 @@ class H2Edge:
         if self._tasks:
             await asyncio.wait(tuple(self._tasks))
         self._timer.cancel()
+
+    @property
+    def connections(self) -> int:
+        """As `Edge.connections`."""
+        return len(self._connections)
 
     @property
     def abandoned(self) -> bool:

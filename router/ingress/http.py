@@ -76,6 +76,11 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         return await loop.create_server(lambda: Connection(self, loop), backlog=BACKLOG, **where)
 
+    def notice(self, limit_s: float) -> None:
+        """It stops after that time: unready, it serves on, and answers ask clients to go elsewhere."""
+        self.routes.leave()
+        self._reception.notice(limit_s)
+
     async def last_call(self) -> None:
         """Accepts nothing more, and returns when all connections have ended, each after one more request at most."""
         await self._reception.last_call()

@@ -77,6 +77,9 @@ class Pages(Protocol):
         Raises `KvlaneError`, from a slice too.
         """
 
+    def leave(self) -> None:
+        """The router goes away: from now on it is not ready."""
+
 
 class Site(Protocol):
     """What the connections of one server share."""
@@ -123,7 +126,8 @@ class Connection(asyncio.Protocol):
         self._half = False
         self._unflushed = 0
         self._retiring = False
-        self._last_call = False
+        self._leaving = False
+        self._idle_limit_s = options.idle_timeout_s
         self._closing = False
         self._lost = False
 
@@ -234,7 +238,7 @@ class Connection(asyncio.Protocol):
             method=request.method,
             path="",
             http_1_0=request.http_1_0,
-            keep_alive=request.keep_alive and not (self._retiring or self._last_call),
+            keep_alive=request.keep_alive and not (self._retiring or (self._leaving and self._is_last())),
             cors=site.cors.lines(noted.get("origin")),
             date=site.date,
         )
@@ -458,9 +462,21 @@ class Connection(asyncio.Protocol):
         elif not self._queue and self._parser.state == IDLE:
             self._close()
 
+    def _is_last(self) -> bool:
+        """Whether no further request has come."""
+        return not (self._queue or self._held_input)
+
+    def notice(self, limit_s: float) -> None:
+        """Whatever is asked is served; the answer to the last request says that the connection ends."""
+        self._leaving = True
+        exchange = self._exchange
+        if exchange is not None and not exchange.status and self._is_last():  # Its head is still to come.
+            exchange.envelope.keep_alive = False
+
     def last_call(self) -> None:
         """One more request at most: it is answered, and told that the connection ends."""
-        self._last_call = True
+        self._leaving = True
+        self._idle_limit_s = LAST_CALL_S
         if self._exchange is None and self._waits_for[0] == _WAITING:
             self._waits_for = _NOTHING
             self._set_deadline()
@@ -501,7 +517,7 @@ class Connection(asyncio.Protocol):
             self._waits_for = _NOTHING  # The pause is what is limited, so any byte starts it anew.
             self._wait(_IN_BODY, options.body_timeout_s)
         elif self._parser.begun:
-            self._wait(_WAITING, LAST_CALL_S if self._last_call else options.idle_timeout_s)
+            self._wait(_WAITING, self._idle_limit_s)
 
     def _wait(self, what: str, limit_s: float) -> None:
         """Sets the deadline, unless this very wait has one already."""

@@ -91,6 +91,11 @@ class Routes:
         self._wall = wall
         self._random_bits = chance.getrandbits
         self._created = int(wall())
+        self._leaving = False
+
+    def leave(self) -> None:
+        """The router goes away: from now on it is not ready."""
+        self._leaving = True
 
     def request_id(self, request: HttpRequest | None) -> str:
         """The client's own where it may choose one, else 32 random hexadecimal digits."""
@@ -111,6 +116,8 @@ class Routes:
             return Reply(200, "text/plain; charset=utf-8", b"ok")
         if path == "/readyz":
             readiness = self._fleet.readiness()
+            if self._leaving:
+                readiness = msgspec.structs.replace(readiness, ready=False, leaving=True)
             return Reply(200 if readiness.ready else 503, _JSON, msgspec.json.encode(readiness))
         if path == "/metrics":
             page = self._metrics()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, Protocol, TypeVar
@@ -22,6 +23,9 @@ _KEEPALIVE_IDLE_S: Final = 60
 
 class Guest(Protocol):
     """A connection."""
+
+    def notice(self, limit_s: float) -> None:
+        """The server goes away after that time: its client shall make its next requests elsewhere. All are served."""
 
     def last_call(self) -> None:
         """Its client shall make its next requests elsewhere; those made before it knows are still served."""
@@ -48,6 +52,7 @@ class Reception(Generic[G]):
         self._servers: dict[int, asyncio.Server] = {}
         """By the descriptor of the socket that was given; 0 where an address was."""
         self._empty = asyncio.Event()
+        self._leaves_at = math.inf
         self._last_call = False
         self._stopping = False
 
@@ -75,6 +80,12 @@ class Reception(Generic[G]):
                     server.close()
                 else:
                     self._servers[sock.fileno()] = server
+
+    def notice(self, limit_s: float) -> None:
+        """Goes on accepting, and tells all guests, those that are to come too, that it stops after that time."""
+        self._leaves_at = asyncio.get_running_loop().time() + limit_s
+        for guest in tuple(self.guests):
+            guest.notice(limit_s)
 
     async def last_call(self) -> None:
         """Accepts nothing more, tells all guests, and returns when they have gone."""
@@ -130,6 +141,8 @@ class Reception(Generic[G]):
             guest.retire()
         elif self._last_call:
             guest.last_call()
+        elif self._leaves_at < math.inf:
+            guest.notice(self._leaves_at - asyncio.get_running_loop().time())
         return len(self.guests)
 
     def leave(self, guest: G) -> None:

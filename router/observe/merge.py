@@ -24,6 +24,7 @@ CUMULATIVE: Final = frozenset({"counter", "histogram", "summary"})
 GAUGES: Final[Mapping[str, Callable[[float, float], float]]] = {
     # What each worker has for itself adds up.
     "kvlane_streams_in_flight": float.__add__,
+    "kvlane_connections": float.__add__,
     "kvlane_replica_leases": float.__add__,
     "kvlane_prefix_blocks": float.__add__,
     "kvlane_prefix_holds": float.__add__,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -71,9 +71,15 @@ class Metrics:
         self._prefixes = PrefixMetrics()
         registry.register(self._prefixes)
 
-    def watch(self, admission: Admission, replicas: Replicas, prefixes: Prefixes) -> None:
-        """Shows these at each scrape."""
-        self._registry.register(_State(admission, replicas))
+    def watch(
+        self,
+        admission: Admission,
+        replicas: Replicas,
+        prefixes: Prefixes,
+        connections: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
+        """Shows these at each scrape; `connections` are those of clients, by protocol."""
+        self._registry.register(_State(admission, replicas, connections))
         self._prefixes.watch(prefixes, replicas)
 
     def began(self) -> float:
@@ -160,12 +166,17 @@ class _Times(Collector):
 class _State(Collector):
     """Reads the router's state at each scrape."""
 
-    def __init__(self, admission: Admission, replicas: Replicas) -> None:
+    def __init__(self, admission: Admission, replicas: Replicas, connections: Callable[[], Mapping[str, int]]) -> None:
         self._admission = admission
         self._replicas = replicas
+        self._connections = connections
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("kvlane_streams_in_flight", "Requests admitted.", self._admission.in_flight)
+        connections = GaugeMetricFamily("kvlane_connections", "Connections of clients.", labels=["protocol"])
+        for protocol, count in self._connections().items():
+            connections.add_metric([protocol], count)
+        yield connections
         steps, tokens = self._replicas.totals()
         yield CounterMetricFamily("kvlane_steps", "Step frames received.", steps)
         yield CounterMetricFamily("kvlane_tokens", "Tokens received.", tokens)

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from urllib.request import urlopen
 
 import httpx
 from kvlane.client import Client
@@ -22,6 +23,8 @@ from loadtests.processes import MODEL, descendants
 from tests.integration.ray_local import alive, wait_until
 
 STOP_DEADLINE_S = 60.0
+PATIENCE_S = 15.0
+"""What a Pod's terminationGracePeriodSeconds has beyond notice and grace."""
 TOKENS = 40
 _SAMPLE = re.compile(r"^(\w+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
 _READY = re.compile(r"^ready http=http://\S+:(\d+) grpc=\S+:(\d+) admin=http://\S+:(\d+)$")
@@ -34,14 +37,27 @@ class Served:
     http = grpc = admin = 0
     """Its ports."""
 
-    def __init__(self, folder: Path, addresses: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        addresses: list[dict[str, Any]],
+        *,
+        notice_s: float = 0.0,
+        grace_s: float = 30.0,
+        watched: bool = False,
+    ) -> None:
         self.config = folder / "config.toml"
+        self.notice_s = notice_s
+        self.grace_s = grace_s
+        self._watched = watched
         self._log = folder / "log"
         self._addresses = addresses
 
-    def write(self, text: str = "", *, workers: int = 2, secret: str = "secret", http: int = 0) -> None:
+    def write(self, text: str = "", *, workers: int = 2, secret: str = "secret", http: int = 0, grpc: int = 0) -> None:
         """Its configuration file, with more TOML at the end."""
-        lines = [f"workers = {workers}", "[http]", f"port = {http}", "[grpc]", "port = 0"]
+        lines = [f"workers = {workers}", f"reload_on_change = {str(self._watched).lower()}"]
+        lines += ["[shutdown]", f"notice_s = {self.notice_s}", f"grace_s = {self.grace_s}"]
+        lines += ["[http]", f"port = {http}", "[grpc]", f"port = {grpc}"]
         lines += ["[admin]", "enabled = true", "port = 0", "[membership]", 'kind = "static"']
         for address in self._addresses:
             lines += ["[[membership.replicas]]", f'name = "{address["replica"]}"', f"port = {address['lane']}"]
@@ -54,6 +70,15 @@ class Served:
     def workers(self) -> set[int]:
         return set(descendants(self.process.pid))
 
+    def wait(self) -> int:
+        """Its exit status, once no process of it is left. A Pod that is patient for that long kills nobody
+        who does as the configuration says."""
+        workers = self.workers()
+        status = self.process.wait(self.notice_s + self.grace_s + PATIENCE_S)
+        wait_until(lambda: not any(map(alive, workers)), "no worker is left")
+        assert "did not stop in time" not in self.log()
+        return status
+
     def reload(self) -> None:
         """Asks for it, and waits until it has come to an end."""
         before = self._reloads()
@@ -65,9 +90,9 @@ class Served:
 
     def metrics(self, port: int = 0) -> dict[str, float]:
         """All samples, by name and labels; from the public port unless another is given."""
-        answer = httpx.get(f"http://127.0.0.1:{port or self.http}/metrics", timeout=30)
-        answer.raise_for_status()
-        return {name: float(value) for name, value in _SAMPLE.findall(answer.text)}
+        # httpx would take longer to make a client than the answer takes, and many look again and again.
+        with urlopen(f"http://127.0.0.1:{port or self.http}/metrics", timeout=30) as answer:
+            return {name: float(value) for name, value in _SAMPLE.findall(answer.read().decode())}
 
 
 @contextmanager
@@ -78,18 +103,21 @@ def serving(
     workers: int = 2,
     *,
     http: int = 0,
+    grpc: int = 0,
     ready: bool = True,
+    **lifecycle: Any,
 ) -> Iterator[Served]:
-    """The command with that configuration. Unless it shall be `ready`, nothing but its HTTP port is known."""
+    """The command with that configuration; `lifecycle` as in `Served`. Unless it shall be `ready`, nothing but its
+    HTTP port is known."""
     (folder / "secret").write_bytes(SECRET)
     command = [sys.executable, "-m", "router", "serve", "--config", str(folder / "config.toml")]
     with (folder / "log").open("w") as log:
-        served = Served(folder, addresses)
-        served.write(text, workers=workers, http=http)
+        served = Served(folder, addresses, **lifecycle)
+        served.write(text, workers=workers, http=http, grpc=grpc)
         served.process = process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
-        served.http = http
+        served.http, served.grpc = http, grpc
         if ready:
             told = _READY.match(process.stdout.readline())
             assert told is not None, served.log()
@@ -97,7 +125,7 @@ def serving(
         yield served
     finally:
         started = [process.pid, *served.workers()]
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # Without notice.
         try:
             process.wait(STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
@@ -107,14 +135,23 @@ def serving(
         wait_until(lambda: not any(map(alive, started)), "no process is left")
 
 
+class Front(Protocol):
+    """What clients connect to."""
+
+    http: int
+    grpc: int
+
+
 class Load:
     """What clients of all kinds got while it ran."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Front, tokens: int = TOKENS) -> None:
+        """Its streams are so long."""
         self.whole: Counter[str] = Counter()
         """Answers that came whole, by kind of client."""
         self.broken: list[str] = []
         self._served = served
+        self._tokens = tokens
         self._over = False
 
     @asynccontextmanager
@@ -155,17 +192,17 @@ class Load:
                 self.whole[kind] += 1
 
     async def _stream(self, client: httpx.AsyncClient) -> str:
-        body = {"model": MODEL, "prompt": "hello", "max_tokens": TOKENS, "stream": True}
+        body = {"model": MODEL, "prompt": "hello", "max_tokens": self._tokens, "stream": True}
         async with client.stream("POST", f"http://127.0.0.1:{self._served.http}/v1/completions", json=body) as answer:
             lines = [line async for line in answer.aiter_lines() if line]
         chunks = sum(line.startswith("data: {") for line in lines)
-        whole = answer.status_code == 200 and lines[-1] == "data: [DONE]" and chunks >= TOKENS
+        whole = answer.status_code == 200 and lines[-1] == "data: [DONE]" and chunks >= self._tokens
         return "" if whole else f"{answer.status_code}, {chunks} chunks, {lines[-1:]}"
 
     async def _call(self, client: Client) -> str:
-        deltas = [delta async for delta in client.generate(MODEL, "hello", max_tokens=TOKENS, timeout_s=60)]
+        deltas = [delta async for delta in client.generate(MODEL, "hello", max_tokens=self._tokens, timeout_s=60)]
         tokens = sum(len(delta.token_ids) for delta in deltas)
-        return "" if tokens == TOKENS else f"{tokens} tokens"
+        return "" if tokens == self._tokens else f"{tokens} tokens"
 
     async def _come_and_go(self, _: None) -> str:
         body = json.dumps({"model": MODEL, "prompt": "hello", "max_tokens": 1}).encode()

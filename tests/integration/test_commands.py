@@ -26,6 +26,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3 * DEADLIN
 
 FREE_PORTS = ("--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0")
 TWO_MODELS = """
+[shutdown]
+notice_s = 0.5
 [membership]
 ray_address = "{address}"
 ray_namespace = "{namespace}"

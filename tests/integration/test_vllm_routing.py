@@ -104,7 +104,7 @@ class Fleet:
                 router = Router(ready[1].decode(), ready[2].decode())
                 wait_until(router.knows_all, "every replica's snapshot is here")
                 yield router
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGINT)  # Without notice.
                 assert process.wait(DEADLINE_S) == 0
             finally:
                 process.kill()

@@ -12,8 +12,10 @@ from router.control import (
     Collect,
     Collected,
     Drain,
+    Hurry,
     Leaving,
     Listen,
+    Notice,
     Order,
     Page,
     Ready,
@@ -40,6 +42,7 @@ async def channels() -> tuple[Channel[ToSupervisor], Channel[ToWorker]]:
 async def test_every_message_arrives_as_it_was_sent_and_in_order() -> None:
     supervisor, worker = await channels()
     down: list[ToWorker] = [Listen((0, 2)), Collect(7), Page(1, b"text" * 100_000, "text/plain"), Drain(5.0)]
+    down += [Notice(2.5), Hurry()]
     up: list[ToSupervisor] = [Started(), Ready(), Collected(7, FIGURES), Scrape(1), Leaving()]
     for each in down:
         supervisor.send(each)

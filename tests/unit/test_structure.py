@@ -76,22 +76,26 @@ ALLOWED: dict[str, set[str]] = {
     "router.testing": WORDS | SEAMS,
     "router.garbage": set(),
     "router.signals": set(),
+    "router.watched": set(),
     # A supervisor and its workers.
     "router.control": WORDS | {"router.observe.merge"},
     "router.listeners": WORDS,
     "router.worker_process": WORDS | SUPERVISION,
     "router.generation": WORDS | SUPERVISION | {"router.worker_process"},
-    "router.supervisor": WORDS | SUPERVISION | {"router.generation", "router.worker_process"},
+    "router.supervisor": WORDS
+    | SUPERVISION
+    | {"router.generation", "router.signals", "router.watched", "router.worker_process"},
     "router.serving": WORDS | {"router.app", "router.control", "router.garbage", "router.signals"},
     "router.node": WORDS | {"router.membership.node_address"},
     "router.workers": WORDS
-    | {"router.control", "router.listeners", "router.node", "router.serving", "router.signals", "router.supervisor"},
+    | {"router.control", "router.listeners", "router.node", "router.serving", "router.signals", "router.supervisor"}
+    | {"router.watched"},
     "router.demo": {"kvlane"},
     "router.up": WORDS
     | {"router.app", "router.control", "router.demo", "engine.deployment"}
     | {"router.membership.directory", "router.membership.directory_client"},
     "router.__main__": WORDS
-    | {"router.config", "router.fields", "router.policies.registry", "router.up", "router.workers"},
+    | {"router.config", "router.fields", "router.policies.registry", "router.up", "router.watched", "router.workers"},
     # The other side of the lane: what travels on it, and how a replica makes itself known.
     "engine": {
         *WORDS,
