@@ -108,13 +108,16 @@ class Node:
     async def _live(self) -> None:
         """One life of the node."""
         try:
-            words = command(self._options)
-            self._process = process = await _started(words)
+            here = Address(node_address.node_ip(self._options), node_address.NODE_MANAGER)
+            if await _answers(here):  # What answers there later would be taken for the node.
+                log.error("the Ray node cannot be started: port %d of %s is in use", here.port, here.host)
+                return
+            self._process = process = await _started(command(self._options))
         except OSError as error:
             log.error("the Ray node cannot be started: %s", error)
             return
         log.info("joining the Ray cluster at %s as process %d", self._options.ray_address, process.pid)
-        watch = asyncio.create_task(self._watch(process), name="watch of the Ray node")
+        watch = asyncio.create_task(self._watch(here), name="watch of the Ray node")
         lines: deque[str] = deque(maxlen=LAST_LINES)
         reading = asyncio.create_task(_read(process, lines), name="output of the Ray node")
         try:
@@ -126,9 +129,8 @@ class Node:
             await asyncio.gather(watch, reading, return_exceptions=True)
         log.error("the Ray node has ended with status %d; streams go on: %s", status, " | ".join(lines))
 
-    async def _watch(self, process: Process) -> None:
+    async def _watch(self, here: Address) -> None:
         """Says when the node is up."""
-        here = Address(node_address.node_ip(self._options), node_address.NODE_MANAGER)
         while not await _answers(here):
             await asyncio.sleep(LOOK_S)
         self._ups += 1

@@ -1,7 +1,7 @@
-"""A Ray head, two engine hosts and two router hosts, each a network namespace, with token authentication on.
+"""A Ray head, two engine hosts and two router hosts, each a network namespace; Ray with TLS and token authentication.
 
 The router hosts run what the router's container runs: `kvlane serve` as first process and as an unprivileged user over
-a read-only file system, joining Ray by itself. Only the programs and the token are shared.
+a read-only file system, joining Ray by itself. Only the programs, the token and the certificate are shared.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -121,6 +122,7 @@ class World:
         self._heads = 0
         self._env = self._environment()
         self._put("token", secrets.token_hex(32))
+        self._certify()
         self._write("router.toml", ROUTER + ENGINE)
         self._write("engines.toml", ENGINES + ENGINE)
         self.start_head()
@@ -140,7 +142,31 @@ class World:
             "PYTHONDONTWRITEBYTECODE": "1",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": "/tmp/token",
+            "RAY_USE_TLS": "1",
+            "RAY_TLS_SERVER_CERT": "/tmp/cert.pem",
+            "RAY_TLS_SERVER_KEY": "/tmp/key.pem",
+            "RAY_TLS_CA_CERT": "/tmp/cert.pem",
         }
+
+    def _certify(self) -> None:
+        """One certificate for all nodes of the cluster, which is its own authority."""
+        cert, key = self.head.temp / "cert.pem", self.head.temp / "key.pem"
+        names = ",".join(["DNS:localhost", "IP:127.0.0.1", *(f"IP:{host.address}" for host in self._hosts())])
+        new = [
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-subj",
+            "/CN=ray",
+        ]
+        named = ["-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(cert)]
+        subprocess.run(["openssl", *new, *named], check=True, capture_output=True, timeout=30)
+        for path in (cert, key):
+            self._put(path.name, path.read_text())
 
     def _write(self, name: str, text: str) -> None:
         """A file in /tmp of each host."""
@@ -150,6 +176,7 @@ class World:
 
     def _put(self, name: str, text: str) -> None:
         for host in self._hosts():
+            (host.temp / name).unlink(missing_ok=True)
             (host.temp / name).write_text(text)
             (host.temp / name).chmod(0o444)
 

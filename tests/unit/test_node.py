@@ -186,6 +186,16 @@ async def test_a_node_whose_command_cannot_run_is_tried_again(
         await until(lambda: caplog.text.count("cannot be started") >= 2)
 
 
+async def test_a_port_that_another_process_has_is_not_taken_for_the_node(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with head(stage), kept(stage) as made:
+        with socket.create_server(("127.0.0.1", stage.port)):
+            await until(lambda: "is in use" in caplog.text)
+            assert (made._process, made._ups) == (None, 0)
+        await until(lambda: made._ups == 1)
+
+
 async def test_without_join_nothing_is_started(stage: Stage) -> None:
     async with head(stage), node.beside(MembershipOptions(ray_address=stage.options.ray_address)):
         pass
