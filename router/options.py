@@ -95,6 +95,9 @@ class MembershipOptions(Options, frozen=True):
     ray_address: str = "auto"  # The Ray cluster to join; for `kvlane up`, "local" starts one whatever runs.
     ray_namespace: Name = "kvlane"
     relist_interval_s: Seconds = 5.0  # A missed change heals within this time.
+    join: bool = False  # Joins the cluster as a node without CPUs first: for a container beside it.
+    node_ip: str = ""  # Address of that node; empty takes the one from which packets to the head go.
+    node_tmp_dir: str = ""  # Where that node keeps sockets and logs; empty leaves it to Ray, which takes /tmp/ray.
     replicas: tuple[StaticReplica, ...] = ()  # `static` only.
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import msgspec
 import uvloop
 
+from router import node
 from router.control import Order, address_line
 from router.listeners import Listeners
 from router.options import Config
@@ -30,6 +31,7 @@ def serve(
 
     `ready` takes the line that tells the addresses. Raises `ConfigError`.
     """
+    node.outlive_the_head()
     return uvloop.run(_supervise(config, read_again, file, ready, parent_pipe=False))
 
 
@@ -81,4 +83,6 @@ async def _supervise(
         settled = listeners.settled(config)
         ready(address_line(settled, settled.http.port, settled.grpc.port, settled.admin.port))
 
-    return await supervisor.run(tell, stop_asked(parent_pipe=parent_pipe))
+    stop = stop_asked(parent_pipe=parent_pipe)
+    async with node.beside(config.membership):
+        return await supervisor.run(tell, stop)

@@ -20,6 +20,7 @@ from ray.exceptions import ActorDiedError, RayError
 
 from router import ray_private
 from router.membership.base import ReplicaRecord
+from router.membership.node_address import ROLE, ROUTER
 
 log = logging.getLogger(__name__)
 
@@ -172,5 +173,6 @@ def find(namespace: str) -> Any:
         num_cpus=0,
         max_restarts=-1,
         max_concurrency=CALLERS,
+        label_selector={ROLE: f"!in({ROUTER})"},  # A router's node comes and goes, and has no memory to spare.
     )
     return actor_class.remote()

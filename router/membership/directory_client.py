@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from router import ray_private
-from router.membership import directory
+from router.membership import directory, node_address
 from router.membership.base import ReplicaRecord
 from router.membership.directory import Listing
 from router.options import MembershipOptions
@@ -36,10 +36,13 @@ ANSWER_TIMEOUT_S: Final = 5.0
 def join(options: MembershipOptions) -> None:
     """Makes this process a driver of the running cluster; no effect where it is one. Blocks.
 
-    Never starts a cluster. Raises `ConnectionError` where there is none, and what else `ray.init` raises.
+    Never starts a cluster. Raises `ConnectionError` where there is none, or not yet the node that it shall be on, and
+    what else `ray.init` raises.
     """
     if not ray.is_initialized():
         _look_for(options.ray_address)
+        if options.join:
+            _look_for_node(options)
         ray.init(
             address=options.ray_address,
             namespace=options.ray_namespace,
@@ -64,6 +67,16 @@ def _look_for(address: str) -> None:
     except OSError as error:
         raise ConnectionError(f"no Ray cluster answers at {address!r}: {error}") from error
     ray_private.knock(address, CONNECT_TIMEOUT_S)
+
+
+def _look_for_node(options: MembershipOptions) -> None:
+    """Raises `ConnectionError` where this host's own node is not up: Ray itself waits half a minute for it."""
+    here = node_address.node_ip(options), node_address.NODE_MANAGER
+    try:
+        with socket.create_connection(here, CONNECT_TIMEOUT_S):
+            return
+    except OSError as error:
+        raise ConnectionError(f"the Ray node of this host is not up at {here[0]}:{here[1]}: {error}") from error
 
 
 class DirectoryAway(Exception):

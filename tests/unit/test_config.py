@@ -272,6 +272,8 @@ def test_a_bad_flag_is_refused_by_its_field(flags: dict[str, Any], message: str)
         ("grpc.tls_client_ca_file = 'ca'", "grpc.tls_cert_file"),
         ("membership.kind = 'static'", "membership.replicas"),
         ("membership.replicas = [{name = 'a', port = 1}]", "membership.replicas"),
+        ("membership.join = true", "membership.ray_address"),
+        ("membership = {kind = 'static', join = true, replicas = [{name = 'a', port = 1}]}", "membership.join"),
         ("lane = {reconnect_min_s = 9, reconnect_max_s = 1}", "lane.reconnect_min_s"),
         ("engines = [{name = 'a'}, {name = 'b'}, {name = 'a'}]", "engines.2.name"),
         ("policy.name = 'power-of-too'", "policy.name"),

@@ -102,8 +102,10 @@ ALLOWED: dict[str, set[str]] = {
     | SUPERVISION
     | {"router.generation", "router.signals", "router.watched", "router.worker_process"},
     "router.serving": WORDS | {"router.app", "router.control", "router.garbage", "router.signals"},
+    "router.node": WORDS | {"router.membership.node_address"},
     "router.workers": WORDS
-    | {"router.control", "router.listeners", "router.serving", "router.signals", "router.supervisor", "router.watched"},
+    | {"router.control", "router.listeners", "router.node", "router.serving", "router.signals", "router.supervisor"}
+    | {"router.watched"},
     "router.demo": {"kvlane"},
     "router.up": WORDS
     | {"router.app", "router.control", "router.demo", "router.ray_private", "engine.deployment"}
