@@ -1,8 +1,8 @@
 """How many replicas a model shall have: the policy that Ray Serve's controller asks, ten times a second.
 
 Streams come by lanes, which Serve cannot see, so each replica reports what it runs and has waiting, for all routers
-together (`EngineReplica.record_autoscaling_stats`). Rule: what is not known is no reason to take replicas away.
-`Scaling` decides, without a clock; `Autoscaler` is what Serve calls.
+together, and what routers told it that they hold (`EngineReplica.record_autoscaling_stats`). Rule: what is not known is
+no reason to take replicas away. `Scaling` decides, without a clock; `Autoscaler` is what Serve calls.
 
 Serve takes this module to its controller by value, so it imports the standard library alone: the controller's host
 needs no kvlane.
@@ -22,7 +22,10 @@ STALE_S: Final = 5.0
 """Silence after which a replica's last report counts no longer; five reports."""
 SLACK: Final = 0.9
 """Replicas are taken away only where the rest would be filled up to this share, so that the next stream adds none."""
-DAY_MINUTES: Final = 24 * 60
+ROUNDING: Final = 1e-9
+"""What the sum of means may be too much: it shall not ask for one replica more."""
+HELD: Final = "held/"
+"""How the names of statistics begin that tell what a router holds; the router's follows."""
 SERVE_LOG: Final = "ray.serve"
 """The controller's own, so that an operator finds decisions beside Serve's."""
 
@@ -77,7 +80,7 @@ class Seen(NamedTuple):
     silent: int
     """Replicas that run and do not report: just started, or out of reach."""
     held: float
-    """Requests that wait for a replica in routers, as far as Serve knows."""
+    """Requests that wait in routers, as far as they have told."""
 
 
 class Trail:
@@ -135,10 +138,9 @@ class Scaling:
     def _needed(self, seen: Seen) -> tuple[int, int]:
         """The replicas that are needed at least, and those that are enough, whatever the silent ones do."""
         room = self._limits.target_streams
-        # Requests held are not added: once a replica is ready, they are on their way to it and may be counted there.
-        least = max(seen.streams, seen.held)
-        most = max(seen.streams + seen.silent * room, seen.held)
-        return ceil(least / room), ceil(most / (room * SLACK))
+        least = seen.streams + seen.held
+        most = least + seen.silent * room
+        return ceil(least / room - ROUNDING), ceil(most / (room * SLACK) - ROUNDING)
 
 
 class Autoscaler:
@@ -165,13 +167,14 @@ class Autoscaler:
 
     def _decide(self, ctx: Any) -> int:
         now, target = ctx.current_time, ctx.target_num_replicas
-        streams, silent = self._reports.read(now, ctx.running_replicas, ctx.raw_metrics)
-        seen = Seen(streams, silent, ctx.total_queued_requests)
+        seen = self._reports.read(now, ctx.running_replicas, ctx.raw_metrics)
+        if ctx.total_queued_requests:
+            seen = seen._replace(held=max(1.0, seen.held))  # A router calls, and no replica has heard it yet.
         decided = self._scaling.decide(now, target, seen)
         if decided != target:
             logging.getLogger(SERVE_LOG).info(
                 "%s: %d replicas instead of %d: %.1f streams in %d replicas, %d of them silent, %.1f requests held",
-                *(ctx.app_name, decided, target, streams, len(ctx.running_replicas), silent, seen.held),
+                *(ctx.app_name, decided, target, seen.streams, len(ctx.running_replicas), seen.silent, seen.held),
             )
         return decided
 
@@ -190,25 +193,31 @@ class Reports:
     """What the replicas reported last. Their clocks may differ from the controller's, which alone is used."""
 
     def __init__(self) -> None:
-        self._heard: dict[Any, tuple[float | None, float]] = {}
+        self._heard: dict[Any, tuple[float, float]] = {}
         """The time stamp of each one's last sample, and when it came."""
 
-    def read(self, now: float, replicas: Sequence[Any], metrics: Mapping[str, Mapping[Any, Any]]) -> tuple[float, int]:
-        """The streams in all replicas that report, and how many do not. `metrics`: samples by name and replica."""
-        running, waiting = metrics.get("running", {}), metrics.get("waiting", {})
-        heard: dict[Any, tuple[float | None, float]] = {}
-        streams, silent = 0.0, 0
+    def read(self, now: float, replicas: Sequence[Any], metrics: Mapping[str, Mapping[Any, Any]]) -> Seen:
+        """What the replicas that run tell. `metrics`: the samples by name and replica."""
+        heard: dict[Any, tuple[float, float]] = {}
         for replica in replicas:
-            if samples := running.get(replica):
+            if samples := metrics.get("running", {}).get(replica):
                 stamp = samples[-1].timestamp
-                last = self._heard.get(replica, (None, now))
+                last = self._heard.get(replica, (stamp, now))
                 heard[replica] = last if last[0] == stamp else (stamp, now)
-            if samples and now - heard[replica][1] <= STALE_S:
-                streams += _mean(samples) + _mean(waiting.get(replica, ()))
-            else:
-                silent += 1
         self._heard = heard
-        return streams, silent
+        speaking = {replica: stamp for replica, (stamp, when) in heard.items() if now - when <= STALE_S}
+        streams = sum(_mean(metrics[name].get(each, ())) for name in ("running", "waiting") for each in speaking)
+        held = sum(_held(metrics[name], speaking) for name in metrics if name.startswith(HELD))
+        return Seen(streams, len(replicas) - len(speaking), held)
+
+
+def _held(samples: Mapping[Any, Any], speaking: Mapping[Any, float]) -> float:
+    """What one router holds. It tells one replica at a time, so several may remember it: the most of it counts.
+
+    A replica to which it has told nothing lately has left it out of its last sample.
+    """
+    last = [(samples[each][-1], stamp) for each, stamp in speaking.items() if samples.get(each)]
+    return max((float(sample.value) for sample, stamp in last if sample.timestamp == stamp), default=0.0)
 
 
 def _mean(samples: Sequence[Any]) -> float:

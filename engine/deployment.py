@@ -11,6 +11,7 @@ import inspect
 import logging
 import secrets
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from ray.serve.schema import ApplicationStatus
 
 from engine.actor_lane import ActorPipes
 from engine.base import Engine
+from engine.held import HeldInRouters
 from engine.registration import Registration
 from engine.replica import Replica
 from engine.serve_autoscaling import autoscaling_config
@@ -58,6 +60,7 @@ class EngineReplica:
         self._name = f"{options.name}-{replica_id.unique_id}"
         secret = secrets.token_bytes(32)
         self._replica = Replica(self._name, make_engine(options), secret)
+        self._held = HeldInRouters()
         await self._replica.start()
         node = ray.util.get_node_ip_address()
         host = options.lane_host or node
@@ -82,12 +85,16 @@ class EngineReplica:
         await self._replica.check_health()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """The load that Serve cannot see, since requests come by lanes."""
+        """The load that Serve cannot see, since requests come by lanes and wait in routers."""
         load = self._replica.load()
-        return {"running": float(load.running), "waiting": float(load.waiting)}
+        return {"running": float(load.running), "waiting": float(load.waiting), **self._held.stats(time.monotonic())}
 
-    async def __call__(self) -> str:
-        """For a plain call on the deployment's handle, which wakes an application that has no replica."""
+    async def __call__(self, router: str = "", held: int = 0) -> str:
+        """For a plain call on the deployment's handle, which wakes an application that has no replica.
+
+        Where there is one, that router tells it how many requests it holds. Returns the replica's name.
+        """
+        self._held.tell(router, held, time.monotonic())
         return self._name
 
     async def __del__(self) -> None:

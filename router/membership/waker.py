@@ -1,22 +1,24 @@
 """Wakes models that have no replica: while requests of one are held, a call waits at its Serve deployment's handle.
 
-A deployment at zero replicas hears of nothing but such calls. Rule: the event loop only sets a flag; whatever speaks
+A deployment at zero replicas hears of nothing but such calls, and one call is as good as many: Serve starts the same
+number of replicas for any. Where replicas run, calls are answered at once; each tells one of them how many requests are
+held here, and the replica reports it to the autoscaler. Rule: the event loop only sets a flag; whatever speaks
 with Ray, which blocks and may hang while the cluster's head is away, does so in a thread of the model's own. That ends
 when nothing has been held for a while. `RayWaker` owns the threads.
-
-One call is as good as many: from zero Serve starts the same number of replicas for any, and when the first one runs it
-reports what it got.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+import ray
 from ray import serve
 
 from router import ray_private
@@ -39,9 +41,9 @@ class RayWaker:
     """See `router.wake.Waker`; for the engines that Serve scales."""
 
     def __init__(self, engines: Sequence[EngineOptions]) -> None:
-        """The process must be part of the Ray cluster before a request is held."""
+        router = f"{socket.gethostname()}:{os.getpid()}"
         self._callers = {
-            engine.served_model_name or engine.name: Caller(application_name(engine.name))
+            engine.served_model_name or engine.name: Caller(application_name(engine.name), router)
             for engine in engines
             if engine.autoscaling is not None
         }
@@ -50,40 +52,48 @@ class RayWaker:
         """See `router.wake.Waker.wanted`. Models without autoscaling have no use for it."""
         caller = self._callers.get(model)
         if caller is not None:
-            caller.want(held > 0)
+            caller.want(held)
 
     async def close(self) -> None:
         """Takes all calls back; does not wait for Ray."""
         for caller in self._callers.values():
-            caller.want(False)
+            caller.close()
 
 
 class Caller:
     """Keeps a call waiting at one application's handle while it is wanted."""
 
-    def __init__(self, application: str) -> None:
+    def __init__(self, application: str, router: str) -> None:
+        """`router` is this process's name, one of its own."""
         self._application = application
+        self._router = router
         self._changed = threading.Condition()
-        self._wanted = False
-        self._running = False
+        self._held = 0
+        self._running = self._closed = False
         self._failed = ""
         self._handle: Any = None
 
-    def want(self, wanted: bool) -> None:
-        """Returns at once."""
+    def want(self, held: int) -> None:
+        """So many requests are held now. Returns at once."""
         with self._changed:
-            if wanted == self._wanted:
-                return
-            self._wanted = wanted
-            self._changed.notify()
-            if wanted and not self._running:
+            began, over = held > 0 and not self._held, self._held > 0 and not held
+            self._held = held
+            if began or over:
+                self._changed.notify()
+            if began and not self._running:
                 self._running = True
                 # A daemon, so that a call that hangs does not hold up the end of the process.
                 threading.Thread(target=self._run, name=f"wake {self._application}", daemon=True).start()
 
+    def close(self) -> None:
+        """Takes the call back, and ends the thread as soon as Ray lets it."""
+        with self._changed:
+            self._held, self._closed = 0, True
+            self._changed.notify()
+
     def _run(self) -> None:
         response: Any = None
-        while self._is_wanted(LINGER_S):
+        while self._is_wanted():
             try:
                 response = self._call(response)
                 self._failed = ""
@@ -91,36 +101,37 @@ class Caller:
                 response = None
                 self._complain(error)
                 self._rest()
-        _take_back(response)
+            if not self._held:
+                _take_back(response)
+                response = None
 
-    def _is_wanted(self, wait_s: float) -> bool:
-        """Whether a call is wanted, after waiting that long for it; where none is, the thread is over."""
+    def _is_wanted(self) -> bool:
+        """Whether a call is wanted, now or soon; where none is, the thread is over."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._wanted, wait_s):
-                self._running = False
-            return self._wanted
+            self._changed.wait_for(lambda: self._held or self._closed, LINGER_S)
+            self._running = self._held > 0
+            return self._running
 
     def _call(self, previous: Any) -> Any:
         """Has a call wait for `CALL_S`, until it is answered, or until none is wanted; gives it if it still waits."""
+        if not ray.is_initialized():
+            raise ConnectionError("this process is no part of the Ray cluster yet")  # Serve would start another one.
         if self._handle is None:
             self._handle = serve.get_deployment_handle(DEPLOYMENT, self._application)
-        response = self._handle.remote()
+        response = self._handle.remote(self._router, self._held)
         _take_back(previous)  # Only now, so that Serve sees one all the time.
         until = time.monotonic() + CALL_S
-        while self._wanted and time.monotonic() < until:
+        while self._held and time.monotonic() < until:
             with suppress(TimeoutError):
                 response.result(timeout_s=LOOK_INTERVAL_S)
                 self._rest()
                 return None
-        if self._wanted:
-            serve.status()  # Raises where Serve has gone.
-            return response
-        _take_back(response)
-        return None
+        serve.status()  # Raises where Serve has gone.
+        return response
 
     def _rest(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._wanted, PAUSE_S)
+            self._changed.wait_for(lambda: not self._held, PAUSE_S)
 
     def _complain(self, error: Exception) -> None:
         """Once for each cause. The next call begins anew, for Serve may have been, too."""

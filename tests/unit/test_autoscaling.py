@@ -17,6 +17,7 @@ from ray.serve.config import AutoscalingContext
 
 from engine import autoscaling
 from engine.autoscaling import STALE_S, Autoscaler, Hours, Limits, Scaling, Seen
+from engine.held import HeldInRouters
 from engine.serve_autoscaling import autoscaling_config, target_streams
 from router.errors import ConfigError
 from router.options import AutoscalingOptions, EngineOptions, HoursOptions
@@ -152,10 +153,9 @@ def test_a_model_that_was_woken_has_the_whole_delay_before_it() -> None:
     assert model.go(2.0) == [1, 0]
 
 
-def test_requests_held_count_as_load_and_not_twice() -> None:
-    model = Model(replicas=1)
-    assert model.go(10.0, streams=35.0, held=30.0) == [1, 4]
-    assert Model(replicas=1).go(10.0, held=35.0) == [1, 4]
+def test_requests_held_are_load_as_well() -> None:
+    assert Model(replicas=1).go(10.0, streams=12.0, held=23.0) == [1, 4]
+    assert Model(replicas=1).go(600.0, held=1.0) == [1]
 
 
 def test_after_the_controllers_restart_nothing_goes_before_its_delay_is_over() -> None:
@@ -207,7 +207,7 @@ def test_whatever_comes_the_rules_hold(course: list[Step], start: int, fewest: i
             before = model.replicas
             model.go(TICK_S, step.streams, silent=step.silent, held=step.held)
             after, now = model.replicas, model.now
-            needed.append((now, -(-max(step.streams, step.held) // 10)))
+            needed.append((now, -(-(step.streams + step.held) // 10)))
             least = given.least(now)
             assert least <= after <= given.max_replicas
             if after > max(before, least):
@@ -369,3 +369,38 @@ def test_the_schedule_reaches_the_policy() -> None:
     controller = serve(schedule=(hours,))
     assert controller.tick() == 3
     assert msgspec.json.encode(controller.config.policy.policy_kwargs)
+
+
+def test_what_routers_hold_is_counted_once_for_each_router() -> None:
+    controller = serve(max_replicas=100)
+    controller.running, controller.target = ["a", "b"], 2
+    streams, reports = [SimpleNamespace(timestamp=1.0, value=10.0)], {}
+    old = SimpleNamespace(timestamp=0.5, value=500.0)
+    reports["running"] = {"a": streams, "b": streams}
+    reports["waiting"] = {"a": [SimpleNamespace(timestamp=1.0, value=0.0)]}
+    reports["held/one"] = {
+        "a": [old, SimpleNamespace(timestamp=1.0, value=70.0)],
+        "b": [SimpleNamespace(timestamp=1.0, value=90.0)],
+    }
+    reports["held/two"] = {"b": [SimpleNamespace(timestamp=1.0, value=30.0)]}
+    reports["held/gone"] = {"a": [old]}
+    decided, _ = controller.policy(controller.context(reports, 0.0))
+    assert decided == (10 + 10 + 90 + 30) / 10
+
+
+def test_a_call_that_no_replica_has_heard_keeps_the_last_one() -> None:
+    controller = serve()
+    controller.running, controller.target = ["a"], 1
+    assert controller.tick({"a": 0.0}, held=1.0) == 1
+    assert controller.tick({"a": 0.0}) == 0
+
+
+def test_a_replica_forgets_what_a_router_does_not_repeat() -> None:
+    held = HeldInRouters()
+    held.tell("one", 5, 0.0)
+    held.tell("two", 7, 2.0)
+    held.tell("", 9, 2.0)
+    assert held.stats(2.5) == {"held/one": 5.0, "held/two": 7.0}
+    held.tell("two", 0, 3.0)
+    assert held.stats(4.0) == {"held/two": 0.0}
+    assert held.stats(60.0) == {}
