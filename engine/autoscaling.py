@@ -22,6 +22,8 @@ STALE_S: Final = 5.0
 """Silence after which a replica's last report counts no longer; five reports."""
 SLACK: Final = 0.9
 """Replicas are taken away only where the rest would be filled up to this share, so that the next stream adds none."""
+FULL_BATCH: Final = 256.0
+"""What a replica runs at once, until one tells; vLLM's default on most GPUs."""
 ROUNDING: Final = 1e-9
 """What the sum of means may be too much: it shall not ask for one replica more."""
 HELD: Final = "held/"
@@ -60,6 +62,7 @@ class Limits(NamedTuple):
     min_replicas: int
     max_replicas: int
     target_streams: float
+    """0: half of what a replica runs at once, as it reports."""
     wake_replicas: int
     upscale_delay_s: float
     downscale_delay_s: float
@@ -81,6 +84,8 @@ class Seen(NamedTuple):
     """Replicas that run and do not report: just started, or out of reach."""
     held: float
     """Requests that wait in routers, as far as they have told."""
+    batch: float = 0.0
+    """What a replica runs at once; 0 where none tells."""
 
 
 class Trail:
@@ -110,6 +115,7 @@ class Scaling:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._decided = -1
+        self._batch = FULL_BATCH
         self._up = Trail(limits.upscale_delay_s, least=True)
         self._down = Trail(limits.downscale_delay_s)
         self._idle = Trail(limits.downscale_to_zero_delay_s)
@@ -137,7 +143,8 @@ class Scaling:
 
     def _needed(self, seen: Seen) -> tuple[int, int]:
         """The replicas that are needed at least, and those that are enough, whatever the silent ones do."""
-        room = self._limits.target_streams
+        self._batch = seen.batch or self._batch
+        room = self._limits.target_streams or max(1.0, self._batch / 2)
         least = seen.streams + seen.held
         most = least + seen.silent * room
         return ceil(least / room - ROUNDING), ceil(most / (room * SLACK) - ROUNDING)
@@ -208,7 +215,8 @@ class Reports:
         speaking = {replica: stamp for replica, (stamp, when) in heard.items() if now - when <= STALE_S}
         streams = sum(_mean(metrics[name].get(each, ())) for name in ("running", "waiting") for each in speaking)
         held = sum(_held(metrics[name], speaking) for name in metrics if name.startswith(HELD))
-        return Seen(streams, len(replicas) - len(speaking), held)
+        batches = [_mean(samples) for each in speaking if (samples := metrics.get("batch", {}).get(each))]
+        return Seen(streams, len(replicas) - len(speaking), held, sum(batches) / len(batches) if batches else 0.0)
 
 
 def _held(samples: Mapping[Any, Any], speaking: Mapping[Any, float]) -> float:

@@ -86,8 +86,9 @@ class EngineReplica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """The load that Serve cannot see, since requests come by lanes and wait in routers."""
-        load = self._replica.load()
-        return {"running": float(load.running), "waiting": float(load.waiting), **self._held.stats(time.monotonic())}
+        load, batch = self._replica.load(), self._replica.engine.info().max_num_seqs
+        told = {"running": float(load.running), "waiting": float(load.waiting), "batch": float(batch)}
+        return told | self._held.stats(time.monotonic())
 
     async def __call__(self, router: str = "", held: int = 0) -> str:
         """For a plain call on the deployment's handle, which wakes an application that has no replica.

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from engine.autoscaling import FULL_BATCH
 from router import schedule
 from router.errors import ConfigError
 from router.options import AutoscalingOptions, EngineOptions
@@ -17,8 +18,6 @@ REPORT_INTERVAL_S: Final = 1.0
 10 s would be added to every decision."""
 LOOK_BACK_S: Final = 5.0
 """What a report holds: samples of the last few seconds."""
-FULL_BATCH: Final = 256
-"""Streams that run at once in a replica whose arguments do not say; vLLM's default on most GPUs."""
 
 
 def autoscaling_config(options: EngineOptions) -> AutoscalingConfig:
@@ -28,16 +27,15 @@ def autoscaling_config(options: EngineOptions) -> AutoscalingConfig:
     """
     given = options.autoscaling
     assert given is not None
-    target = target_streams(options)
     try:
-        policy = AutoscalingPolicy(policy_function=POLICY, policy_kwargs=_limits(given, target))
+        policy = AutoscalingPolicy(policy_function=POLICY, policy_kwargs=_limits(given))
         with warnings.catch_warnings():
             # Ray says that environment variables will replace the interval, and heeds none so far.
             warnings.simplefilter("ignore", DeprecationWarning)
             return AutoscalingConfig(
                 min_replicas=given.min_replicas,
                 max_replicas=given.max_replicas,
-                target_ongoing_requests=target,  # For Serve's own metric; the policy decides.
+                target_ongoing_requests=given.target_streams or FULL_BATCH / 2,  # For Serve's own metric alone.
                 metrics_interval_s=REPORT_INTERVAL_S,
                 look_back_period_s=LOOK_BACK_S,
                 upscaling_factor=given.wake_replicas,
@@ -51,23 +49,12 @@ def autoscaling_config(options: EngineOptions) -> AutoscalingConfig:
         raise ConfigError(f"engine {options.name!r}: {error}", param="autoscaling") from error
 
 
-def target_streams(options: EngineOptions) -> float:
-    """The streams per replica to aim for.
-
-    Half a full batch unless the options say: a replica runs well below its worst time per token, and has room for what
-    comes while another one starts.
-    """
-    given = options.autoscaling.target_streams if options.autoscaling is not None else 0.0
-    batch = options.args.get("max_num_seqs", FULL_BATCH)
-    return given or max(1.0, (batch if isinstance(batch, int) else FULL_BATCH) / 2)
-
-
-def _limits(given: AutoscalingOptions, target: float) -> dict[str, Any]:
+def _limits(given: AutoscalingOptions) -> dict[str, Any]:
     hours = [schedule.parse(each) for each in given.schedule]
     return {
         "min_replicas": given.min_replicas,
         "max_replicas": given.max_replicas,
-        "target_streams": target,
+        "target_streams": given.target_streams,
         "wake_replicas": given.wake_replicas,
         "upscale_delay_s": given.upscale_delay_s,
         "downscale_delay_s": given.downscale_delay_s,

@@ -145,7 +145,7 @@ class AutoscalingOptions(Options, frozen=True, kw_only=True):
 
     min_replicas: Annotated[int, msgspec.Meta(ge=0)] = 1  # 0 costs nothing when idle, and the next request a start.
     max_replicas: Count  # No default: it bounds the cost.
-    target_streams: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # Per replica, waiting ones too; 0: half a full batch.
+    target_streams: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # Per replica, waiting too; 0: half of its max_num_seqs.
     wake_replicas: Count = 1  # Started at once when a request finds none; more only follow when the first is ready.
     upscale_delay_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # A burst that ends sooner starts nothing.
     downscale_delay_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0  # Starting a replica again may take minutes.

@@ -17,6 +17,7 @@ from ray import serve
 
 from engine import deployment
 from engine.simulated_text import answer, text_prompt
+from router import up
 from router.app import App
 from router.membership.waker import RayWaker
 from router.options import (
@@ -30,7 +31,7 @@ from router.options import (
 )
 from router.types import Request, Rpc
 from tests.fakes import RecordingSink
-from tests.integration.ray_local import NAMESPACE, cluster, until, wait_until
+from tests.integration.ray_local import NAMESPACE, cluster, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -71,7 +72,8 @@ def at_zero() -> Iterator[None]:
     """A cluster with an engine that has no replica."""
     with cluster():
         deployment.deploy(CONFIG)
-        wait_until(lambda: state() == ("RUNNING", 0, ""), "the engine is deployed")
+        up._wait_for_engines(CONFIG)
+        assert state() == ("RUNNING", 0, "")
         yield
 
 

@@ -18,7 +18,7 @@ from ray.serve.config import AutoscalingContext
 from engine import autoscaling
 from engine.autoscaling import STALE_S, Autoscaler, Hours, Limits, Scaling, Seen
 from engine.held import HeldInRouters
-from engine.serve_autoscaling import autoscaling_config, target_streams
+from engine.serve_autoscaling import autoscaling_config
 from router.errors import ConfigError
 from router.options import AutoscalingOptions, EngineOptions, HoursOptions
 
@@ -342,18 +342,23 @@ def test_the_policy_needs_nothing_but_the_standard_library_on_the_controllers_ho
     assert {str(name).split(".")[0] for name in imported} <= set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize(
-    ("options", "target"),
-    [
-        (EngineOptions(autoscaling=AutoscalingOptions(max_replicas=1)), 128.0),
-        (EngineOptions(args={"max_num_seqs": 64}, autoscaling=AutoscalingOptions(max_replicas=1)), 32.0),
-        (EngineOptions(args={"max_num_seqs": 1}, autoscaling=AutoscalingOptions(max_replicas=1)), 1.0),
-        (EngineOptions(args={"max_num_seqs": "x"}, autoscaling=AutoscalingOptions(max_replicas=1)), 128.0),
-        (EngineOptions(autoscaling=AutoscalingOptions(max_replicas=1, target_streams=7)), 7.0),
-    ],
-)
-def test_the_target_is_half_a_full_batch_unless_the_options_say(options: EngineOptions, target: float) -> None:
-    assert target_streams(options) == target
+def test_the_target_is_half_a_full_batch_unless_the_options_say() -> None:
+    batch, model = 40.0, Model(replicas=1, target_streams=0.0)
+    for _ in range(60):
+        model.now += TICK_S
+        model.replicas = model.scaling.decide(model.now, model.replicas, Seen(50.0, 0, 0.0, batch))
+    assert model.replicas == 3
+    # None tells any more: what the last one told still counts.
+    assert model.go(6.0, streams=70.0) == [3, 4]
+    assert Model(replicas=1, target_streams=0.0).go(60.0, streams=129.0) == [1, 2]
+
+
+def test_what_a_replica_runs_at_once_is_taken_from_its_reports() -> None:
+    controller = serve(target_streams=0.0)
+    controller.running, controller.target = ["a"], 1
+    sample = {name: {"a": [SimpleNamespace(timestamp=1.0, value=8.0)]} for name in ("running", "waiting", "batch")}
+    decided, _ = controller.policy(controller.context(sample, 0.0))
+    assert decided == 4
 
 
 def test_options_that_cannot_be_are_refused_before_serve_sees_them() -> None:
