@@ -6,15 +6,19 @@ replica's life; nothing here starts, counts or restarts them. `EngineReplica` ow
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus
@@ -22,19 +26,19 @@ from ray.util.metrics import Counter
 
 from engine.actor_lane import ActorPipes
 from engine.base import Engine
+from engine.held import HeldInRouters
 from engine.registration import Registration
 from engine.replica import Replica
+from engine.serve_autoscaling import autoscaling_config
 from router import ray_private
 from router.errors import ConfigError
 from router.lane.tls import LaneTls, TlsFiles
-from router.membership.base import ReplicaRecord
+from router.membership.base import DEPLOYMENT, ReplicaRecord, application_name
 from router.membership.directory_client import join
 from router.options import Config, EngineOptions
 
 log = logging.getLogger(__name__)
 
-APPLICATION_PREFIX: Final = "kvlane-"
-DEPLOYMENT: Final = "engine"
 SHUTDOWN_MARGIN_S: Final = 15.0
 """What a replica gets after its drain to close its engine."""
 DRAIN_POLL_S: Final = 0.1
@@ -59,6 +63,7 @@ class EngineReplica:
         secret = secrets.token_bytes(32)
         tls = lane_tls(options)
         self._replica = Replica(self._name, make_engine(options), secret, refused=_count_refusals(self._name))
+        self._held = HeldInRouters()
         await self._replica.start()
         node = ray.util.get_node_ip_address()
         host = options.lane_host or node
@@ -84,12 +89,17 @@ class EngineReplica:
         await self._replica.check_health()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """The load that Serve cannot see, since requests come by lanes."""
-        load = self._replica.load()
-        return {"running": float(load.running), "waiting": float(load.waiting)}
+        """The load that Serve cannot see, since requests come by lanes and wait in routers."""
+        load, batch = self._replica.load(), self._replica.engine.info().max_num_seqs
+        told = {"running": float(load.running), "waiting": float(load.waiting), "batch": float(batch)}
+        return told | self._held.stats(time.monotonic())
 
-    async def __call__(self) -> str:
-        """For a plain call on the deployment's handle, which wakes an application that has no replica."""
+    async def __call__(self, router: str = "", held: int = 0) -> str:
+        """For a plain call on the deployment's handle, which wakes an application that has no replica.
+
+        Where there is one, that router tells it how many requests it holds. Returns the replica's name.
+        """
+        self._held.tell(router, held, time.monotonic())
         return self._name
 
     async def __del__(self) -> None:
@@ -117,47 +127,57 @@ class ApplicationState(NamedTuple):
     """Why it is so, several lines where a replica failed to start; empty while all is well."""
 
 
-def build_application(options: EngineOptions, *, namespace: str) -> serve.Application:
-    """The Serve application of one engine; `namespace` is the directory's. Raises `ConfigError`."""
+def build_application(options: EngineOptions, *, namespace: str, anew: bool = False) -> serve.Application:
+    """The Serve application of one engine; `namespace` is the directory's. Raises `ConfigError`.
+
+    Replicas are replaced where what they are made of has changed, and with `anew` in any case.
+    """
     engine_args(options)
     deployment = serve.deployment(
         EngineReplica,
         name=DEPLOYMENT,
-        num_replicas=options.replicas,
         max_ongoing_requests=MAX_CALLS,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         graceful_shutdown_timeout_s=options.drain_timeout_s + SHUTDOWN_MARGIN_S,
         health_check_period_s=options.health_check_period_s,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
+        **_count(options),
         **resources(options),
         **_surge(options),
     )
-    return deployment.bind(options, namespace)
+    replica = msgspec.structs.replace(options, **_NOT_OF_REPLICAS)
+    made_of = secrets.token_hex(8) if anew else _version(replica, namespace)
+    return ray_private.with_version(deployment, made_of).bind(replica, namespace)
 
 
 def deploy(config: Config) -> None:
     """Hands all engines to Serve, whose proxies stay off, and returns while they load; see `statuses`.
 
-    Joins the running Ray cluster first. An engine whose options are those that run already is left alone. Raises
-    `ConfigError` before anything is changed, and `ConnectionError` where no cluster runs.
+    Joins the running Ray cluster first. An engine whose options are those that run already is left alone, and one that
+    only has another number of replicas or other autoscaling keeps its replicas. Raises `ConfigError` before anything is
+    changed, and `ConnectionError` where no cluster runs.
     """
     ray_private.check_version()
     names = [options.name for options in config.engines]
     if len(set(names)) < len(names):
         raise ConfigError(f"two engines have one name: {', '.join(sorted(names))}", param="engines")
-    targets = [
-        serve.RunTarget(
-            build_application(options, namespace=config.membership.ray_namespace),
-            name=application_name(options.name),
-            route_prefix=None,
-        )
-        for options in config.engines
-    ]
+    _targets(config, {})
     join(config.membership)
     serve.start(proxy_location="Disabled")
-    if targets:
+    if targets := _targets(config, statuses()):
         serve.run_many(targets, wait_for_applications_running=False)
+
+
+def _targets(config: Config, running: Mapping[str, ApplicationState]) -> list[serve.RunTarget]:
+    """What Serve shall run. What failed there is tried again, though nothing about it has changed."""
+    targets = []
+    for options in config.engines:
+        name = application_name(options.name)
+        failed = name in running and running[name].status == "DEPLOY_FAILED"
+        application = build_application(options, namespace=config.membership.ray_namespace, anew=failed)
+        targets.append(serve.RunTarget(application, name=name, route_prefix=None))
+    return targets
 
 
 def statuses() -> dict[str, ApplicationState]:
@@ -165,7 +185,7 @@ def statuses() -> dict[str, ApplicationState]:
     found = {}
     for name, application in serve.status().applications.items():
         deployment = application.deployments.get(DEPLOYMENT)
-        if name.startswith(APPLICATION_PREFIX):
+        if name.startswith(application_name("")):
             ready = deployment.replica_states.get("RUNNING", 0) if deployment else 0
             message = (deployment.message if deployment else "") or application.message
             found[name] = ApplicationState(ApplicationStatus(application.status).value, ready, message)
@@ -177,11 +197,6 @@ def undeploy(names: Iterable[str]) -> None:
     applications = [application_name(name) for name in names]
     with ThreadPoolExecutor(max(1, len(applications)), "undeploy") as threads:
         list(threads.map(serve.delete, applications))
-
-
-def application_name(engine: str) -> str:
-    """The Serve application of the engine of that name."""
-    return APPLICATION_PREFIX + engine
 
 
 def resources(options: EngineOptions) -> dict[str, Any]:
@@ -269,6 +284,25 @@ def log_to_stderr() -> None:
         if not logger.handlers:
             logger.addHandler(handler)
             logger.setLevel(logging.INFO)
+
+
+_NOT_OF_REPLICAS: Final[dict[str, Any]] = {
+    name: getattr(EngineOptions(), name)
+    for name in ("replicas", "autoscaling", "required", "surge", "health_check_period_s")
+}
+"""Options that Serve or routers use and replicas do not, with their defaults."""
+
+
+def _version(replica: EngineOptions, namespace: str) -> str:
+    """Changes with what a replica is made of. Serve itself watches over the resources."""
+    made_of = msgspec.json.encode([msgspec.to_builtins(replica), namespace, version("kvlane")], order="deterministic")
+    return hashlib.sha256(made_of).hexdigest()[:16]
+
+
+def _count(options: EngineOptions) -> dict[str, Any]:
+    if options.autoscaling is None:
+        return {"num_replicas": options.replicas}
+    return {"autoscaling_config": autoscaling_config(options)}
 
 
 def _surge(options: EngineOptions) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import msgspec
 import tomli_w
 
+from router import schedule
 from router.errors import ConfigError
 from router.fields import Path, dotted, fields, from_text, item_type, nearest, problems, table_type, value_type
-from router.options import LANE_PORTS, Config
+from router.options import LANE_PORTS, AutoscalingOptions, Config
 from router.policies import registry
 
 PREFIX = "KVLANE_"
@@ -90,7 +91,14 @@ def load(
 def dump(config: Config) -> str:
     """The configuration as TOML, every field written out. `load` makes an equal one of it."""
     tree = msgspec.to_builtins(config, builtin_types=(datetime.datetime, datetime.date, datetime.time))
-    return tomli_w.dumps(tree)
+    return tomli_w.dumps(_present(tree))
+
+
+def _present(tree: Any) -> Any:
+    """The tree without tables that are left out, for which TOML has no word."""
+    if isinstance(tree, dict):
+        return {name: _present(value) for name, value in tree.items() if value is not None}
+    return [_present(item) for item in tree] if isinstance(tree, list | tuple) else tree
 
 
 def _refuse(found: Iterable[str]) -> None:
@@ -257,6 +265,9 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield f"lane.reconnect_min_s: {low:g} is above lane.reconnect_max_s, which is {high:g}"
     yield from _lane_tls_conflicts(config)
     yield from _repeated("engines", [engine.name for engine in config.engines])
+    for index, engine in enumerate(config.engines):
+        if engine.autoscaling is not None:
+            yield from _autoscaling_conflicts(engine.autoscaling, f"engines.{index}.autoscaling")
     yield from _policy_conflicts(config)
 
 
@@ -325,6 +336,18 @@ def _member_conflicts(config: Config) -> Iterator[str]:
     if membership.join and membership.kind == "ray" and not _HOST_PORT.fullmatch(membership.ray_address):
         yield f"membership.ray_address: expected HOST:PORT of the head to join, got {membership.ray_address!r}"
     yield from _repeated("membership.replicas", [replica.name for replica in membership.replicas])
+
+
+def _autoscaling_conflicts(options: AutoscalingOptions, path: str) -> Iterator[str]:
+    for name in ("min_replicas", "wake_replicas"):
+        if (count := getattr(options, name)) > options.max_replicas:
+            yield f"{path}.{name}: {count} is above {path}.max_replicas, which is {options.max_replicas}"
+    for index, hours in enumerate(options.schedule):
+        here = f"{path}.schedule.{index}"
+        yield from (f"{here}.{problem}" for problem in schedule.problems(hours))
+        if hours.min_replicas > options.max_replicas:
+            most = options.max_replicas
+            yield f"{here}.min_replicas: {hours.min_replicas} is above {path}.max_replicas, which is {most}"
 
 
 def _repeated(array: str, names: list[str]) -> Iterator[str]:

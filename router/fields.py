@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import re
+import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -52,11 +53,20 @@ def _cached_type_info(kind: Any) -> inspect.Type:
 
 
 def _type_info(kind: Any) -> inspect.Type:
+    kind = _present(kind)
     try:
         hash(kind)
     except TypeError:  # Annotated with something that cannot be a key.
         return inspect.type_info(kind)
     return _cached_type_info(kind)
+
+
+def _present(kind: Any) -> Any:
+    """What a field takes that may be left out: ``kind`` without ``None``."""
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return kind
+    others = [each for each in typing.get_args(kind) if each is not types.NoneType]
+    return others[0] if len(others) == 1 else kind
 
 
 def table_type(kind: Any) -> type[msgspec.Struct] | None:
@@ -84,6 +94,8 @@ def problems(value: Any, kind: Any, path: Path, *, whole: bool = True) -> Iterat
 
     `whole` also demands the fields that have no default.
     """
+    if value is None and _present(kind) is not kind:
+        return
     match _type_info(kind):
         case inspect.StructType(cls=struct):
             yield from _table_problems(value, struct, path, whole)
@@ -258,4 +270,5 @@ def _number_text(number: float) -> str:
 
 
 def _plain(kind: Any) -> Any:
+    kind = _present(kind)
     return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind

@@ -168,6 +168,29 @@ class HoldOptions(Options, frozen=True):
     comment_interval_s: Annotated[float, msgspec.Meta(ge=0)] = 15.0  # Keeps balancers from cutting streams; 0: silence.
 
 
+class HoursOptions(Options, frozen=True, kw_only=True):
+    """Hours of the week with more warm replicas than `min_replicas`, in a place's own time."""
+
+    days: Name = "mon-sun"  # The days on which they begin, such as "mon-fri" or "sat, sun".
+    start: Name = msgspec.field(name="from")  # Before the load comes, by the time that a replica takes to start.
+    end: Name = msgspec.field(name="to")  # "24:00" is midnight; a time before `from` is on the next day.
+    timezone: Name = "UTC"  # Such as "Europe/Berlin"; its clock changes are followed.
+    min_replicas: Count
+
+
+class AutoscalingOptions(Options, frozen=True, kw_only=True):
+    """How many replicas a model has, by its load. Without this table it is always `replicas`."""
+
+    min_replicas: Annotated[int, msgspec.Meta(ge=0)] = 1  # 0 costs nothing when idle, and the next request a start.
+    max_replicas: Count  # No default: it bounds the cost.
+    target_streams: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # Per replica, waiting too; 0: half of its max_num_seqs.
+    wake_replicas: Count = 1  # Started at once when a request finds none; more only follow when the first is ready.
+    upscale_delay_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # A burst that ends sooner starts nothing.
+    downscale_delay_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0  # Starting a replica again may take minutes.
+    downscale_to_zero_delay_s: Annotated[float, msgspec.Meta(ge=0)] = 900.0  # The next request would wait for a start.
+    schedule: tuple[HoursOptions, ...] = ()  # Where several hours overlap, the most replicas count.
+
+
 class EngineOptions(Options, frozen=True):
     """One model's engine replicas, run by Ray Serve."""
 
@@ -176,6 +199,7 @@ class EngineOptions(Options, frozen=True):
     model: str = ""  # Hugging Face id or path; empty makes a tiny random-weight Llama on the spot.
     served_model_name: str = ""
     replicas: Count = 1
+    autoscaling: AutoscalingOptions | None = None
     args: dict[str, Any] = {}  # Any vLLM engine argument, or the simulated engine's options.
     num_cpus: Annotated[float, msgspec.Meta(ge=0)] = 1.0  # Ray CPUs of one replica.
     num_gpus: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # Ray GPUs of one tensor-parallel worker.
@@ -187,7 +211,7 @@ class EngineOptions(Options, frozen=True):
     lane_tls_cert_file: str = ""  # PEM chain on the engine's host; set: lanes are TLS. `lane.tls_ca_file` goes with it.
     lane_tls_key_file: str = ""
     lane_tls_ca_file: str = ""  # Set: routers must show a certificate that this private CA signed.
-    drain_timeout_s: Seconds = 120.0  # How long a replica that goes away may finish its streams.
+    drain_timeout_s: Seconds = 3600.0  # How long a replica that goes away may finish its streams; longer than any.
     surge: Literal["auto", "always", "never"] = "auto"  # Redeploy with one replica more; auto: where no GPU is needed.
     health_check_period_s: Seconds = 2.0  # A dead engine is replaced after about three of these.
     fast_rendering: bool = True  # Plain text streams cost less; the bytes are those of vLLM's own server either way.

@@ -122,6 +122,22 @@ def power_of_two() -> Any:
     return PowerOfTwoChoicesRequestRouter
 
 
+def with_version(deployment: Any, version: str) -> Any:
+    """The Serve deployment with a version of our own.
+
+    Serve makes one up for each deploy, and then replaces all replicas though nothing has changed. It replaces those of
+    another version, and by the way those whose resources have changed; for the rest it does what is new in place.
+    """
+    return deployment.options(version=version, _internal=True)
+
+
+def forget_serve() -> None:
+    """Lets go of the controller that Serve's functions remember, so that one that was started since is found."""
+    from ray.serve.context import _set_global_client
+
+    _set_global_client(None)
+
+
 def reason(error: Exception) -> str:
     """One line that says why a Ray call failed; Ray's own texts hold whole tracebacks."""
     lines = str(getattr(error, "cause", None) or error).strip().splitlines()

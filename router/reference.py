@@ -75,7 +75,8 @@ def markdown() -> str:
 def _heading(path: tuple[str, ...]) -> str:
     if not path:
         return "Top level"
-    return f"`[[{'.'.join(path[:-1])}]]`" if path[-1] == INDEX else f"`[{'.'.join(path)}]`"
+    names = ".".join(name for name in path if name != INDEX)
+    return f"`[[{names}]]`" if path[-1] == INDEX else f"`[{names}]`"
 
 
 def _table(rows: Iterable[Leaf]) -> str:

@@ -32,6 +32,7 @@ from router.app import model_name
 from router.control import STOP_MARGIN_S, Order, spawn_arguments
 from router.errors import ConfigError
 from router.membership import directory
+from router.membership.base import application_name
 from router.membership.directory_client import join
 from router.options import Config, EngineOptions
 from router.ray_private import RayRefused
@@ -67,6 +68,8 @@ def with_engine(config: Config, kind: str | None, model: str | None, replicas: i
     if config.engines and not given:
         return config
     engine = config.engines[0] if config.engines else _default_engine(kind or "vllm")
+    if replicas and engine.autoscaling is not None:
+        raise ConfigError("--replicas: the engine has autoscaling; set min_replicas and max_replicas there")
     if model:
         given["name"] = PurePath(model).name.lower()
         given["served_model_name"] = model
@@ -201,7 +204,8 @@ def _quiet() -> None:
 
 
 def _check_gpus(config: Config) -> None:
-    wanted = sum(e.num_gpus * e.tensor_parallel_size * e.replicas for e in config.engines)
+    # Of a model that is at zero, one replica must be able to start.
+    wanted = sum(e.num_gpus * e.tensor_parallel_size * max(1, _fewest(e)) for e in config.engines)
     present = ray.cluster_resources().get("GPU", 0.0)
     if wanted > present:
         raise StartFailed(f"the replicas need {wanted:g} GPUs, and the Ray cluster has {present:g}")
@@ -220,7 +224,16 @@ def _end_directories(names: set[str], namespace: str) -> None:
 
 def _cpus_needed(config: Config) -> int:
     per_replica = [engine.num_cpus * max(1, engine.tensor_parallel_size) for engine in config.engines]
-    return int(sum(cpus * engine.replicas for cpus, engine in zip(per_replica, config.engines, strict=True)) + 1)
+    return int(sum(cpus * _most(engine) for cpus, engine in zip(per_replica, config.engines, strict=True)) + 1)
+
+
+def _fewest(engine: EngineOptions) -> int:
+    """The replicas that there are at least, once all have started."""
+    return engine.replicas if engine.autoscaling is None else engine.autoscaling.min_replicas
+
+
+def _most(engine: EngineOptions) -> int:
+    return engine.replicas if engine.autoscaling is None else engine.autoscaling.max_replicas
 
 
 @contextmanager
@@ -228,7 +241,7 @@ def _engines(config: Config, *, leave_serve: bool) -> Iterator[None]:
     """The engine replicas, deployed and ready; `leave_serve` where Serve ends with the cluster anyway."""
     serve_ran = _serve_runs()
     before = deployment.statuses() if serve_ran else {}
-    ours = [e.name for e in config.engines if deployment.application_name(e.name) not in before]
+    ours = [e.name for e in config.engines if application_name(e.name) not in before]
     try:
         deployment.deploy(config)
         _wait_for_engines(config)
@@ -245,7 +258,7 @@ def _serve_runs() -> bool:
 
 
 def _wait_for_engines(config: Config) -> None:
-    wanted = sum(engine.replicas for engine in config.engines)
+    wanted = sum(map(_fewest, config.engines))
     models = ", ".join(engine.model or model_name(engine) for engine in config.engines)
     deadline = time.monotonic() + START_TIMEOUT_S
     with _progress(f"engines: loading {models}") as tell:
@@ -253,10 +266,10 @@ def _wait_for_engines(config: Config) -> None:
             status = deployment.statuses()
             ready, settled = 0, len(status) > 0
             for engine in config.engines:
-                application = status.get(deployment.application_name(engine.name))
+                application = status.get(application_name(engine.name))
                 if application is not None:
                     # On a redeploy the old replicas are ready as well; only RUNNING says that the new ones are.
-                    ready += min(application.ready, engine.replicas)
+                    ready += min(application.ready, _fewest(engine))
                     settled = settled and application.status == "RUNNING"
                     if application.status == "DEPLOY_FAILED":
                         raise StartFailed(f"engine {engine.name!r} did not start: {_cause(application.message)}")

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
+
+DEPLOYMENT: Final = "engine"
+"""The one Serve deployment of each engine's application."""
+
+
+def application_name(engine: str) -> str:
+    """The Serve application of the engine of that name."""
+    return f"kvlane-{engine}"
 
 
 class ReplicaRecord(msgspec.Struct, frozen=True):

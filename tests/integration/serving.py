@@ -14,6 +14,7 @@ from kvlane.client import Client
 
 from engine import deployment
 from router.app import App
+from router.membership.base import application_name
 from router.options import Config, EngineOptions, GrpcOptions, HttpOptions, LaneOptions, MembershipOptions
 from router.types import Request, Rpc
 from tests.integration.ray_local import DEADLINE_S, NAMESPACE, until, wait_until
@@ -46,7 +47,7 @@ def config(address: str, replicas: int = 2, carrier: Literal["socket", "actor"] 
 def deployed(config: Config) -> Iterator[None]:
     """The engines of the configuration, ready; removed at the end."""
     deployment.deploy(config)
-    wanted = {deployment.application_name(engine.name): engine.replicas for engine in config.engines}
+    wanted = {application_name(engine.name): engine.replicas for engine in config.engines}
 
     def ready() -> bool:
         found = deployment.statuses()

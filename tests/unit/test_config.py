@@ -15,7 +15,7 @@ from router import reference
 from router.config import INDEX, dump, leaves, load
 from router.errors import ConfigError
 from router.fields import expected
-from router.options import Config, EngineOptions, HttpOptions, StaticReplica
+from router.options import AutoscalingOptions, Config, EngineOptions, HoursOptions, HttpOptions, StaticReplica
 
 ROOT = Path(__file__).resolve().parents[2]
 Write = Callable[[str], str]
@@ -325,6 +325,67 @@ def test_scorers_of_the_weighted_policy_are_checked_at_the_start(write: Write) -
     assert "scorer_options.queue.leed: unknown field; did you mean 'lead'? (scorer 'queue')" in message
 
 
+# A table that may be left out
+
+AUTOSCALING = AutoscalingOptions(max_replicas=2, schedule=(HoursOptions(start="07:30", end="19:00", min_replicas=1),))
+
+
+def test_autoscaling_is_off_without_its_table_and_has_defaults_with_it(write: Write) -> None:
+    assert load(write("[[engines]]"), env={}).engines[0].autoscaling is None
+    engine = load(write("[[engines]]\n[engines.autoscaling]\nmax_replicas = 4"), env={}).engines[0]
+    assert engine.autoscaling == AutoscalingOptions(max_replicas=4)
+    assert engine.autoscaling is not None
+    assert engine.autoscaling.min_replicas == 1
+
+
+def test_a_table_that_is_left_out_is_made_by_a_variable_for_one_of_its_fields() -> None:
+    env = {"KVLANE_ENGINES_0_AUTOSCALING_MAX_REPLICAS": "3", "KVLANE_ENGINES_0_AUTOSCALING_MIN_REPLICAS": "0"}
+    assert load(None, env=env).engines[0].autoscaling == AutoscalingOptions(max_replicas=3, min_replicas=0)
+
+
+@pytest.mark.parametrize("autoscaling", [None, AUTOSCALING])
+def test_a_table_that_may_be_left_out_survives_a_dump(write: Write, autoscaling: AutoscalingOptions | None) -> None:
+    config = Config(engines=(EngineOptions(autoscaling=autoscaling),))
+    assert load(write(dump(config)), env={}) == config
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("", "engines.0.autoscaling.max_replicas: missing; expected an integer at least 1"),
+        ("max_replica = 1", "engines.0.autoscaling.max_replica: unknown field; did you mean 'max_replicas'?"),
+        ("max_replicas = 0", "engines.0.autoscaling.max_replicas: expected an integer at least 1, got 0"),
+        (
+            "max_replicas = 1\nmin_replicas = 2",
+            "engines.0.autoscaling.min_replicas: 2 is above engines.0.autoscaling.max_replicas, which is 1",
+        ),
+        (
+            "max_replicas = 2\nwake_replicas = 3",
+            "engines.0.autoscaling.wake_replicas: 3 is above engines.0.autoscaling.max_replicas, which is 2",
+        ),
+        (
+            "max_replicas = 2\nschedule = [{from = '7:30', to = '19:00', min_replicas = 1}]",
+            "engines.0.autoscaling.schedule.0.from: expected a time of day from '00:00' to '24:00', got '7:30'",
+        ),
+        (
+            "max_replicas = 2\nschedule = [{from = '07:30', to = '19:00', min_replicas = 3}]",
+            "engines.0.autoscaling.schedule.0.min_replicas: 3 is above engines.0.autoscaling.max_replicas, which is 2",
+        ),
+        (
+            "max_replicas = 2\nschedule = [{from = '07:30', too = '19:00', min_replicas = 1}]",
+            "engines.0.autoscaling.schedule.0.too: unknown field; did you mean 'to'?",
+        ),
+    ],
+)
+def test_autoscaling_that_cannot_be_is_refused_by_its_field(write: Write, table: str, message: str) -> None:
+    assert message in refusal(write(f"[[engines]]\n[engines.autoscaling]\n{table}"))
+
+
+def test_a_value_in_the_place_of_the_table_is_refused(write: Write) -> None:
+    message = refusal(write("[[engines]]\nautoscaling = 3"))
+    assert message.startswith("engines.0.autoscaling: expected a table, got 3")
+
+
 # The tree as a whole
 
 
@@ -344,7 +405,7 @@ def test_every_field_has_words_and_one_variable_of_its_own() -> None:
 
 def test_every_field_can_be_set_by_its_variable() -> None:
     config = Config(
-        engines=(EngineOptions(args={"a": 1}),),
+        engines=(EngineOptions(args={"a": 1}, autoscaling=AUTOSCALING),),
         policy=msgspec.structs.replace(Config().policy, options={"price": 3}),
     )
     tree = msgspec.to_builtins(config)

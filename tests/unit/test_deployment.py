@@ -9,7 +9,7 @@ import pytest
 from engine import deployment
 from engine.simulated import SimulatedEngine
 from router.errors import ConfigError
-from router.options import EngineOptions
+from router.options import AutoscalingOptions, EngineOptions
 
 
 def test_a_replica_without_tensor_parallelism_holds_its_resources_itself() -> None:
@@ -67,3 +67,35 @@ async def test_the_engine_answers_to_its_served_name(served: str, name: str) -> 
     await engine.start()
     assert [card.name for card in engine.info().models] == [name]
     await engine.close()
+
+
+def version(options: EngineOptions, *, anew: bool = False) -> str:
+    """What Serve compares to tell whether replicas must be replaced."""
+    application = deployment.build_application(options, namespace="kvlane", anew=anew)
+    return str(application._bound_deployment.version)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"replicas": 3},
+        {"autoscaling": AutoscalingOptions(max_replicas=4)},
+        {"surge": "never"},
+        {"required": False},
+        {"health_check_period_s": 9.0},
+    ],
+)
+def test_a_change_that_is_not_of_the_replicas_leaves_them_alone(change: dict[str, Any]) -> None:
+    assert version(EngineOptions(kind="sim", **change)) == version(EngineOptions(kind="sim"))
+
+
+@pytest.mark.parametrize("change", [{"args": {"seed": 1}}, {"env": {"A": "1"}}, {"drain_timeout_s": 9.0}])
+def test_a_change_of_what_replicas_are_made_of_replaces_them(change: dict[str, Any]) -> None:
+    assert version(EngineOptions(kind="sim", **change)) != version(EngineOptions(kind="sim"))
+    other = deployment.build_application(EngineOptions(kind="sim"), namespace="other")
+    assert other._bound_deployment.version != version(EngineOptions(kind="sim"))
+
+
+def test_what_failed_is_tried_again_though_nothing_has_changed() -> None:
+    options = EngineOptions(kind="sim")
+    assert len({version(options), version(options, anew=True), version(options, anew=True)}) == 3

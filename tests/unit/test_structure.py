@@ -87,7 +87,8 @@ ALLOWED: dict[str, set[str]] = {
     "router.ray_pool": WORDS | {"router.fields", "router.policies", "router.prefix.prefixes", "router.ray_requests"},
     "router.ray_router": {"router.ray_pool", "router.ray_private"},
     # Around the router.
-    "router.config": WORDS | {"router.fields", "router.policies.registry"},
+    "router.schedule": WORDS,
+    "router.config": WORDS | {"router.fields", "router.policies.registry", "router.schedule"},
     "router.reference": {"router.config", "router.fields"},
     "router.testing": WORDS | SEAMS,
     "router.garbage": set(),
@@ -109,7 +110,7 @@ ALLOWED: dict[str, set[str]] = {
     "router.demo": {"kvlane"},
     "router.up": WORDS
     | {"router.app", "router.control", "router.demo", "router.ray_private", "engine.deployment"}
-    | {"router.membership.directory", "router.membership.directory_client"},
+    | {"router.membership.base", "router.membership.directory", "router.membership.directory_client"},
     "router.__main__": WORDS
     | {
         "router.config",
@@ -131,6 +132,7 @@ ALLOWED: dict[str, set[str]] = {
         "router.membership.directory",
         "router.membership.directory_client",
         "router.ray_private",
+        "router.schedule",
         "router.prefix.canonical",  # Both sides hash prompts alike.
         "router.prefix.hashing",
         "kvlane.v1",
