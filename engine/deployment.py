@@ -55,7 +55,13 @@ class EngineReplica:
         replica_id = serve.get_replica_context().replica_id
         self._name = f"{options.name}-{replica_id.unique_id}"
         secret = secrets.token_bytes(32)
-        self._replica = Replica(self._name, make_engine(options), secret)
+        self._replica = Replica(
+            self._name,
+            make_engine(options),
+            secret,
+            sleep_after_s=options.sleep_after_s,
+            sleep_level=options.sleep_level,
+        )
         await self._replica.start()
         node = ray.util.get_node_ip_address()
         host = options.lane_host or node
@@ -82,7 +88,7 @@ class EngineReplica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """The load that Serve cannot see, since requests come by lanes."""
         load = self._replica.load()
-        return {"running": float(load.running), "waiting": float(load.waiting)}
+        return {"running": float(load.running), "waiting": float(load.waiting), "asleep": float(load.asleep)}
 
     async def __call__(self) -> str:
         """For a plain call on the deployment's handle, which wakes an application that has no replica."""
@@ -224,6 +230,11 @@ def engine_args(options: EngineOptions) -> dict[str, Any]:
         args.setdefault("distributed_executor_backend", "ray")
     if workers == 1:
         del args["tensor_parallel_size"]
+    if options.sleep_after_s and options.num_gpus and args.setdefault("enable_sleep_mode", True) is not True:
+        raise ConfigError(
+            f"engine {options.name!r}: sleep_after_s needs vLLM's argument enable_sleep_mode, which args turn off",
+            param="sleep_after_s",
+        )
     return args
 
 

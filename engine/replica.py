@@ -15,10 +15,11 @@ import os
 import time
 from collections.abc import Callable
 
-from engine.base import Engine
+from engine.base import Abort, Engine, SleepyEngine, StreamOut
 from engine.cache_report import Cursor
 from engine.lane_stream import LaneStream
-from router.errors import ReplicaDraining, ReplicaFailed
+from engine.sleep import Sleeper
+from router.errors import ConfigError, ReplicaDraining, ReplicaFailed
 from router.lane import frames
 from router.lane.carriers import tune
 from router.lane.frames import CacheReport, Draining, FrameError, Output, Step
@@ -40,7 +41,11 @@ LANE_BUFFER_BYTES = 4 << 20
 class Replica:
     """One engine and the lanes that lead to it."""
 
-    def __init__(self, name: str, engine: Engine, secret: bytes) -> None:
+    def __init__(
+        self, name: str, engine: Engine, secret: bytes, *, sleep_after_s: float = 0.0, sleep_level: int = 1
+    ) -> None:
+        """The engine sleeps after `sleep_after_s` seconds without a stream, 0 never. Raises `ConfigError` for one that
+        cannot."""
         self.name = name
         self.engine = engine
         self.secret = secret
@@ -52,11 +57,25 @@ class Replica:
         self._idle.set()
         self._sessions: set[LaneSession] = set()
         self._server: asyncio.Server | None = None
+        self.submit: Callable[[frames.Submit, StreamOut], Abort] = engine.submit
+        """Takes a stream; a sleeping engine is woken for it."""
+        self.load: Callable[[], Load] = engine.load
+        """The engine's load now."""
+        self.sleeper: Sleeper | None = None
+        if sleep_after_s:
+            if not isinstance(engine, SleepyEngine):
+                raise ConfigError("this engine cannot sleep", param="sleep_after_s")
+            self.sleeper = Sleeper(
+                engine, sleep_after_s, sleep_level, self._busy, self.load_changed, self._say_draining_at_once
+            )
+            self.submit, self.load = self.sleeper.submit, self.sleeper.load
 
     async def start(self) -> None:
         """Starts the engine."""
         await self.engine.start()
         self.engine.on_step(self.load_changed)
+        if self.sleeper is not None:
+            self.sleeper.idle()
 
     def session(self) -> asyncio.Protocol:
         """The replica's side of one new lane; connect it to a transport."""
@@ -68,12 +87,10 @@ class Replica:
         bound: int = self._server.sockets[0].getsockname()[1]
         return bound
 
-    def load(self) -> Load:
-        """The engine's load now."""
-        return self.engine.load()
-
     async def check_health(self) -> None:
-        """Raises `ReplicaFailed` when the engine is dead."""
+        """Raises `ReplicaFailed` when the engine is dead, or did not wake. Wakes nobody."""
+        if self.sleeper is not None:
+            self.sleeper.check()
         await self.engine.check_health()
 
     async def drain(self, grace_s: float) -> int:
@@ -88,6 +105,8 @@ class Replica:
 
     async def close(self) -> None:
         """Closes all lanes, with what they still hold sent first, and the engine."""
+        if self.sleeper is not None:
+            await self.sleeper.close()
         if self._server is not None:
             self._server.close()
         sessions = tuple(self._sessions)
@@ -101,6 +120,13 @@ class Replica:
         self.draining, self.grace_s = True, grace_s
         for session in self._sessions:
             session.send_draining()
+
+    def _say_draining_at_once(self) -> None:
+        if not self.draining:
+            self._say_draining(0.0)
+
+    def _busy(self) -> bool:
+        return bool(self.active) or self.draining
 
     def opened(self, session: LaneSession) -> None:
         self._sessions.add(session)
@@ -116,12 +142,16 @@ class Replica:
         self.active -= 1
         if not self.active:
             self._idle.set()
+            if self.sleeper is not None:
+                self.sleeper.idle()
         self.load_changed()  # for the other routers: the engine may have no further step that would tell them
 
     def load_changed(self) -> None:
         """The engine did a step, died, or has less to do: every router shall know."""
         if not self.draining and self.engine.dead():
             log.error("replica %s: the engine died", self.name)
+            if self.sleeper is not None:
+                self.sleeper.died()
             self._say_draining(0.0)  # an idle-looking corpse would draw all traffic until Serve replaces it
         for session in self._sessions:
             session.schedule_flush()
@@ -213,6 +243,9 @@ class LaneSession(asyncio.Protocol):
             if self._cursor is not None:
                 self._cursor.resync()
                 self.schedule_flush()
+        elif isinstance(frame, frames.Wake):
+            if self._replica.sleeper is not None:
+                self._replica.sleeper.wake()
         else:
             raise FrameError("a second hello")
 
@@ -253,7 +286,7 @@ class LaneSession(asyncio.Protocol):
             stream.fail(ReplicaDraining(f"replica {self._replica.name} is draining"))
             return
         try:
-            stream.stop = self._replica.engine.submit(call, stream)
+            stream.stop = self._replica.submit(call, stream)
         except Exception:
             log.exception("replica %s: the engine did not take request %s", self._replica.name, call.request_id)
             stream.fail(ReplicaFailed("the engine did not take the request"))

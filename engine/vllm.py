@@ -63,6 +63,7 @@ class VllmEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
         self._death_told = False
+        self._sleep_level = 1
         self._cores: list[multiprocessing.process.BaseProcess] = []
         self._closing = AsyncExitStack()
 
@@ -165,6 +166,25 @@ class VllmEngine:
             await self._engine.check_health()
         except EngineDeadError as error:
             raise ReplicaFailed("the engine died") from error
+
+    async def sleep(self, level: int) -> None:
+        """Empties the KV cache; on a GPU gives its memory and that of the weights back, which needs vLLM's argument
+        `enable_sleep_mode`. On a CPU, where vLLM knows no such thing, the memory stays."""
+        await self._engine.sleep(level)
+        self._sleep_level = level
+        self._cache.slept()
+
+    async def wake(self) -> None:
+        """After level 2 the weights are loaded again from where they came from at the start."""
+        engine = self._engine
+        if self._sleep_level == 2:
+            await engine.wake_up(["weights"])
+            await engine.collective_rpc("reload_weights")
+            await engine.wake_up(["kv_cache"])
+        else:
+            await engine.wake_up()
+        if await engine.is_sleeping():
+            raise ReplicaFailed("vLLM goes on sleeping")
 
     async def close(self) -> None:
         """Fails all streams, then ends the engine and its processes. May be called more than once."""

@@ -145,6 +145,8 @@ class EngineOptions(Options, frozen=True):
     required: bool = True  # Readiness waits for a replica of this model.
     env: dict[str, str] = {}  # Environment variables of the replica's process.
     lane_host: str = ""  # Address that replicas listen on; empty takes the Ray node's.
+    sleep_after_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # Without a stream for so long a replica sleeps; 0 never.
+    sleep_level: Literal[1, 2] = 1  # 1 wakes soonest and takes host memory for the weights; 2 loads them again.
     drain_timeout_s: Seconds = 120.0  # How long a replica that goes away may finish its streams.
     surge: Literal["auto", "always", "never"] = "auto"  # Redeploy with one replica more; auto: where no GPU is needed.
     health_check_period_s: Seconds = 2.0  # A dead engine is replaced after about three of these.

@@ -25,6 +25,8 @@ class ModelStatus(msgspec.Struct, frozen=True):
 
     card: ModelCard
     ready_replicas: int
+    asleep: int = 0
+    """Those of them that sleep."""
 
 
 class CacheStatus(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -42,6 +44,8 @@ class Readiness(msgspec.Struct, frozen=True):
     models: dict[str, int]
     caches: dict[str, CacheStatus] = {}
     """Of the ready replicas."""
+    asleep: dict[str, int] = {}
+    """How many of the ready replicas sleep, of models where any does."""
 
 
 class Fleet(Protocol):

@@ -35,6 +35,7 @@ from router.types import Receipt, Request, Rpc
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2, 4, 10)
+_WAKE_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _FRAME_BITS = range(6, 25, 2)
 _BATCH_BITS = range(13)
 _RPC_NAMES = {Rpc.HTTP: "http", Rpc.GRPC: "grpc"}
@@ -66,6 +67,12 @@ class Metrics:
         self._retries = Counter(
             "kvlane_retries", "Requests sent to another replica, by the error before.", ["error"], registry=registry
         )
+        self._wakes = Counter(
+            "kvlane_wakes",
+            "Sleeping replicas that woke: a request waited (`request`), or this router had told them to (`ahead`).",
+            ["cause"],
+            registry=registry,
+        )
         self.policies = PolicyMetrics(registry)
         """What guards and shadows report to."""
         self._prefixes = PrefixMetrics()
@@ -74,6 +81,7 @@ class Metrics:
     def watch(self, admission: Admission, replicas: Replicas, prefixes: Prefixes) -> None:
         """Shows these at each scrape."""
         self._registry.register(_State(admission, replicas))
+        replicas.woke = self.woke
         self._prefixes.watch(prefixes, replicas)
 
     def began(self) -> float:
@@ -100,6 +108,14 @@ class Metrics:
         self._times.first_outputs.add(waited_s)
         if expected_s > 0.0:
             self._times.ratios.add(waited_s / expected_s)
+
+    def woke(self, waited_s: float | None, told: bool) -> None:
+        """A replica that slept is awake; `waited_s` is how long this router's oldest request waited for it."""
+        if waited_s is not None:
+            self._times.wakes.add(waited_s)
+            self._wakes.labels("request").inc()
+        elif told:
+            self._wakes.labels("ahead").inc()
 
     def hashed(self, seconds: float) -> None:
         """A prompt was read and hashed."""
@@ -137,6 +153,7 @@ class _Times(Collector):
         self.durations = {rpc: Counts(_DURATION_BUCKETS_S) for rpc in _RPC_NAMES}
         self.first_outputs = Counts(_TTFT_BUCKETS_S)
         self.ratios = Counts(_RATIO_BUCKETS)
+        self.wakes = Counts(_WAKE_BUCKETS_S)
 
     def collect(self) -> Iterator[Metric]:
         durations = HistogramMetricFamily(
@@ -155,6 +172,11 @@ class _Times(Collector):
         )
         self.ratios.show(ratios)
         yield ratios
+        wakes = HistogramMetricFamily(
+            "kvlane_wake_seconds", "Time from the submit that woke a sleeping replica until it was awake."
+        )
+        self.wakes.show(wakes)
+        yield wakes
 
 
 class _State(Collector):
@@ -174,6 +196,10 @@ class _State(Collector):
         for status in self._replicas.models():
             ready.add_metric([status.card.name], status.ready_replicas)
         yield ready
+        asleep = GaugeMetricFamily("kvlane_replicas_asleep", "Ready replicas of a model that sleep.", labels=["model"])
+        for status in self._replicas.models():
+            asleep.add_metric([status.card.name], status.asleep)
+        yield asleep
         lanes = [(lane.replica, lane.account) for lane in self._replicas.lanes()]
         for name, text, values in (
             ("running", "Requests in the engine's batch.", [account.load.running for _, account in lanes]),

@@ -59,7 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     | SEAMS
     | {"router.admission", "router.prefix.prefixes", "router.replicas", "router.turns"},  # It reads their figures.
     # Where stages meet.
-    "router.replicas": WORDS | SEAMS | {"router.lane.client", "router.lane.meter", "router.load"},
+    "router.pool": WORDS | SEAMS | {"router.lane.client"},
+    "router.replicas": WORDS | SEAMS | {"router.lane.client", "router.lane.meter", "router.load", "router.pool"},
     "router.receipts": WORDS | SEAMS,
     "router.dispatch": WORDS
     | SEAMS
