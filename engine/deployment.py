@@ -55,13 +55,9 @@ class EngineReplica:
         replica_id = serve.get_replica_context().replica_id
         self._name = f"{options.name}-{replica_id.unique_id}"
         secret = secrets.token_bytes(32)
-        self._replica = Replica(
-            self._name,
-            make_engine(options),
-            secret,
-            sleep_after_s=options.sleep_after_s,
-            sleep_level=options.sleep_level,
-        )
+        self._replica = Replica(self._name, make_engine(options), secret)
+        if options.sleep_after_s:
+            self._replica.sleep_when_idle(options.sleep_after_s, options.sleep_level)
         await self._replica.start()
         node = ray.util.get_node_ip_address()
         host = options.lane_host or node

@@ -41,11 +41,7 @@ LANE_BUFFER_BYTES = 4 << 20
 class Replica:
     """One engine and the lanes that lead to it."""
 
-    def __init__(
-        self, name: str, engine: Engine, secret: bytes, *, sleep_after_s: float = 0.0, sleep_level: int = 1
-    ) -> None:
-        """The engine sleeps after `sleep_after_s` seconds without a stream, 0 never. Raises `ConfigError` for one that
-        cannot."""
+    def __init__(self, name: str, engine: Engine, secret: bytes) -> None:
         self.name = name
         self.engine = engine
         self.secret = secret
@@ -62,13 +58,14 @@ class Replica:
         self.load: Callable[[], Load] = engine.load
         """The engine's load now."""
         self.sleeper: Sleeper | None = None
-        if sleep_after_s:
-            if not isinstance(engine, SleepyEngine):
-                raise ConfigError("this engine cannot sleep", param="sleep_after_s")
-            self.sleeper = Sleeper(
-                engine, sleep_after_s, sleep_level, self._busy, self.load_changed, self._say_draining_at_once
-            )
-            self.submit, self.load = self.sleeper.submit, self.sleeper.load
+
+    def sleep_when_idle(self, after_s: float, level: int) -> None:
+        """Has the engine sleep after so many seconds without a stream; call it before `start`. Raises `ConfigError` for
+        an engine that cannot."""
+        if not isinstance(self.engine, SleepyEngine):
+            raise ConfigError("this engine cannot sleep", param="sleep_after_s")
+        self.sleeper = Sleeper(self.engine, after_s, level, self._busy, self.load_changed, self._say_draining_at_once)
+        self.submit, self.load = self.sleeper.submit, self.sleeper.load
 
     async def start(self) -> None:
         """Starts the engine."""
