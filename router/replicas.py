@@ -485,14 +485,7 @@ class Replicas:
     # -- for the ingresses
 
     def models(self) -> tuple[ModelStatus, ...]:
-        return tuple(
-            ModelStatus(card, len(self._pools.get(name, ())), self._asleep(name))
-            for name, card in sorted(self._cards.items())
-        )
-
-    def _asleep(self, model: str) -> int:
-        pool = self._pools.get(model)
-        return len(pool.asleep) if pool is not None else 0
+        return tuple(ModelStatus(card, len(self._pools.get(name, ()))) for name, card in sorted(self._cards.items()))
 
     def parent(self, model: str) -> str:
         """The base model where `model` is a LoRA adapter; else empty."""
@@ -513,8 +506,11 @@ class Replicas:
     def readiness(self) -> Readiness:
         counts = {name: len(self._pools.get(name, ())) for name in (*self._required, *self._cards)}
         wanted = [counts[name] for name in self._required] or [max(counts.values(), default=0)]
-        asleep = {name: sleepers for name in counts if (sleepers := self._asleep(name))}
-        return Readiness(all(wanted), counts, self.caches(), asleep)
+        return Readiness(all(wanted), counts, self.caches(), asleep=self.asleep())
+
+    def asleep(self) -> dict[str, int]:
+        """How many of the ready replicas sleep, of models where any does."""
+        return {model: len(pool.asleep) for model, pool in self._pools.items() if pool.asleep}
 
     def caches(self) -> dict[str, CacheStatus]:
         """What is known of the ready replicas' KV caches."""

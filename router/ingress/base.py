@@ -25,8 +25,6 @@ class ModelStatus(msgspec.Struct, frozen=True):
 
     card: ModelCard
     ready_replicas: int
-    asleep: int = 0
-    """Those of them that sleep."""
 
 
 class CacheStatus(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -197,8 +197,9 @@ class _State(Collector):
             ready.add_metric([status.card.name], status.ready_replicas)
         yield ready
         asleep = GaugeMetricFamily("kvlane_replicas_asleep", "Ready replicas of a model that sleep.", labels=["model"])
+        sleepers = self._replicas.asleep()
         for status in self._replicas.models():
-            asleep.add_metric([status.card.name], status.asleep)
+            asleep.add_metric([status.card.name], sleepers.get(status.card.name, 0))
         yield asleep
         lanes = [(lane.replica, lane.account) for lane in self._replicas.lanes()]
         for name, text, values in (

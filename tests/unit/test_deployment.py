@@ -53,6 +53,7 @@ def test_cpu_workers_are_processes_of_the_replicas_node() -> None:
         ({"args": {"tensor_parallel_size": 2}}, "beside args"),
         ({"args": {"tensor_parallel_size": 2}, "tensor_parallel_size": 4}, "beside args"),
         ({"kind": "sim", "tensor_parallel_size": 2}, "only the engine vllm"),
+        ({"sleep_after_s": 60.0, "num_gpus": 1, "args": {"enable_sleep_mode": False}}, "which args turn off"),
     ],
 )
 def test_arguments_that_contradict_the_resources_are_refused(given: dict[str, Any], why: str) -> None:
@@ -67,3 +68,11 @@ async def test_the_engine_answers_to_its_served_name(served: str, name: str) -> 
     await engine.start()
     assert [card.name for card in engine.info().models] == [name]
     await engine.close()
+
+
+def test_engines_that_shall_sleep_on_a_gpu_are_told_at_their_start() -> None:
+    on_gpu = EngineOptions(num_gpus=1, sleep_after_s=60.0)
+    assert deployment.engine_args(on_gpu) == {"enable_sleep_mode": True}
+    assert deployment.engine_args(EngineOptions(num_gpus=1)) == {}
+    assert deployment.engine_args(EngineOptions(sleep_after_s=60.0)) == {}  # vLLM's CPU build refuses the argument.
+    assert deployment.engine_args(EngineOptions(kind="sim", sleep_after_s=60.0)) == {}
