@@ -16,6 +16,8 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Final, Protocol
 
+import msgspec
+
 from router.errors import ModelNotFound, NoReplica, ReplicaLost, cut
 from router.ingress.base import CacheStatus, ModelStatus, Readiness
 from router.lane.carriers import Carrier
@@ -506,7 +508,7 @@ class Replicas:
     def readiness(self) -> Readiness:
         counts = {name: len(self._pools.get(name, ())) for name in (*self._required, *self._cards)}
         wanted = [counts[name] for name in self._required] or [max(counts.values(), default=0)]
-        return Readiness(all(wanted), counts, self.caches(), asleep=self.asleep())
+        return Readiness(all(wanted), counts, self.caches(), asleep=self.asleep() or msgspec.UNSET)
 
     def asleep(self) -> dict[str, int]:
         """How many of the ready replicas sleep, of models where any does."""

@@ -42,7 +42,7 @@ class Readiness(msgspec.Struct, frozen=True):
     models: dict[str, int]
     caches: dict[str, CacheStatus] = {}
     """Of the ready replicas."""
-    asleep: dict[str, int] = {}
+    asleep: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
     """How many of the ready replicas sleep, of models where any does."""
 
 

@@ -83,7 +83,7 @@ class Dormitory:
 
     def asleep(self) -> int:
         """How many sleep, as the router knows."""
-        return self.app.replicas.readiness().asleep.get(MODEL, 0)
+        return self.app.replicas.asleep().get(MODEL, 0)
 
     async def until_asleep(self, count: int) -> None:
         await eventually(lambda: self.asleep() == count)

@@ -54,11 +54,13 @@ class SleepyScripted(ScriptedEngine):
 class Bed(Fleet):
     """One replica that sleeps when idle, and the router's lane to it."""
 
-    engine: SleepyScripted
     replica: Replica
 
-    async def start(self, after_s: float = SOON_S, level: int = 1) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.engine = self.engines["a"] = SleepyScripted()
+
+    async def start(self, after_s: float = SOON_S, level: int = 1) -> None:
         self.replica = self.replicas["a"] = Replica("a", self.engine, SECRET)
         self.replica.sleep_when_idle(after_s, level)
         await self.replica.start()
@@ -100,11 +102,11 @@ async def ended(task: "asyncio.Task[End]") -> End:
 
 
 async def test_an_idle_replica_sleeps_and_says_so_at_once(bed: Bed) -> None:
-    await bed.start(level=2)
     bed.engine.may_sleep.clear()
+    await bed.start(level=2)
     await bed.asleep()  # While it is still falling asleep.
     assert bed.engine.nights == [2]
-    assert bed.router.readiness().asleep == {"m": 1}
+    assert bed.router.asleep() == {"m": 1}
     assert bed.router.readiness().ready
 
 
@@ -127,9 +129,9 @@ async def test_streams_for_a_sleeping_replica_wake_it_once_and_go_on_in_order(be
 
 
 async def test_a_stream_that_comes_while_it_falls_asleep_waits_for_both(bed: Bed) -> None:
-    await bed.start()
     bed.engine.may_sleep.clear()
     bed.engine.may_wake.set()
+    await bed.start()
     await bed.asleep()
     task, _ = bed.ask()
     await eventually(lambda: bed.replica.active == 1)
@@ -197,9 +199,9 @@ async def test_a_deadline_passes_while_the_replica_wakes(bed: Bed) -> None:
 
 @pytest.mark.parametrize("at", ["sleep", "wake"])
 async def test_an_engine_that_does_not_wake_fails_its_streams_and_its_health(bed: Bed, at: str) -> None:
-    await bed.start()
     if at == "sleep":
         bed.engine.may_sleep.clear()
+    await bed.start()
     await bed.asleep()
     task, _ = bed.ask()
     await eventually(lambda: bed.load().waiting == 1)
@@ -278,7 +280,7 @@ async def test_to_close_while_it_wakes_fails_what_waits(bed: Bed) -> None:
 async def test_a_router_wakes_it_ahead_of_any_stream(bed: Bed) -> None:
     woke: list[tuple[float | None, bool]] = []
     bed.router.woke = lambda waited_s, told: woke.append((waited_s, told))
-    await bed.start(after_s=0.05)
+    await bed.start(after_s=0.2)
     await bed.asleep()
     bed.engine.may_wake.set()
     for _ in range(3):
@@ -316,7 +318,7 @@ async def test_a_new_lane_is_welcomed_with_the_word_that_the_replica_sleeps(bed:
     other = Fleet()
     other.list(records)
     await other.until(lambda: other.ready() == 1)
-    assert other.router.readiness().asleep == {"m": 1}
+    assert other.router.asleep() == {"m": 1}
     assert bed.engine.wakes == 0
     await other.close()
 
