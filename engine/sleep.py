@@ -67,6 +67,7 @@ class Sleeper:
         self._tell = tell
         self._failed = failed
         self._failure = ""
+        self._closed = False
         self._loop = asyncio.get_running_loop()
         self._idle_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -102,7 +103,7 @@ class Sleeper:
     def idle(self) -> None:
         """The last stream has ended, or there has been none yet."""
         self._idle_since = self._loop.time()
-        if self._timer is None and not self.asleep:
+        if self._timer is None and not self.asleep and not self._closed:
             self._timer = self._loop.call_later(self._after_s, self._look)
 
     def check(self) -> None:
@@ -117,7 +118,8 @@ class Sleeper:
         self._fail_waiting("the engine died")
 
     async def close(self) -> None:
-        """Fails what waits. The engine is left as it is."""
+        """Fails what waits. The engine is left as it is, for good."""
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

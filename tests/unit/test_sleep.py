@@ -277,6 +277,21 @@ async def test_to_close_while_it_wakes_fails_what_waits(bed: Bed) -> None:
     assert not [task for task in asyncio.all_tasks() if task.get_name() == "sleep"]
 
 
+async def test_a_replica_that_was_closed_with_a_stream_in_flight_does_not_sleep_any_more(bed: Bed) -> None:
+    await bed.start()
+    await bed.asleep()
+    bed.engine.may_wake.set()
+    task, _ = bed.ask()
+    await eventually(lambda: bool(bed.engine.outs))
+    await bed.replica.close()
+    with pytest.raises(KvlaneError):
+        await ended(task)
+    sleeper = bed.replica.sleeper
+    assert sleeper is not None
+    await eventually(lambda: bed.replica.active == 0)
+    assert sleeper._timer is None
+
+
 async def test_a_router_wakes_it_ahead_of_any_stream(bed: Bed) -> None:
     woke: list[tuple[float | None, bool]] = []
     bed.router.woke = lambda waited_s, told: woke.append((waited_s, told))
