@@ -7,7 +7,7 @@ from one event loop. Rule: every submitted stream gets exactly one `end` or `fai
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from engine.cache_report import CacheFeed
 from router.errors import KvlaneError
@@ -67,3 +67,16 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stops the engine and what it started."""
+
+
+@runtime_checkable
+class SleepyEngine(Engine, Protocol):
+    """An engine that can give its memory back and come to again faster than a new one starts (`engine.sleep`)."""
+
+    async def sleep(self, level: int) -> None:
+        """Sleeps; only called without a stream in flight, and none is submitted until `wake` is done. Its KV cache is
+        empty from then on, and `cache` says so. Level 1 keeps the weights in the host's memory, level 2 drops them.
+        """
+
+    async def wake(self) -> None:
+        """Returns when the engine computes again. The event loop stays free meanwhile; it may take minutes."""

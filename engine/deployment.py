@@ -63,6 +63,8 @@ class EngineReplica:
         secret = secrets.token_bytes(32)
         tls = lane_tls(options)
         self._replica = Replica(self._name, make_engine(options), secret, refused=_count_refusals(self._name))
+        if options.sleep_after_s:
+            self._replica.sleep_when_idle(options.sleep_after_s, options.sleep_level)
         self._held = HeldInRouters()
         await self._replica.start()
         node = ray.util.get_node_ip_address()
@@ -92,7 +94,7 @@ class EngineReplica:
         """The load that Serve cannot see, since requests come by lanes and wait in routers."""
         load, batch = self._replica.load(), self._replica.engine.info().max_num_seqs
         told = {"running": float(load.running), "waiting": float(load.waiting), "batch": float(batch)}
-        return told | self._held.stats(time.monotonic())
+        return told | {"asleep": float(load.asleep)} | self._held.stats(time.monotonic())
 
     async def __call__(self, router: str = "", held: int = 0) -> str:
         """For a plain call on the deployment's handle, which wakes an application that has no replica.
@@ -243,6 +245,11 @@ def engine_args(options: EngineOptions) -> dict[str, Any]:
         args.setdefault("distributed_executor_backend", "ray")
     if workers == 1:
         del args["tensor_parallel_size"]
+    if options.sleep_after_s and options.num_gpus and args.setdefault("enable_sleep_mode", True) is not True:
+        raise ConfigError(
+            f"engine {options.name!r}: sleep_after_s needs vLLM's argument enable_sleep_mode, which args turn off",
+            param="sleep_after_s",
+        )
     return args
 
 

@@ -15,12 +15,13 @@ import os
 import time
 from collections.abc import Callable
 
-from engine.base import Engine
+from engine.base import Abort, Engine, SleepyEngine, StreamOut
 from engine.cache_report import Cursor
 from engine.lane_port import LanePort
 from engine.lane_stream import LaneStream
 from engine.refusals import Refusals
-from router.errors import ReplicaDraining, ReplicaFailed
+from engine.sleep import Sleeper
+from router.errors import ConfigError, ReplicaDraining, ReplicaFailed
 from router.lane import frames
 from router.lane.carriers import tune
 from router.lane.frames import CacheReport, Draining, FrameError, Output, Step
@@ -61,11 +62,26 @@ class Replica:
         self.refusals = Refusals(name, refused)
         self._sessions: set[LaneSession] = set()
         self._port: LanePort | None = None
+        self.submit: Callable[[frames.Submit, StreamOut], Abort] = engine.submit
+        """Takes a stream; a sleeping engine is woken for it."""
+        self.load: Callable[[], Load] = engine.load
+        """The engine's load now."""
+        self.sleeper: Sleeper | None = None
+
+    def sleep_when_idle(self, after_s: float, level: int) -> None:
+        """Has the engine sleep after so many seconds without a stream; call it before `start`. Raises `ConfigError` for
+        an engine that cannot."""
+        if not isinstance(self.engine, SleepyEngine):
+            raise ConfigError("this engine cannot sleep", param="sleep_after_s")
+        self.sleeper = Sleeper(self.engine, after_s, level, self._busy, self.load_changed, self._say_draining_at_once)
+        self.submit, self.load = self.sleeper.submit, self.sleeper.load
 
     async def start(self) -> None:
         """Starts the engine."""
         await self.engine.start()
         self.engine.on_step(self.load_changed)
+        if self.sleeper is not None:
+            self.sleeper.idle()
 
     def session(self) -> asyncio.Protocol:
         """The replica's side of one new lane; connect it to a transport."""
@@ -76,12 +92,10 @@ class Replica:
         self._port = LanePort(self.session, self.refusals.add, tls)
         return await self._port.open(host, port)
 
-    def load(self) -> Load:
-        """The engine's load now."""
-        return self.engine.load()
-
     async def check_health(self) -> None:
-        """Raises `ReplicaFailed` when the engine is dead."""
+        """Raises `ReplicaFailed` when the engine is dead, or did not wake. Wakes nobody."""
+        if self.sleeper is not None:
+            self.sleeper.check()
         await self.engine.check_health()
 
     async def drain(self, grace_s: float) -> int:
@@ -96,6 +110,8 @@ class Replica:
 
     async def close(self) -> None:
         """Closes all lanes, with what they still hold sent first, and the engine."""
+        if self.sleeper is not None:
+            await self.sleeper.close()
         if self._port is not None:
             await self._port.close()
         sessions = tuple(self._sessions)
@@ -109,6 +125,13 @@ class Replica:
         self.draining, self.grace_s = True, grace_s
         for session in self._sessions:
             session.send_draining()
+
+    def _say_draining_at_once(self) -> None:
+        if not self.draining:
+            self._say_draining(0.0)
+
+    def _busy(self) -> bool:
+        return bool(self.active) or self.draining
 
     def opened(self, session: LaneSession) -> None:
         self._sessions.add(session)
@@ -124,12 +147,16 @@ class Replica:
         self.active -= 1
         if not self.active:
             self._idle.set()
+            if self.sleeper is not None:
+                self.sleeper.idle()
         self.load_changed()  # for the other routers: the engine may have no further step that would tell them
 
     def load_changed(self) -> None:
         """The engine did a step, died, or has less to do: every router shall know."""
         if not self.draining and self.engine.dead():
             log.error("replica %s: the engine died", self.name)
+            if self.sleeper is not None:
+                self.sleeper.died()
             self._say_draining(0.0)  # an idle-looking corpse would draw all traffic until Serve replaces it
         for session in self._sessions:
             session.schedule_flush()
@@ -224,6 +251,9 @@ class LaneSession(asyncio.Protocol):
             if self._cursor is not None:
                 self._cursor.resync()
                 self.schedule_flush()
+        elif isinstance(frame, frames.Wake):
+            if self._replica.sleeper is not None:
+                self._replica.sleeper.wake()
         else:
             raise FrameError("a second hello")
 
@@ -272,7 +302,7 @@ class LaneSession(asyncio.Protocol):
             stream.fail(ReplicaDraining(f"replica {self._replica.name} is draining"))
             return
         try:
-            stream.stop = self._replica.engine.submit(call, stream)
+            stream.stop = self._replica.submit(call, stream)
         except Exception:
             log.exception("replica %s: the engine did not take request %s", self._replica.name, call.request_id)
             stream.fail(ReplicaFailed("the engine did not take the request"))

@@ -92,6 +92,7 @@ class SimulatedEngine:
         self._timer: Timer | None = None
         self._due = 0.0
         self._failure = ""
+        self.asleep = False
 
     async def start(self) -> None:
         if self._clock is None:
@@ -120,8 +121,8 @@ class SimulatedEngine:
         self._listeners.append(listener)
 
     def submit(self, call: Submit, out: StreamOut) -> Abort:
-        if self._failure:
-            out.fail(ReplicaLost(self._failure))
+        if self._failure or self.asleep:
+            out.fail(ReplicaLost(self._failure) if self._failure else ReplicaFailed("the simulated engine sleeps"))
             return _nothing
         try:
             ask = self._ask(call, out)
@@ -152,6 +153,30 @@ class SimulatedEngine:
     async def close(self) -> None:
         if not self._failure:
             self._stop("the engine was closed")
+
+    async def sleep(self, level: int) -> None:
+        """Takes no time beyond the steps that there is work for. Either level is the same."""
+        while self._timer is not None:
+            await self._until(self._due)
+        self.asleep = True
+        self._core.pool.forget()
+        self._reports.cleared()
+
+    async def wake(self) -> None:
+        """Takes the `wake_ms` of the options."""
+        options = self._options
+        await self._until(self._running_clock().time() + options.wake_ms * options.time_scale / 1000)
+        if self._failure:
+            raise ReplicaFailed(self._failure)
+        self.asleep = False
+
+    async def _until(self, when: float) -> None:
+        reached = asyncio.get_running_loop().create_future()
+        timer = self._running_clock().call_at(when, lambda: reached.set_result(None))
+        try:
+            await reached
+        finally:
+            timer.cancel()
 
     def fail(self, reason: str = "the simulated engine was told to fail") -> None:
         """Dies as an engine does: all its streams fail, and so does whatever is asked of it from now on."""

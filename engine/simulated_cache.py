@@ -156,6 +156,14 @@ class BlockPool:
                 del references[block]
                 self._evictable[block] = None
 
+    def forget(self) -> None:
+        """Empties the cache; blocks in use stay. There is no event of it."""
+        if self._shared is not None:
+            for block in self._evictable:
+                del self._shared[block]
+        self._blank += len(self._evictable)
+        self._evictable.clear()
+
     def take_events(self) -> list[CacheEvent]:
         """What changed since the last call, in order."""
         events = self._events

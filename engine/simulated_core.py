@@ -54,6 +54,7 @@ class SimulatedOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = (
         0  # Of jitter and words: one seed, one schedule, one answer.
     )
+    wake_ms: Milliseconds = 640.0  # From sleep: 16 GB of weights out of the host's memory at 25 GB/s (PCIe 4).
     fail_after_steps: Annotated[int, msgspec.Meta(ge=0)] = 0  # For fault tests: dies after so many steps; 0 never.
 
     def __post_init__(self) -> None:

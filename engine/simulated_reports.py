@@ -86,6 +86,10 @@ class SimulatedReports:
         self._asked[job.id] = _Asked(prompt, ends, expected, not len(ask.text) % TOKEN_BYTES)
         self._following.followed()
 
+    def cleared(self) -> None:
+        """The cache is empty."""
+        self._ledger.cleared()
+
     def aborted(self, id: int) -> None:
         """A request left before its answer was whole."""
         self._asked.pop(id, None)

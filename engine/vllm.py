@@ -26,6 +26,7 @@ from engine.vllm_grpc import GrpcStreams
 from engine.vllm_http import HttpStream
 from engine.vllm_log import keep_levels, shorten_tracebacks
 from engine.vllm_rendering import show_outputs, show_streams
+from engine.vllm_sockets import EngineSockets
 from engine.vllm_steps import Steps
 from router.errors import ConfigError, KvlaneError, ReplicaFailed, ReplicaLost
 from router.lane.frames import Submit
@@ -63,7 +64,9 @@ class VllmEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
         self._death_told = False
+        self._sleep_level = 1
         self._cores: list[multiprocessing.process.BaseProcess] = []
+        self._sockets = EngineSockets()
         self._closing = AsyncExitStack()
 
     async def start(self) -> None:
@@ -71,7 +74,9 @@ class VllmEngine:
         keep_levels()
         try:
             namespace = await asyncio.to_thread(self._namespace)
-            self._engine = await _finish_or_undo(asyncio.create_task(asyncio.to_thread(self._launch, namespace)))
+            self._engine = await _finish_or_undo(
+                asyncio.create_task(asyncio.to_thread(self._launch, namespace)), self._sockets
+            )
             await self._start_app(namespace)
             self._watch = asyncio.create_task(self._watch_for_death())
         except BaseException:
@@ -166,6 +171,25 @@ class VllmEngine:
         except EngineDeadError as error:
             raise ReplicaFailed("the engine died") from error
 
+    async def sleep(self, level: int) -> None:
+        """Empties the KV cache; on a GPU gives its memory and that of the weights back, which needs vLLM's argument
+        `enable_sleep_mode`. On a CPU, where vLLM knows no such thing, the memory stays."""
+        await self._engine.sleep(level)
+        self._sleep_level = level
+        self._cache.slept()
+
+    async def wake(self) -> None:
+        """After level 2 the weights are loaded again from where they came from at the start."""
+        engine = self._engine
+        if self._sleep_level == 2:
+            await engine.wake_up(["weights"])
+            await engine.collective_rpc("reload_weights")
+            await engine.wake_up(["kv_cache"])
+        else:
+            await engine.wake_up()
+        if await engine.is_sleeping():
+            raise ReplicaFailed("vLLM goes on sleeping")
+
     async def close(self) -> None:
         """Fails all streams, then ends the engine and its processes. May be called more than once."""
         self._grpc = None
@@ -188,6 +212,7 @@ class VllmEngine:
             for core in self._cores:
                 # A core that is slow to end gets killed, and vLLM does not wait for that.
                 await asyncio.to_thread(core.join, _CLOSE_GRACE_S)
+            self._sockets.remove()
             forget_environment()
             gc.unfreeze()  # The application froze all that start-up had made; the engine itself may go now.
 
@@ -221,14 +246,15 @@ class VllmEngine:
             raise ConfigError(f"vLLM refuses its arguments: {' '.join(str(error).split())}") from error
         self._cache.configure(config)
         before = multiprocessing.active_children()
-        engine = AsyncLLM.from_vllm_config(
-            vllm_config=config,
-            usage_context=context,
-            stat_loggers=[self._steps.logger_factory()],
-            enable_log_requests=arguments.enable_log_requests,
-            aggregate_engine_logging=arguments.aggregate_engine_logging,
-            disable_log_stats=arguments.disable_log_stats,
-        )
+        with self._sockets.starting(config):
+            engine = AsyncLLM.from_vllm_config(
+                vllm_config=config,
+                usage_context=context,
+                stat_loggers=[self._steps.logger_factory()],
+                enable_log_requests=arguments.enable_log_requests,
+                aggregate_engine_logging=arguments.aggregate_engine_logging,
+                disable_log_stats=arguments.disable_log_stats,
+            )
         self._cores = [child for child in multiprocessing.active_children() if child not in before]
         return engine
 
@@ -315,18 +341,19 @@ class _Server:
     should_exit = False
 
 
-async def _finish_or_undo(launch: asyncio.Task[Any]) -> Any:
+async def _finish_or_undo(launch: asyncio.Task[Any], sockets: EngineSockets) -> Any:
     """The launched engine. A thread cannot be cancelled: if this is, the engine is shut down as soon as it is up."""
     try:
         return await asyncio.shield(launch)
     except asyncio.CancelledError:
-        launch.add_done_callback(_undo)
+        launch.add_done_callback(partial(_undo, sockets))
         raise
 
 
-def _undo(launch: asyncio.Task[Any]) -> None:
+def _undo(sockets: EngineSockets, launch: asyncio.Task[Any]) -> None:
     if not launch.cancelled() and launch.exception() is None:
         launch.result().shutdown()
+        sockets.remove()
 
 
 def _info(engine: Any, app: Any) -> EngineInfo:

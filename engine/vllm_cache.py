@@ -246,6 +246,15 @@ class VllmCache:
             self._failed("a step", error)
         return details is not None
 
+    def slept(self) -> None:
+        """The engine sleeps, and its cache is empty: vLLM tells of that only with its next step."""
+        try:
+            self._socket.drain()
+            self._identity.cleared()
+            self._judge()
+        except Exception as error:
+            self._failed("the engine's sleep", error)
+
     def queued(self) -> tuple[int, float]:
         """Prompt tokens that are still to be computed, and their attention pairs."""
         if self.work is not None:

@@ -157,6 +157,8 @@ def from_text(text: str, kind: Any) -> Any:
             return _number(text, int)
         case inspect.FloatType():
             return _number(text, float)
+        case inspect.LiteralType():
+            return next((choice for choice in typing.get_args(_plain(kind)) if str(choice) == text), text)
         case inspect.StructType() | inspect.DictType() | inspect.VarTupleType() | inspect.ListType():
             try:
                 return msgspec.json.decode(text.encode())

@@ -212,6 +212,8 @@ class EngineOptions(Options, frozen=True):
     lane_tls_key_file: str = ""
     lane_tls_ca_file: str = ""  # Set: routers must show a certificate that this private CA signed.
     drain_timeout_s: Seconds = 3600.0  # How long a replica that goes away may finish its streams; longer than any.
+    sleep_after_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # Without a stream for so long a replica sleeps; 0 never.
+    sleep_level: Literal[1, 2] = 1  # 1 wakes soonest and takes host memory for the weights; 2 loads them again.
     surge: Literal["auto", "always", "never"] = "auto"  # Redeploy with one replica more; auto: where no GPU is needed.
     health_check_period_s: Seconds = 2.0  # A dead engine is replaced after about three of these.
     fast_rendering: bool = True  # Plain text streams cost less; the bytes are those of vLLM's own server either way.

@@ -37,6 +37,7 @@ def make_receipt(
         prefix.tokens,
         _expected_s(view, prefix, prefix.at(view.replica), snapshot.now),
         decision.score,
+        asleep=view.load.asleep,
     )
 
 
@@ -110,15 +111,17 @@ def _candidate(view: ReplicaView, snapshot: Snapshot, score: float | None) -> Ca
     held = prefix.held.get(view.replica)
     expected_s = _expected_s(view, prefix, held, snapshot.now)
     if held is None:
-        return Candidate(view.replica, view.queue_depth, 0, 0, expected_s, score)
-    return Candidate(view.replica, view.queue_depth, held.blocks, min(held.tokens, prefix.tokens), expected_s, score)
+        return Candidate(view.replica, view.queue_depth, 0, 0, expected_s, score, view.load.asleep)
+    cached_tokens = min(held.tokens, prefix.tokens)
+    return Candidate(view.replica, view.queue_depth, held.blocks, cached_tokens, expected_s, score, view.load.asleep)
 
 
 def _expected_s(view: ReplicaView, prefix: PrefixView, held: Held | None, now: float) -> float:
     """From the submit until the first output: what is left of the queue, the step that computes the prompt, and the
-    part of the prompt that is not held there. 0 where the prompt's length or the replica's speed is not known."""
+    part of the prompt that is not held there. 0 where the prompt's length or the replica's speed is not known, or where
+    it has to wake first."""
     tokens, outlook = prefix.tokens, view.outlook
-    if not tokens or not outlook.token_s:
+    if not tokens or not outlook.token_s or view.load.asleep:
         return 0.0
     # Both are estimates, from different sources: what is held may seem to be more than there is.
     cached = min(held.tokens, tokens) if held is not None else 0

@@ -11,7 +11,8 @@ import asyncio
 import logging
 import random
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Final, Protocol
 
 import msgspec
@@ -26,8 +27,9 @@ from router.lane.troubles import Troubles
 from router.load.account import Blind, Foresight
 from router.membership.base import ReplicaRecord
 from router.options import LaneOptions
+from router.pool import Pool
 from router.replica_life import LIFE, Event, State
-from router.types import CacheMode, Columns, EngineInfo, ModelCard, Snapshot
+from router.types import CacheMode, EngineInfo, ModelCard, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,9 @@ class CacheObserver(Protocol):
     def lost(self, replica: str) -> None:
         """Its lane is gone, and with it all that was known."""
 
+    def slept(self, replica: str) -> None:
+        """Its engine sleeps, which empties its cache; one that reports exactly says that too."""
+
     def mode(self, replica: str) -> CacheMode:
         """What is known of its cache now."""
 
@@ -103,6 +108,7 @@ class Unobserved:
 
     def opened(self, replica: str, info: EngineInfo) -> None: ...
     def lost(self, replica: str) -> None: ...
+    def slept(self, replica: str) -> None: ...
 
     def reported(self, replica: str, report: CacheReport) -> bool:
         return True
@@ -229,60 +235,6 @@ class _Member:
         self._give_up_lane()
 
 
-_PUT_COLUMNS: Final = 5
-"""To put one replica's terms into the columns takes as long as to make them anew takes for so many more replicas."""
-
-
-class _Pool:
-    """The ready replicas of one model."""
-
-    __slots__ = ("_columns", "_news", "_seen", "_stale", "_views", "accounts", "lanes", "places")
-
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        self.lanes = tuple(lanes)
-        self.accounts = [lane.account for lane in lanes]
-        self.places = {lane.replica: place for place, lane in enumerate(lanes)}
-        self._news = list({id(account.news): account.news for account in self.accounts}.values())
-        self._seen = [news.version for news in self._news]
-        self._views = [account.view() for account in self.accounts]
-        self._columns = Columns(tuple(self._views))
-        self._stale: set[int] = set()
-        """Places of those that have changed since."""
-
-    def __len__(self) -> int:
-        return len(self.lanes)
-
-    def watch(self) -> None:
-        """Follows the replicas from now on, until they are unwatched."""
-        for place, account in enumerate(self.accounts):
-            account.watch(self._stale, place)
-
-    def snapshot(self, model: str, now: float) -> Snapshot:
-        """All of them as they are now."""
-        for news, seen in zip(self._news, self._seen, strict=True):
-            if news.version != seen:
-                self._seen = [news.version for news in self._news]
-                self._stale.update(range(len(self._views)))
-                break
-        if self._stale:
-            self._renew()
-        columns = self._columns
-        return Snapshot(model, columns.views, now=now, places=self.places, pool=columns)
-
-    def _renew(self) -> None:
-        """Takes in what has changed, at a few microseconds for each replica that did."""
-        stale, views, accounts, columns = self._stale, self._views, self.accounts, self._columns
-        for place in stale:
-            views[place] = accounts[place].view()
-        if len(stale) * _PUT_COLUMNS < len(views) + 8:
-            for place in stale:
-                columns.put(place, views[place].terms)
-            columns.views = tuple(views)
-        else:
-            self._columns = Columns(tuple(views))
-        stale.clear()
-
-
 class Replicas:
     """The replicas of all models."""
 
@@ -307,6 +259,9 @@ class Replicas:
         self.first_output = first_output
         """Takes each stream's time from submit to first output and what it was expected to be, in seconds; an
         expectation of 0 is none."""
+        self.woke: Callable[[float | None, bool], None] = lambda waited_s, told: None
+        """Takes for each replica that woke how long this router's oldest request waited for it, in seconds (None:
+        none did), and whether this router told it to wake ahead of need."""
         self.foresee = foresee
         self.meter = FrameMeter()
         """Samples the frames of all lanes, for metrics."""
@@ -316,7 +271,7 @@ class Replicas:
         self._required = tuple(required)
         self._held = tuple(held)
         self._members: dict[str, _Member] = {}
-        self._pools: dict[str, _Pool] = {}
+        self._pools: dict[str, Pool] = {}
         self._lanes: dict[str, Lane] = {}
         self.reports = 0
         """Cache reports that counted."""
@@ -380,7 +335,7 @@ class Replicas:
         for lane in (*self._lanes.values(), *lanes):
             lane.account.unwatch()
         self._lanes = {lane.replica: lane for lane in lanes}
-        self._pools = {model: _Pool(pool) for model, pool in pools.items()}
+        self._pools = {model: Pool(pool) for model, pool in pools.items()}
         for watching in self._pools.values():
             watching.watch()
         self._caching = _caching(self._pools)
@@ -402,6 +357,20 @@ class Replicas:
         self._idle_at = asyncio.get_running_loop().time() + IDLE_AFTER_S
         self._observed[lane.replica] = lane
         lane.account.caches(self._caches.mode(lane.replica))
+        lane.account.on_sleep = partial(self._sleeps, lane)
+
+    def _sleeps(self, lane: Lane) -> None:
+        """A replica fell asleep or is awake again."""
+        asleep = lane.account.load.asleep
+        log.info("replica %s: %s", lane.replica, "asleep" if asleep else "awake")
+        if not asleep:
+            self.woke(lane.oldest_s(), lane.told_to_wake)
+            lane.told_to_wake = False
+        elif self._observed.get(lane.replica) is lane:
+            self._caches.slept(lane.replica)
+        for pool in self._pools.values():
+            if lane.replica in pool.places:
+                pool.regroup()
 
     def cache_reported(self, lane: Lane, report: CacheReport) -> None:
         """A replica said how its KV cache changed."""
@@ -486,15 +455,19 @@ class Replicas:
     # -- for dispatch
 
     def snapshot(self, model: str, excluding: Collection[str] = ()) -> Snapshot:
-        """The pool of `model` without some replicas. Raises `ModelNotFound`, or `NoReplica` where it is empty."""
+        """The pool of `model` without some replicas, and without those that sleep while others have room. Raises
+        `ModelNotFound`, or `NoReplica` where it is empty."""
         pool = self._pools.get(model)
         if pool is None and model not in self._cards and model not in self._required and model not in self._held:
             raise ModelNotFound(f"The model `{cut(model)}` does not exist.", param="model")
         if excluding and pool is not None:
-            pool = _Pool([lane for lane in pool.lanes if lane.replica not in excluding])
+            pool = Pool([lane for lane in pool.lanes if lane.replica not in excluding])
         if pool is None or not pool.lanes:
             raise NoReplica(f"no replica of model `{cut(model)}` is ready")
-        return pool.snapshot(model, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        if pool.asleep:
+            pool = pool.on_duty(now)
+        return pool.snapshot(model, now)
 
     def caching(self, model: str) -> bool:
         """Whether some ready replica of the model reuses prefixes, so that it pays to hash a prompt."""
@@ -542,11 +515,22 @@ class Replicas:
         ready = all(wanted) if wanted else any(counts.values()) or bool(held)
         joining = {m.record.replica for m in self._members.values() if m.state is State.JOINING}
         troubles = {replica: text for replica, text in self.troubles.last.items() if replica in joining}
-        return Readiness(ready, counts, self.caches(), troubles, held=held or msgspec.UNSET)
+        return Readiness(
+            ready,
+            counts,
+            self.caches(),
+            troubles,
+            held=held or msgspec.UNSET,
+            asleep=self.asleep() or msgspec.UNSET,
+        )
 
     def _is_held(self, model: str) -> bool:
         """Whether requests for the model, or for the adapter of that name, may wait without any replica."""
         return model in self._held or self.parent(model) in self._held
+
+    def asleep(self) -> dict[str, int]:
+        """How many of the ready replicas sleep, of models where any does."""
+        return {model: len(pool.asleep) for model, pool in self._pools.items() if pool.asleep}
 
     def caches(self) -> dict[str, CacheStatus]:
         """What is known of the ready replicas' KV caches."""
@@ -568,7 +552,7 @@ class Replicas:
         )
 
 
-def _caching(pools: Mapping[str, _Pool]) -> frozenset[str]:
+def _caching(pools: Mapping[str, Pool]) -> frozenset[str]:
     off = CacheMode.OFF
     return frozenset(model for model, pool in pools.items() if any(there.cache is not off for there in pool.accounts))
 

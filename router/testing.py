@@ -66,7 +66,7 @@ def make_replica(name: str, queue_depth: int = 0, *, max_num_seqs: int = 32, **f
     `fields` are further fields of its `Load` or of the `ReplicaView` itself.
     """
     running = min(queue_depth, max_num_seqs)
-    load = {"running": running, "waiting": queue_depth - running}
+    load: dict[str, Any] = {"running": running, "waiting": queue_depth - running}
     load |= {field: fields.pop(field) for field in Load.__struct_fields__ if field in fields}
     given = {"unacked": 0, "leases": 0, "cache": CacheMode.EXACT, **fields}
     return ReplicaView(name, Load(**load), max_num_seqs=max_num_seqs, **given)

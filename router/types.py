@@ -50,6 +50,8 @@ class Load(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Requests that the last step advanced by an output token without computing any of their prompt."""
     step_context_tokens: int = 0
     """Tokens in the KV cache that those requests' attention read."""
+    asleep: bool = False
+    """The engine sleeps, or is about to, or wakes: what is sent there waits until it is awake."""
 
 
 class ModelCard(msgspec.Struct, frozen=True, array_like=True):
@@ -435,6 +437,8 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     """When its first output would be expected, from the submit; 0 where nobody knows."""
     score: float | None = None
     """The policy's own measure, lower is better; None where it names none."""
+    asleep: bool = False
+    """It has to wake first."""
 
     def words(self) -> str:
         """For ``x-kvlane-route``."""
@@ -443,6 +447,8 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
             text += f" expected_ms={self.expected_s * 1e3:.1f}"
         if self.score is not None:
             text += f" score={self.score:.6g}"
+        if self.asleep:
+            text += " asleep=1"
         return f"{self.replica}({text})"
 
 
@@ -472,6 +478,8 @@ class Receipt(msgspec.Struct, frozen=True):
     """The policy's own measure of the choice, lower is better; 0 where it names none, and on retries to a fallback."""
     candidates: tuple[Candidate, ...] = ()
     """All replicas that were there, best first; only where somebody asked for them."""
+    asleep: bool = False
+    """The replica has to wake first."""
 
     def header(self) -> str:
         """The value of ``x-kvlane-route``."""
@@ -483,6 +491,8 @@ class Receipt(msgspec.Struct, frozen=True):
             )
         if self.expected_s:
             text += f";expected_ms={self.expected_s * 1e3:.1f}"
+        if self.asleep:
+            text += ";asleep=1"
         return f"{text};candidates={self._candidates()}" if self.candidates else text
 
     def _candidates(self) -> str:

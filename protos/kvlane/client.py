@@ -101,6 +101,8 @@ class Route:
     """The policy's own measure of the choice; lower is better."""
     candidates: tuple[RouteCandidate, ...] = ()
     """Every replica that was there, the chosen one first; only for a call with the metadata ``x-kvlane-explain: 1``."""
+    asleep: bool = False
+    """The replica had to wake first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ class RouteCandidate:
     cached_tokens: int
     expected_s: float
     score: float | None
+    asleep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,12 +465,15 @@ def _route(response: pb.GenerateResponse | pb.ChatResponse | pb.EmbedResponse) -
         route.expected_s,
         route.score,
         tuple(map(_candidate, route.candidates)),
+        route.asleep,
     )
 
 
 def _candidate(one: pb.RouteCandidate) -> RouteCandidate:
     score = one.score if one.HasField("score") else None
-    return RouteCandidate(one.replica, one.queue_depth, one.matched_blocks, one.cached_tokens, one.expected_s, score)
+    return RouteCandidate(
+        one.replica, one.queue_depth, one.matched_blocks, one.cached_tokens, one.expected_s, score, one.asleep
+    )
 
 
 def _text(value: str | bytes | None) -> str | None:

@@ -50,6 +50,8 @@ class Readiness(msgspec.Struct, frozen=True):
     """True where the router goes away, whatever its replicas."""
     held: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
     """Models without any replica whose requests wait for one, which is as good as ready; in words."""
+    asleep: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
+    """How many of the ready replicas sleep, of models where any does."""
 
 
 class Fleet(Protocol):

@@ -36,9 +36,11 @@ def route_message(receipt: Receipt) -> bytes:
                 cached_tokens=one.cached_tokens,
                 expected_s=one.expected_s,
                 score=one.score,
+                asleep=one.asleep,
             )
             for one in receipt.candidates
         ],
+        asleep=receipt.asleep,
     )
     return pb.GenerateResponse(route=route).SerializeToString()
 

@@ -127,6 +127,7 @@ class Lane(asyncio.Protocol):
         """Tokens received, for metrics."""
         self.silent = True
         """Whether the replica has said nothing at all."""
+        self.told_to_wake = False
         self._secret = secret
         self._router = router
         self._listener = listener
@@ -222,6 +223,17 @@ class Lane(asyncio.Protocol):
         if self._output is not None and not self._resyncing:
             self._resyncing = True
             self._output.write(frames.encode(Resync(self._last_report)))
+
+    def wake(self) -> None:
+        """Has a replica that sleeps wake, though nothing is sent there yet; `account` says whether one does."""
+        if self._output is not None and self.account.load.asleep:
+            self.told_to_wake = True
+            self._output.write(frames.encode(frames.Wake()))
+
+    def oldest_s(self) -> float | None:
+        """How long the oldest stream without any output has been in flight; None where there is none."""
+        since = next((stream.began for stream in self._streams.values() if stream.began), None)
+        return None if since is None else self._loop.time() - since
 
     def close(self) -> None:
         """Closes the lane; its streams fail."""

@@ -5,7 +5,7 @@ MessagePack: an array whose first item is the frame's tag. Later versions of a f
 what they do not know and give what is missing its default.
 
 The conversation: the replica sends `Challenge`; the router answers `Hello` with proof that it knows the replica's
-secret; the replica answers `Welcome` or `Refused`. Then `Submit`, `Abort`, `Resync` and `Ping` go up, `Step`,
+secret; the replica answers `Welcome` or `Refused`. Then `Submit`, `Abort`, `Resync`, `Wake` and `Ping` go up, `Step`,
 `Draining` and `Pong` come down. `Challenge`, `Hello` and `Refused` keep their layout in every version, so that two
 versions can tell each other that they differ.
 """
@@ -95,6 +95,11 @@ class Resync(msgspec.Struct, array_like=True, tag=11, frozen=True, gc=False):
 
 class Abort(msgspec.Struct, array_like=True, tag=6, frozen=True, gc=False):
     stream: int
+
+
+class Wake(msgspec.Struct, array_like=True, tag=12, frozen=True, gc=False):
+    """The replica is soon needed: one that sleeps shall wake. Only for one whose load says that it does: before there
+    was `Load.asleep`, replicas did not know this frame."""
 
 
 class Ping(msgspec.Struct, array_like=True, tag=7, frozen=True, gc=False):
@@ -198,7 +203,7 @@ class Draining(msgspec.Struct, array_like=True, tag=10, frozen=True, gc=False):
     grace_s: float
 
 
-UpFrame: TypeAlias = Hello | Submit | Abort | Ping | Resync
+UpFrame: TypeAlias = Hello | Submit | Abort | Ping | Resync | Wake
 DownFrame: TypeAlias = Challenge | Refused | Welcome | Step | LargeStep | Draining | Pong
 Frame: TypeAlias = UpFrame | DownFrame
 
@@ -206,7 +211,7 @@ _SUBMIT_TAG: Final = 5
 _BODY_FIELD: Final = Submit.__struct_fields__.index("body")
 
 _encoder = msgspec.msgpack.Encoder()
-_up_decoder = msgspec.msgpack.Decoder(Hello | Submit | Abort | Ping | Resync)
+_up_decoder = msgspec.msgpack.Decoder(Hello | Submit | Abort | Ping | Resync | Wake)
 _down_decoder = msgspec.msgpack.Decoder(Challenge | Refused | Welcome | Step | Draining | Pong)
 _large_decoder = msgspec.msgpack.Decoder(Challenge | Refused | Welcome | LargeStep | Draining | Pong)
 

@@ -8,6 +8,7 @@ something changes: most steps come without one in between. The lane owns it.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from router.types import NO_CHARGE, CacheMode, Charge, EngineInfo, Load, Outlook, ReplicaView
@@ -76,14 +77,16 @@ class Account:
         self._current: ReplicaView | None = None
         """What `view` gives, unless there are news; None where something has changed since."""
         self._watchers: list[tuple[set[int], int]] = []
+        self.on_sleep: Callable[[], None] = _nothing
+        """Called when the replica, by its load, falls asleep or is awake again."""
 
     def watch(self, stale: set[int], number: int) -> None:
         """Adds `number` to `stale` whenever another view than the last one is to be had; `unwatch` ends it."""
         self._watchers.append((stale, number))
 
-    def unwatch(self) -> None:
-        """Nobody watches it any more."""
-        self._watchers.clear()
+    def unwatch(self, stale: set[int] | None = None) -> None:
+        """Nobody watches it any more, or only the one with that set does not."""
+        self._watchers[:] = [one for one in self._watchers if stale is not None and one[0] is not stale]
 
     @property
     def unacked(self) -> int:
@@ -100,7 +103,7 @@ class Account:
 
     def stepped(self, load: Load, acked: int, now: float) -> None:
         """A step came at `now` in loop time: `load` counts all streams up to `acked`."""
-        self.load = load
+        before, self.load = self.load, load
         charges = self._charges
         if charges:
             while charges and charges[0][0] <= acked:
@@ -112,6 +115,8 @@ class Account:
         self._foresight.observe(load, now)
         self._outlook = None
         self._changed()
+        if load.asleep is not before.asleep:
+            self.on_sleep()
 
     def leased(self, change: int) -> None:
         """One lease more or less."""
@@ -150,3 +155,7 @@ class Account:
                 self.cache,
             )
         return current
+
+
+def _nothing() -> None:
+    """Nobody asks whether it sleeps."""

@@ -38,6 +38,7 @@ _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 
 _DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _HELD_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2, 4, 10)
+_WAKE_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _FRAME_BITS = range(6, 25, 2)
 _BATCH_BITS = range(13)
 _RPC_NAMES = {Rpc.HTTP: "http", Rpc.GRPC: "grpc"}
@@ -77,6 +78,12 @@ class Metrics:
         )
         for kind in ("token", "tls", "timeout", "unreachable"):
             self._membership.labels(kind)
+        self._wakes = Counter(
+            "kvlane_wakes",
+            "Sleeping replicas that woke: a request waited (`request`), or this router had told them to (`ahead`).",
+            ["cause"],
+            registry=registry,
+        )
         self.policies = PolicyMetrics(registry)
         """What guards and shadows report to."""
         self._held = Counter(
@@ -101,6 +108,7 @@ class Metrics:
     ) -> None:
         """Shows these at each scrape; `connections` are those of clients, by protocol."""
         self._registry.register(_State(admission, replicas, connections))
+        replicas.woke = self.woke
         self._prefixes.watch(prefixes, replicas)
 
     def watch_held(self, queues: Mapping[str, Queue]) -> None:
@@ -138,6 +146,14 @@ class Metrics:
         self._times.first_outputs.add(waited_s)
         if expected_s > 0.0:
             self._times.ratios.add(waited_s / expected_s)
+
+    def woke(self, waited_s: float | None, told: bool) -> None:
+        """A replica that slept is awake; `waited_s` is how long this router's oldest request waited for it."""
+        if waited_s is not None:
+            self._times.wakes.add(waited_s)
+            self._wakes.labels("request").inc()
+        elif told:
+            self._wakes.labels("ahead").inc()
 
     def hashed(self, seconds: float) -> None:
         """A prompt was read and hashed."""
@@ -180,6 +196,7 @@ class _Times(Collector):
         self.first_outputs = Counts(_TTFT_BUCKETS_S)
         self.ratios = Counts(_RATIO_BUCKETS)
         self.held = Counts(_HELD_BUCKETS_S)
+        self.wakes = Counts(_WAKE_BUCKETS_S)
 
     def collect(self) -> Iterator[Metric]:
         durations = HistogramMetricFamily(
@@ -203,6 +220,11 @@ class _Times(Collector):
         )
         self.held.show(held)
         yield held
+        wakes = HistogramMetricFamily(
+            "kvlane_wake_seconds", "Time from the submit that woke a sleeping replica until it was awake."
+        )
+        self.wakes.show(wakes)
+        yield wakes
 
 
 class _Held(Collector):
@@ -252,6 +274,11 @@ class _State(Collector):
         for status in self._replicas.models():
             ready.add_metric([status.card.name], status.ready_replicas)
         yield ready
+        asleep = GaugeMetricFamily("kvlane_replicas_asleep", "Ready replicas of a model that sleep.", labels=["model"])
+        sleepers = self._replicas.asleep()
+        for status in self._replicas.models():
+            asleep.add_metric([status.card.name], sleepers.get(status.card.name, 0))
+        yield asleep
         lanes = [(lane.replica, lane.account) for lane in self._replicas.lanes()]
         for name, text, values in (
             ("running", "Requests in the engine's batch.", [account.load.running for _, account in lanes]),

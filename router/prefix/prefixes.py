@@ -256,6 +256,14 @@ class Prefixes:
         self._uncached = self._without(replica)
         self._index.leave(replica)
 
+    def slept(self, replica: str) -> None:
+        """The replica's engine fell asleep, and its cache is empty. Its own reports say so too, where it reports."""
+        state = self._replicas.get(replica)
+        if state is not None and state.mirror is not None:
+            self._void(replica, state)
+            self._index.clear(replica)
+            state.mirror = LruMirror(0)
+
     def reported(self, replica: str, report: CacheReport) -> bool:
         """Takes a replica's report. False where reports before it were missed: the caller then sends `Resync`."""
         state = self._replicas.get(replica)

@@ -390,6 +390,47 @@ async def test_a_reset_of_the_cache_is_told_though_no_step_follows(stack: Stack)
         assert router.prefixes.mode("a") is CacheMode.EXACT
 
 
+@pytest.mark.parametrize("level", [1, 2])
+async def test_a_replica_that_slept_says_the_same_and_its_cache_is_empty(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    messages = [said("user", some_words(43 + level, 90))]
+    asking = http(CHAT, messages=messages)
+    wake, replica = stack.engine.wake, stack.replica
+
+    async def wake_slowly() -> None:
+        await asyncio.sleep(2.0)  # As a GPU's memory is filled.
+        await wake()
+
+    for name in ("sleeper", "submit", "load"):
+        monkeypatch.setattr(replica, name, getattr(replica, name))  # To be as before at the end.
+    monkeypatch.setattr(stack.engine, "wake", wake_slowly)
+    async with stack.router() as router:
+        before = await router.chat(messages, stack.block_tokens, max_tokens=16)
+        assert router.held(asking).blocks > 0
+        replica.sleep_when_idle(0.1, level)
+        sleeper = replica.sleeper
+        assert sleeper is not None
+        sleeper.idle()
+        (lane,) = router.replicas.lanes()
+        async with asyncio.timeout(DEADLINE_S):
+            while not (lane.account.load.asleep and await stack.engine._engine.is_sleeping()):
+                await asyncio.sleep(0.01)
+            while router.held(asking).blocks:
+                await asyncio.sleep(0.01)
+        await replica.check_health()
+        monkeypatch.setattr(sleeper, "_after_s", 3600.0)  # One night is enough.
+        after = await router.chat(messages, stack.block_tokens, max_tokens=16)
+        assert after["choices"][0]["message"] == before["choices"][0]["message"]
+        assert cached(after) == 0
+        assert stack.engine.load().step_ms < 2000.0  # The time to wake is in no step.
+        assert router.prefixes.mode("a") is CacheMode.EXACT
+        assert not sleeper.asleep
+        assert not lane.account.load.asleep
+        assert not await stack.engine._engine.is_sleeping()
+        await sleeper.close()
+
+
 async def test_the_load_counts_uncached_prompt_tokens_alone(stack: Stack) -> None:
     loads: list[Load] = []
     async with stack.router() as router:

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +101,31 @@ async def test_the_death_of_an_idle_engine_is_told(model: Path) -> None:
             await told.wait()
 
 
-async def test_closing_fails_the_streams_and_leaves_no_process(model: Path) -> None:
+def folders(parent: Path) -> list[Path]:
+    return list(parent.iterdir())
+
+
+@pytest.fixture
+def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where vLLM is told to put its sockets; a path that is short enough for their names."""
+    with tempfile.TemporaryDirectory(prefix="kv-", dir="/tmp") as folder:
+        monkeypatch.setenv("VLLM_RPC_BASE_PATH", folder)
+        yield Path(folder)
+
+
+async def test_closing_fails_the_streams_and_leaves_no_process_and_no_socket(model: Path, sockets: Path) -> None:
     async with running_engine(model) as engine:
         cores = engine_cores()
         assert cores
+        (folder,) = folders(sockets)
+        assert any(path.is_socket() for path in folders(folder))
+        assert os.environ["VLLM_RPC_BASE_PATH"] == str(sockets)
         outs = await long_streams(engine)
     for out in outs:
         await out.ended()
         assert [type(error) for error in out.failures] == [ReplicaLost]
     assert not any(map(alive, cores))
+    assert not folders(sockets)
     with pytest.raises(ReplicaFailed):
         await engine.check_health()
     refused = await ask(engine, http_call("/v1/completions", LONG))

@@ -53,6 +53,7 @@ def test_cpu_workers_are_processes_of_the_replicas_node() -> None:
         ({"args": {"tensor_parallel_size": 2}}, "beside args"),
         ({"args": {"tensor_parallel_size": 2}, "tensor_parallel_size": 4}, "beside args"),
         ({"kind": "sim", "tensor_parallel_size": 2}, "only the engine vllm"),
+        ({"sleep_after_s": 60.0, "num_gpus": 1, "args": {"enable_sleep_mode": False}}, "which args turn off"),
     ],
 )
 def test_arguments_that_contradict_the_resources_are_refused(given: dict[str, Any], why: str) -> None:
@@ -99,3 +100,11 @@ def test_a_change_of_what_replicas_are_made_of_replaces_them(change: dict[str, A
 def test_what_failed_is_tried_again_though_nothing_has_changed() -> None:
     options = EngineOptions(kind="sim")
     assert len({version(options), version(options, anew=True), version(options, anew=True)}) == 3
+
+
+def test_engines_that_shall_sleep_on_a_gpu_are_told_at_their_start() -> None:
+    on_gpu = EngineOptions(num_gpus=1, sleep_after_s=60.0)
+    assert deployment.engine_args(on_gpu) == {"enable_sleep_mode": True}
+    assert deployment.engine_args(EngineOptions(num_gpus=1)) == {}
+    assert deployment.engine_args(EngineOptions(sleep_after_s=60.0)) == {}  # vLLM's CPU build refuses the argument.
+    assert deployment.engine_args(EngineOptions(kind="sim", sleep_after_s=60.0)) == {}

@@ -14,7 +14,7 @@ small = st.integers(0, 2**31)
 text = st.text(max_size=20)
 blob = st.binary(max_size=200)
 pairs = st.lists(st.tuples(text, text), max_size=3).map(tuple)
-loads = st.builds(Load, small, small, small, st.floats(0, 1), st.floats(0, 1e6))
+loads = st.builds(Load, small, small, small, st.floats(0, 1), st.floats(0, 1e6), asleep=st.booleans())
 infos = st.builds(
     EngineInfo,
     kind=text,
@@ -29,6 +29,7 @@ up = st.one_of(
     st.builds(frames.Submit, small, text, st.integers(0, 1), text, text, pairs, blob, st.none() | st.floats(0, 1e6)),
     st.builds(frames.Abort, small),
     st.builds(frames.Ping, small),
+    st.builds(frames.Wake),
 )
 down = st.one_of(
     st.builds(frames.Challenge, small, blob),
@@ -105,3 +106,22 @@ def test_only_the_right_secret_proves_itself() -> None:
     assert not frames.proof_holds(b"other", b"nonce", hello)
     assert not frames.proof_holds(b"secret", b"other nonce", hello)
     assert not frames.proof_holds(b"secret", b"nonce", msgspec.structs.replace(hello, router="router-2"))
+
+
+def test_loads_of_replicas_and_routers_from_before_there_was_sleep_are_understood() -> None:
+    class OldLoad(msgspec.Struct, frozen=True, array_like=True):
+        running: int = 0
+        waiting: int = 0
+        queued_prefill_tokens: int = 0
+        kv_usage: float = 0.0
+        step_ms: float = 0.0
+        queued_prefill_pairs: float = 0.0
+        step_prefill_tokens: int = 0
+        step_prefill_pairs: float = 0.0
+        step_decodes: int = 0
+        step_context_tokens: int = 0
+
+    old = msgspec.msgpack.encode(OldLoad(3, 4, step_context_tokens=5))
+    assert msgspec.msgpack.decode(old, type=Load) == Load(3, 4, step_context_tokens=5)
+    new = msgspec.msgpack.encode(Load(3, 4, step_context_tokens=5, asleep=True))
+    assert msgspec.msgpack.decode(new, type=OldLoad) == OldLoad(3, 4, step_context_tokens=5)

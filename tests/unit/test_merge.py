@@ -45,6 +45,7 @@ T = TypeVar("T")
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 GREATEST = {
     "kvlane_replicas_ready",
+    "kvlane_replicas_asleep",
     "kvlane_replica_running",
     "kvlane_replica_waiting",
     "kvlane_replica_kv_usage",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from router.lane.client import Lane
 from router.load.account import Account
 from router.load.model import FleetModel
-from router.replicas import _Pool
+from router.pool import Pool
 from router.types import CacheMode, Charge, Columns, EngineInfo, Load, ModelCard, Snapshot
 
 INFO = EngineInfo("x", (ModelCard("m"),), (), 8, 1000, 16)
@@ -40,7 +40,7 @@ CHANGES = st.lists(
 )
 
 
-def check(pool: _Pool, now: float) -> None:
+def check(pool: Pool, now: float) -> None:
     snapshot = pool.snapshot("m", now)
     views = tuple(account.view() for account in pool.accounts)
     assert snapshot.replicas == views
@@ -53,7 +53,7 @@ def check(pool: _Pool, now: float) -> None:
 def test_a_snapshot_shows_every_change_to_every_pool_that_has_the_replica(changes: list[Change]) -> None:
     fleet = FleetModel()
     all_lanes = lanes(5, fleet)
-    pools = {"large": _Pool(all_lanes), "small": _Pool(all_lanes[1:3])}
+    pools = {"large": Pool(all_lanes), "small": Pool(all_lanes[1:3])}
     for pool in pools.values():
         pool.watch()
     now, streams = 0.0, [0] * 5
@@ -80,17 +80,17 @@ def test_a_snapshot_shows_every_change_to_every_pool_that_has_the_replica(change
 
 def test_a_pool_without_some_replicas_takes_nothing_from_the_one_that_has_them() -> None:
     all_lanes = lanes(3, FleetModel())
-    whole = _Pool(all_lanes)
+    whole = Pool(all_lanes)
     whole.watch()
     all_lanes[1].account.leased(1)
-    part = _Pool(all_lanes[1:])
+    part = Pool(all_lanes[1:])
     assert [view.leases for view in part.snapshot("m", 0.0).replicas] == [1, 0]
     check(whole, 0.0)
 
 
 def test_a_replica_that_nobody_watches_costs_no_pool_anything() -> None:
     (lane,) = lanes(1, FleetModel())
-    pool = _Pool([lane])
+    pool = Pool([lane])
     pool.watch()
     lane.account.unwatch()
     lane.account.leased(1)
@@ -98,7 +98,7 @@ def test_a_replica_that_nobody_watches_costs_no_pool_anything() -> None:
 
 
 def test_a_snapshot_of_other_replicas_than_its_pools_works_everything_out_anew() -> None:
-    pool = _Pool(lanes(3, FleetModel()))
+    pool = Pool(lanes(3, FleetModel()))
     snapshot = pool.snapshot("m", 1.0)
     fewer: Snapshot = msgspec.structs.replace(snapshot, replicas=snapshot.replicas[1:])
     assert list(fewer.places.items()) == [("r1", 0), ("r2", 1)]

@@ -585,3 +585,28 @@ def test_reports_with_duplicates_and_gaps_end_at_what_the_replicas_hold(
                 expected[name] = Held(length, length * TOKENS)
         assert stage.held(chain(*blocks)) == expected
     assert stage.prefixes.status().blocks == len(truth["a"] | truth["b"])
+
+
+def test_what_was_sent_to_a_replica_that_cannot_report_is_forgotten_when_it_sleeps() -> None:
+    stage = Stage()
+    stage.prefixes.opened("a", INFO)
+    with stage.prefixes.hold("a", chain(1, 2, 3)):
+        pass
+    assert stage.held(chain(1, 2, 3))["a"].blocks == 3
+    stage.prefixes.slept("a")
+    assert "a" not in stage.held(chain(1, 2, 3))
+    assert stage.prefixes.mode("a") is CacheMode.APPROXIMATE
+    with stage.prefixes.hold("a", chain(1, 2)):
+        pass
+    assert stage.held(chain(1, 2, 3))["a"].blocks == 2
+    stage.prefixes.slept("nobody")
+
+
+def test_of_a_replica_that_reports_only_its_reports_count_when_it_sleeps() -> None:
+    stage = Stage()
+    stage.prefixes.opened("a", INFO)
+    stage.prefixes.reported("a", report(1, [1, 2], snapshot=True))
+    stage.prefixes.slept("a")
+    assert stage.held(chain(1, 2))["a"].blocks == 2
+    assert stage.prefixes.reported("a", report(2, snapshot=True))
+    assert "a" not in stage.held(chain(1, 2))

@@ -133,3 +133,13 @@ def test_the_header_is_bounded_and_counts_what_it_leaves_out(count: int, length:
     assert len(told) <= MAX_CANDIDATES_CHARS + len("+300")
     shown = told.count("(")
     assert told.endswith(f"+{count - shown}") if shown < count else "+" not in told
+
+
+def test_a_replica_that_has_to_wake_first_is_shown_and_nothing_is_expected_of_it() -> None:
+    sleeper = ReplicaView("s", Load(asleep=True), 0, 0, 8, OUTLOOK)
+    snapshot = Snapshot("m", (*views("a"), sleeper), PREFIX, now=10.2)
+    made = receipt(snapshot, "s", Charge(650, 0.0, CHAIN))
+    assert (made.asleep, made.expected_s) == (True, 0.0)
+    assert made.header().endswith(";score=0.75;asleep=1")
+    assert Candidate("s", asleep=True).words() == "s(matched=0 cached=0 queue=0 asleep=1)"
+    assert not receipt(snapshot, "a", Charge()).asleep

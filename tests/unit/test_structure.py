@@ -70,9 +70,11 @@ ALLOWED: dict[str, set[str]] = {
     },  # It reads their figures.
     # Where stages meet.
     "router.replica_life": set(),
+    "router.pool": WORDS | SEAMS | {"router.lane.client"},
     "router.replicas": WORDS
     | SEAMS
-    | {"router.lane.client", "router.lane.meter", "router.lane.troubles", "router.load", "router.replica_life"},
+    | {"router.lane.client", "router.lane.meter", "router.lane.troubles", "router.load", "router.pool"}
+    | {"router.replica_life"},
     "router.wake": set(),
     "router.holding": WORDS,
     "router.hold": WORDS | {"router.holding", "router.wake"},

@@ -164,7 +164,7 @@ class RoutingParams(_message.Message):
     def __init__(self, lora: _Optional[str] = ..., cache_salt: _Optional[str] = ..., session_id: _Optional[str] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("replica", "policy", "reason", "queue_depth", "request_id", "matched_blocks", "prompt_blocks", "cached_tokens", "prompt_tokens", "expected_s", "score", "candidates")
+    __slots__ = ("replica", "policy", "reason", "queue_depth", "request_id", "matched_blocks", "prompt_blocks", "cached_tokens", "prompt_tokens", "expected_s", "score", "candidates", "asleep")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +177,7 @@ class Route(_message.Message):
     EXPECTED_S_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    ASLEEP_FIELD_NUMBER: _ClassVar[int]
     replica: str
     policy: str
     reason: str
@@ -189,23 +190,26 @@ class Route(_message.Message):
     expected_s: float
     score: float
     candidates: _containers.RepeatedCompositeFieldContainer[RouteCandidate]
-    def __init__(self, replica: _Optional[str] = ..., policy: _Optional[str] = ..., reason: _Optional[str] = ..., queue_depth: _Optional[int] = ..., request_id: _Optional[str] = ..., matched_blocks: _Optional[int] = ..., prompt_blocks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., expected_s: _Optional[float] = ..., score: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping[str, object]]]] = ...) -> None: ...
+    asleep: bool
+    def __init__(self, replica: _Optional[str] = ..., policy: _Optional[str] = ..., reason: _Optional[str] = ..., queue_depth: _Optional[int] = ..., request_id: _Optional[str] = ..., matched_blocks: _Optional[int] = ..., prompt_blocks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., expected_s: _Optional[float] = ..., score: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping[str, object]]]] = ..., asleep: _Optional[bool] = ...) -> None: ...
 
 class RouteCandidate(_message.Message):
-    __slots__ = ("replica", "queue_depth", "matched_blocks", "cached_tokens", "expected_s", "score")
+    __slots__ = ("replica", "queue_depth", "matched_blocks", "cached_tokens", "expected_s", "score", "asleep")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
     MATCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_S_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
+    ASLEEP_FIELD_NUMBER: _ClassVar[int]
     replica: str
     queue_depth: int
     matched_blocks: int
     cached_tokens: int
     expected_s: float
     score: float
-    def __init__(self, replica: _Optional[str] = ..., queue_depth: _Optional[int] = ..., matched_blocks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., expected_s: _Optional[float] = ..., score: _Optional[float] = ...) -> None: ...
+    asleep: bool
+    def __init__(self, replica: _Optional[str] = ..., queue_depth: _Optional[int] = ..., matched_blocks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., expected_s: _Optional[float] = ..., score: _Optional[float] = ..., asleep: _Optional[bool] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob", "rank", "text")

@@ -90,6 +90,7 @@ async def test_a_receipt_tells_of_every_candidate_and_nothing_of_the_prompt() ->
         "cached_tokens": 0,
         "expected_s": 0.05,
         "score": None,
+        "asleep": False,
     }
     assert (record["route"]["reason"], record["route"]["matched"]) == ("least_cost", 5)
     assert b"secret" not in answer.body
