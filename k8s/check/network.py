@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from k8s.check import settings
@@ -93,7 +93,8 @@ def _rules(objects: Objects, pod: Pod, way: str, port: int) -> list[Mapping[str,
     for policy in objects.of("NetworkPolicy"):
         if matches(policy.at("spec.podSelector") or {}, pod.labels):
             for rule in policy.at(f"spec.{way}") or ():
-                if any(_covers(each, port, pod) for each in rule.get("ports") or ({},)):
+                entries: Sequence[Mapping[str, Any]] = rule.get("ports") or ({},)
+                if any(_covers(entry, port, pod) for entry in entries):
                     found.append(rule)
     return found
 

@@ -133,7 +133,7 @@ def _grace(settings: Settings) -> Iterator[Finding]:
         what = f"{hook:g} s preStop + " if hook else ""
         yield router.pod.finding(
             "terminationGracePeriodSeconds",
-            f"{grace:g} is below {what}shutdown.notice_s + shutdown.grace_s + {MARGIN_S:g} = {least:g}: it cuts streams",
+            f"{grace:g} cuts streams: {what}shutdown.notice_s + shutdown.grace_s + {MARGIN_S:g} is {least:g}",
         )
 
 
