@@ -21,8 +21,9 @@ def check(objects: Objects) -> Iterator[Finding]:
     policies = objects.of("NetworkPolicy")
     if not any(_denies_all(policy) for policy in policies):
         yield Finding("NetworkPolicy/default-deny", "spec", "missing: no policy denies what the others do not allow")
+    known = [*((port, port) for pod in objects.pods for port in pod.ports.values()), *_ranges(objects)]
     for policy in policies:
-        yield from _policy(policy, objects)
+        yield from _policy(policy, objects, known)
     for pod in objects.pods:
         if not _rules(objects, pod, "egress", _DNS):
             yield pod.owner.finding(
@@ -38,11 +39,10 @@ def _denies_all(policy: Object) -> bool:
     return both and not policy.at("spec.podSelector") and not policy.at("spec.ingress") and not policy.at("spec.egress")
 
 
-def _policy(policy: Object, objects: Objects) -> Iterator[Finding]:
+def _policy(policy: Object, objects: Objects, known: list[tuple[int, int]]) -> Iterator[Finding]:
     pods = objects.selected(policy.at("spec.podSelector") or {})
     if not pods:
         yield policy.finding("spec.podSelector", "selects no pod")
-    known = [*((port, port) for pod in objects.pods for port in pod.ports.values()), *_ranges(objects)]
     for way, peer in _PEER.items():
         if policy.at(f"spec.{way}") and way.capitalize() not in (policy.at("spec.policyTypes") or ()):
             yield policy.finding("spec.policyTypes", f"{way} rules without {way.capitalize()} say nothing")

@@ -7,6 +7,7 @@ import re
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
         return float(self.at("shutdown.notice_s")) + float(self.at("shutdown.grace_s"))
 
 
+@lru_cache(maxsize=1)
 def of(objects: Objects) -> list[Settings]:
     """The settings of every container that reads a configuration."""
     found = [_settings(container, objects) for pod in objects.pods for container in pod.containers]
@@ -241,6 +243,7 @@ def _ray(cluster: Object) -> Iterator[Finding]:
         yield cluster.finding("spec.authOptions.mode", "must be token: whoever reaches Ray's ports could run code")
     if cluster.at("spec.enableInTreeAutoscaling") and cluster.at("spec.autoscalerOptions.version") != "v2":
         yield cluster.finding("spec.autoscalerOptions.version", "must be v2")
+    yield from _flags(cluster)
     head = cluster.at("spec.headGroupSpec.rayStartParams") or {}
     if head.get("num-cpus") != "0":
         yield cluster.finding("spec.headGroupSpec.rayStartParams.num-cpus", 'must be "0": the head runs no replicas')
@@ -253,6 +256,17 @@ def _ray(cluster: Object) -> Iterator[Finding]:
         if not group.get("minReplicas", 0) <= group.get("replicas", 0) <= group.get("maxReplicas", math.inf):
             yield cluster.finding(f"{field}.replicas", "is not between minReplicas and maxReplicas")
         yield from _ports_declared(Pod(cluster, f"{field}.template", group.get("template") or {}), params)
+
+
+def _flags(cluster: Object) -> Iterator[Finding]:
+    """No schema knows what `ray start` takes."""
+    from ray.scripts import scripts  # Takes a second, and not every rendering has a cluster.
+
+    known = {option.removeprefix("--") for param in scripts.start.params for option in param.opts}
+    groups = [f"workerGroupSpecs.{at}" for at in range(len(cluster.at("spec.workerGroupSpecs") or ()))]
+    for group in ("headGroupSpec", *groups):
+        for name in sorted(set(cluster.at(f"spec.{group}.rayStartParams") or ()) - known):
+            yield cluster.finding(f"spec.{group}.rayStartParams.{name}", "`ray start` has no such option")
 
 
 def _ports_declared(pod: Pod, params: Mapping[str, str]) -> Iterator[Finding]:

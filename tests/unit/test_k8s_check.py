@@ -135,7 +135,8 @@ SEEDS: dict[str, tuple[str, Edit, str, str, str]] = {
     ),
     "a Gateway's health check on another path": (
         "gateway-api",
-        lambda r: put("/", "default", "config", "httpHealthCheck", "requestPath")(r["HealthCheckPolicy/kvlane"]["spec"]),
+        lambda r: put("/", "httpHealthCheck", "requestPath")(
+            r["HealthCheckPolicy/kvlane"]["spec"]["default"]["config"]),
         "HealthCheckPolicy/kvlane", "requestPath", "/readyz",
     ),
     "a Service behind a Gateway without a health check": (
@@ -185,6 +186,10 @@ SEEDS: dict[str, tuple[str, Edit, str, str, str]] = {
     "another Ray port than the policies name": (
         "gke-l4", lambda r: put("7000", "rayStartParams", "object-manager-port")(r.worker()),
         RAY, "object-manager-port", "6382",
+    ),
+    "an option that `ray start` does not have": (
+        "gke-l4", lambda r: put("6382", "rayStartParams", "object-manger-port")(r.worker()),
+        RAY, "rayStartParams.object-manger-port", "no such option",
     ),
     "an image that is not pinned": (
         "gke-l4", lambda r: put("example.invalid/kvlane/router", "image")(r.container()),
@@ -463,6 +468,16 @@ def test_secrets_and_alerts_are_read_off_the_documentation() -> None:
 )
 def test_selectors_are_read_as_kubernetes_reads_them(selector: dict[str, Any], selected: bool) -> None:
     assert matches(selector, {"a": "1"}) is selected
+
+
+def test_the_deploy_job_gives_ray_options_that_it_has() -> None:
+    from ray.scripts import scripts
+
+    known = {option for param in scripts.start.params for option in param.opts}
+    script = Rendering("gke-l4").container(JOB)["command"][-1]
+    given = {word.partition("=")[0] for word in script.split() if word.startswith("--") and word != "--config"}
+    assert given
+    assert given <= known
 
 
 def test_cpus_are_read_as_kubernetes_reads_them() -> None:
