@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -66,6 +71,21 @@ def test_only_locks_are_installed_and_the_build_stays_behind(name: str) -> None:
     assert all("--no-deps" in each for each in installs)
     last = max(place for place, (word, _) in enumerate(found) if word == "FROM")
     assert not any("pip install" in rest for _, rest in found[last:])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_copied_is_enough_to_build_the_package(name: str, tmp_path: Path) -> None:
+    for word, rest in instructions(name):
+        if word == "COPY" and "--from" not in rest:
+            for source in rest.split()[:-1]:
+                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+                (tmp_path / source).parent.mkdir(exist_ok=True)
+                copy(ROOT / source, tmp_path / source)
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "built", "."]
+    subprocess.run(wheel, cwd=tmp_path, check=True, timeout=120, capture_output=True)
+    [built] = (tmp_path / "built").iterdir()
+    with zipfile.ZipFile(built) as file:
+        assert {"router/__main__.py", "engine/deployment.py", "kvlane/client.py"} <= set(file.namelist())
 
 
 def test_both_images_have_the_same_python() -> None:

@@ -29,10 +29,7 @@ def test_an_overlay_of_ones_own_is_made_as_the_page_says(tmp_path: Path) -> None
     block = PAGE.partition(MARK)[2].partition("\n```")[0]
     making, _, checking = block.partition("\nEND\n")
     subprocess.run(["sh", "-ec", f"{making}\nEND\n"], cwd=tmp_path, check=True, timeout=60)
-    assert checking.splitlines() == [
-        ".venv/bin/kvlane check k8s/overlays/mine/kvlane.toml",
-        "make k8s-check ARGS=k8s/overlays/mine",
-    ]
+    assert checking == "make k8s-check ARGS=k8s/overlays/mine"
     rendered = render.render(tmp_path / "k8s/overlays/mine")
     images = set(re.findall(r"image: (\S+)", yaml.safe_dump_all([dict(each.raw) for each in rendered])))
     assert images == {"YOUR_REPOSITORY/router:0.1.0", "YOUR_REPOSITORY/engine:0.1.0", "redis:7.4.2"}
