@@ -23,6 +23,17 @@ MARGIN_S = 15.0
 LOAD_BALANCER_IDLE_S = 600.0
 """Google's load balancers close an idle connection after this time, which cannot be set."""
 GCS_PORT = 6379
+NODE_PORTS = {
+    "node-manager-port": "6381",
+    "object-manager-port": "6382",
+    "runtime-env-agent-port": "6383",
+    "dashboard-agent-grpc-port": "6384",
+    "dashboard-agent-listen-port": "52365",
+    "metrics-export-port": "6385",
+    "min-worker-port": "10002",
+    "max-worker-port": "10101",
+}
+"""Of a router's own Ray node (`membership.join`). All nodes have the same, so that one policy can name them."""
 LANE_PORTS = 64
 """As many as `engines.lane_port` tries."""
 _DEFAULTS = {"shutdown.notice_s": 5.0, "shutdown.grace_s": 30.0, "http.idle_timeout_s": 620.0}
@@ -249,24 +260,27 @@ def _ray(cluster: Object) -> Iterator[Finding]:
         yield cluster.finding("spec.headGroupSpec.rayStartParams.num-cpus", 'must be "0": the head runs no replicas')
     for at, group in enumerate(cluster.at("spec.workerGroupSpecs") or ()):
         field, params = f"spec.workerGroupSpecs.{at}", group.get("rayStartParams") or {}
-        for name in (name for name in head if name.endswith("-port") and params.get(name) != head[name]):
-            yield cluster.finding(
-                f"{field}.rayStartParams.{name}", f"{params.get(name)!r} is not the head's {head[name]!r}"
-            )
         if not group.get("minReplicas", 0) <= group.get("replicas", 0) <= group.get("maxReplicas", math.inf):
             yield cluster.finding(f"{field}.replicas", "is not between minReplicas and maxReplicas")
         yield from _ports_declared(Pod(cluster, f"{field}.template", group.get("template") or {}), params)
 
 
 def _flags(cluster: Object) -> Iterator[Finding]:
-    """No schema knows what `ray start` takes."""
+    """No schema knows what `ray start` takes, or that all nodes must agree on ports."""
     from ray.scripts import scripts  # Takes a second, and not every rendering has a cluster.
 
     known = {option.removeprefix("--") for param in scripts.start.params for option in param.opts}
     groups = [f"workerGroupSpecs.{at}" for at in range(len(cluster.at("spec.workerGroupSpecs") or ()))]
     for group in ("headGroupSpec", *groups):
-        for name in sorted(set(cluster.at(f"spec.{group}.rayStartParams") or ()) - known):
-            yield cluster.finding(f"spec.{group}.rayStartParams.{name}", "`ray start` has no such option")
+        field = f"spec.{group}.rayStartParams"
+        params = cluster.at(field) or {}
+        for name in sorted(set(params) - known):
+            yield cluster.finding(f"{field}.{name}", "`ray start` has no such option")
+        for name, port in NODE_PORTS.items():
+            if params.get(name) != port:
+                yield cluster.finding(
+                    f"{field}.{name}", f"{params.get(name)!r} is not {port!r}, as routers' nodes have it"
+                )
 
 
 def _ports_declared(pod: Pod, params: Mapping[str, str]) -> Iterator[Finding]:

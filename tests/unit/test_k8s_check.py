@@ -475,9 +475,9 @@ def test_the_deploy_job_gives_ray_options_that_it_has() -> None:
 
     known = {option for param in scripts.start.params for option in param.opts}
     script = Rendering("gke-l4").container(JOB)["command"][-1]
-    given = {word.partition("=")[0] for word in script.split() if word.startswith("--") and word != "--config"}
-    assert given
-    assert given <= known
+    given = dict(word.partition("=")[::2] for word in script.split() if word.startswith("--") and word != "--config")
+    assert given.keys() <= known
+    assert {name: given[f"--{name}"] for name in settings.NODE_PORTS} == settings.NODE_PORTS
 
 
 def test_cpus_are_read_as_kubernetes_reads_them() -> None:
