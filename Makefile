@@ -91,6 +91,11 @@ simulate: $(DEV_STAMP) ## routing policies on real traces; ARGS as in `python -m
 	$(call install_source,$(VENV))
 	$(BIN)/python -m loadtests simulate $(or $(ARGS),--trace synthetic --load 0.8 --policies cost,least-queue)
 
+.PHONY: k8s-check
+k8s-check: $(DEV_STAMP) ## the Kubernetes manifests, without a cluster; needs kubectl or kustomize. ARGS=DIRECTORY for yours
+	$(call install_source,$(VENV))
+	$(BIN)/python -m k8s.check $(ARGS)
+
 .PHONY: lock
 lock: ## resolve the requirement locks anew; needs uv on the PATH
 	sh requirements/lock.sh

@@ -1,0 +1,1 @@
+"""What runs kvlane on Kubernetes: manifests, images, and what checks them without a cluster."""
