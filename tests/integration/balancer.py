@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.ray_local import wait_until
-from tests.integration.test_supervision import accepts, free_port
+from tests.integration.served import accepts, free_port
 
 needs_haproxy = pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs haproxy; `make system` installs it")
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -133,6 +134,37 @@ def serving(
             process.wait()
         process.stdout.close()
         wait_until(lambda: not any(map(alive, started)), "no process is left")
+
+
+def accepts(port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as client:
+        client.settimeout(5)
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    """One that nobody listens on just now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@asynccontextmanager
+async def streaming(port: int, tokens: int) -> AsyncIterator[AsyncIterator[str]]:
+    """A stream in flight, on a connection of its own: its lines from the second on."""
+    body = {"model": MODEL, "prompt": "x", "max_tokens": tokens, "stream": True}
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", url, json=body) as answer:
+        lines = answer.aiter_lines()
+        await anext(lines)
+        yield lines
+
+
+async def last_line(lines: AsyncIterator[str]) -> str:
+    """Of all that still comes."""
+    return [line async for line in lines if line][-1]
 
 
 class Front(Protocol):

@@ -13,8 +13,7 @@ import pytest
 from loadtests.processes import engines
 from tests.integration.balancer import Balancer, balancing, needs_haproxy
 from tests.integration.ray_local import wait_until
-from tests.integration.served import Load, Served, serving
-from tests.integration.test_supervision import free_port
+from tests.integration.served import Load, Served, free_port, serving
 
 pytestmark = [pytest.mark.slow, needs_haproxy]
 

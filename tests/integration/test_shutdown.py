@@ -21,8 +21,7 @@ from kvlane.client import Client, KvlaneCallError
 
 from loadtests.processes import MODEL, engines, router
 from tests.integration.ray_local import alive, until, wait_until
-from tests.integration.served import Load, Served, serving
-from tests.integration.test_supervision import accepts, free_port, last_line, streaming
+from tests.integration.served import Load, Served, accepts, free_port, last_line, serving, streaming
 
 pytestmark = pytest.mark.slow
 

@@ -6,18 +6,17 @@ import asyncio
 import os
 import re
 import signal
-import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from loadtests.processes import MODEL, engines
+from loadtests.processes import engines
 from tests.integration.ray_local import until, wait_until
-from tests.integration.served import Served, serving
+from tests.integration.served import Served, accepts, free_port, last_line, serving, streaming
 
 pytestmark = pytest.mark.slow
 
@@ -30,34 +29,6 @@ def addresses() -> Iterator[list[dict[str, Any]]]:
     """Two simulated replicas that take 5 ms for a token."""
     with engines(2, {"step_base_ms": 5.0, "prefill_ms_per_token": 0.0}) as (_, found):
         yield found
-
-
-def accepts(port: int) -> bool:
-    with socket.socket() as client:
-        client.settimeout(5)
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-@asynccontextmanager
-async def streaming(port: int, tokens: int) -> AsyncIterator[AsyncIterator[str]]:
-    """A stream in flight, on a connection of its own: its lines from the second on."""
-    body = {"model": MODEL, "prompt": "x", "max_tokens": tokens, "stream": True}
-    url = f"http://127.0.0.1:{port}/v1/completions"
-    async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", url, json=body) as answer:
-        lines = answer.aiter_lines()
-        await anext(lines)
-        yield lines
-
-
-async def last_line(lines: AsyncIterator[str]) -> str:
-    return [line async for line in lines if line][-1]
 
 
 async def test_a_stop_refuses_newcomers_and_takes_no_longer_than_the_streams_in_flight(
