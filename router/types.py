@@ -106,6 +106,8 @@ class Request(msgspec.Struct, frozen=True):
     """Time left until the caller's own deadline; None where it set none."""
     tenant: str = ""
     """Whose API key it came with; empty where none is asked for. Stays in the router."""
+    streamed: bool = False
+    """The body of an HTTP request asks for a stream of events."""
 
 
 class CacheMode(enum.StrEnum):

@@ -198,6 +198,7 @@ class Routes:
             cache_salt=facts.cache_salt,
             priority=facts.priority,
             tenant=key.tenant if key is not None else "",
+            streamed=facts.stream,
         )
 
     def _check(self, asked: str, method: str, path: str) -> None:

@@ -296,6 +296,22 @@ async def test_a_stream_that_waits_long_gets_comments_that_no_client_notices(tmp
         assert len(engine.calls) == 2
 
 
+async def test_a_large_streamed_request_gets_comments_too_and_what_is_no_stream_gets_none(tmp_path: Path) -> None:
+    large = CHAT | {"messages": [{"role": "user", "content": "word " * 100_000}]}
+    async with site(tmp_path, hold=SHORT) as there, httpx.AsyncClient(timeout=60) as client:
+        whole = [{"stream": False}, {"stream": "true"}]
+        asked = [client.post(f"{there.url}/v1/chat/completions", json=CHAT | each) for each in whole]
+        asked.append(client.post(f"{there.url}/v1/embeddings", json={"model": "m", "input": "x", "stream": True}))
+        tasks = [asyncio.create_task(each) for each in asked]
+        await there.until_waiting(3)
+        async with raw(there.app.http_port, large) as reader:
+            for _ in range(3):
+                await read_until(reader, COMMENT)
+        there.engine.respond = refuse
+        await there.scale_up()
+        assert [(await task).status_code for task in tasks] == [400] * 3
+
+
 async def test_what_a_replica_refuses_after_comments_is_an_error_event(tmp_path: Path) -> None:
     async with site(tmp_path, hold=SHORT) as there:
         there.engine.respond = refuse
