@@ -129,7 +129,7 @@ def test_any_error_class_can_be_rendered() -> None:
     classes: list[type[KvlaneError]] = [KvlaneError, *KvlaneError.__subclasses__(), *InvalidRequest.__subclasses__()]
     for cls in classes:
         error = MethodNotAllowed("x", allow=("GET",)) if issubclass(cls, MethodNotAllowed) else cls("x")
-        assert json.loads(openai.error_body(error))["error"]["code"] == cls.http_status
+        assert json.loads(openai.error_body(error))["error"]["code"] == (cls.openai_code or cls.http_status)
 
 
 def test_the_models_list_has_vllms_fields_in_vllms_order() -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
 from router.errors import InvalidRequest
@@ -94,6 +95,13 @@ async def test_a_receipt_tells_of_every_candidate_and_nothing_of_the_prompt() ->
     }
     assert (record["route"]["reason"], record["route"]["matched"]) == ("least_cost", 5)
     assert b"secret" not in answer.body
+
+
+def test_a_receipt_says_whose_api_key_its_request_came_with() -> None:
+    log = RouteLog(8, wall=lambda: 1_700_000_000.5)
+    log.record(msgspec.structs.replace(request("r1"), tenant="team-a"), receipt("r1"))
+    (record,) = json.loads(log.page(""))["routes"]
+    assert record["tenant"] == "team-a"
 
 
 def test_receipts_come_newest_first_and_the_oldest_are_forgotten() -> None:
