@@ -292,8 +292,10 @@ class HeldRequest(Place):
             self._turn.set_exception(error)
 
     def ring(self) -> None:
-        """Tells its client that it waits."""
+        """Tells its client that it waits, unless that is just over."""
         assert self._ring is not None
+        if self._turn is None or self._turn.done():
+            return
         try:
             self._ring(self._request)
         except Exception:

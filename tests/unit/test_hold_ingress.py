@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -365,7 +366,7 @@ async def test_a_stream_whose_waiting_ends_badly_after_comments_gets_an_error_ev
 async def test_without_comments_what_expires_and_what_is_over_the_bounds_gets_503_and_retry_after(
     tmp_path: Path, stream: bool
 ) -> None:
-    hold = HoldOptions(enabled="always", timeout_s=0.3, max_requests=1)
+    hold = HoldOptions(enabled="always", timeout_s=60.0, max_requests=1)
     async with (
         site(tmp_path, hold=hold, limits=NO_BRIDGE) as there,
         httpx.AsyncClient(base_url=there.url) as client,
@@ -374,6 +375,8 @@ async def test_without_comments_what_expires_and_what_is_over_the_bounds_gets_50
         await there.until_waiting(1)
         refused = await client.post("/v1/chat/completions", json=CHAT)
         assert (refused.headers["x-kvlane-error"], refused.headers["retry-after"]) == ("hold_full", "5")
+        there.app._hold._clock = lambda: time.monotonic() + 60.0
+        there.app.replicas.changed()
         expired = await asked
         assert (expired.headers["x-kvlane-error"], expired.headers["retry-after"]) == ("no_replica", "5")
         for each in (refused, expired):
