@@ -34,8 +34,8 @@ def missing() -> str:
     """Why hosts cannot be made here; empty where they can."""
     if os.geteuid() != 0:
         return "needs root, to make network namespaces"
-    if absent := [command for command in ("ip", "unshare", "setpriv", "openssl") if shutil.which(command) is None]:
-        return f"needs {', '.join(absent)} (Debian: iproute2, util-linux, openssl)"
+    if absent := [command for command in ("ip", "unshare", "setpriv") if shutil.which(command) is None]:
+        return f"needs {', '.join(absent)} (Debian: iproute2, util-linux)"
     if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
         return "needs /dev/net/tun"
     tried = subprocess.run(["ip", "netns", "add", f"{PREFIX}{os.getpid()}t"], capture_output=True, text=True)

@@ -1,17 +1,15 @@
-"""A Ray head, two engine hosts and two router hosts, each a network namespace; Ray with TLS and token authentication.
+"""A Ray head, two engine hosts and two router hosts, each a network namespace, with token authentication on.
 
 The router hosts run what the router's container runs: `kvlane serve` as first process and as an unprivileged user over
-a read-only file system, joining Ray by itself. Only the programs, the token and the certificate are shared.
+a read-only file system, joining Ray by itself. Only the programs and the token are shared.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
 import secrets
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +42,7 @@ PORTS: Final = [
     "--metrics-export-port=6385",
 ]
 """Given, so that a node need not wait until its agents have found some: on a busy machine it gives up."""
+STARTED: Final = "Ray runtime started"
 AGAIN_AND_AGAIN: Final = ("sh", "-c", 'while :; do "$@"; sleep 1; done', "sh")
 """Starts a command again that ends, as Kubernetes does with containers."""
 _SAMPLE = re.compile(r"^(\w+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
@@ -122,7 +121,6 @@ class World:
         self._heads = 0
         self._env = self._environment()
         self._put("token", secrets.token_hex(32))
-        self._certify()
         self._write("router.toml", ROUTER + ENGINE)
         self._write("engines.toml", ENGINES + ENGINE)
         self.start_head()
@@ -142,31 +140,7 @@ class World:
             "PYTHONDONTWRITEBYTECODE": "1",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": "/tmp/token",
-            "RAY_USE_TLS": "1",
-            "RAY_TLS_SERVER_CERT": "/tmp/cert.pem",
-            "RAY_TLS_SERVER_KEY": "/tmp/key.pem",
-            "RAY_TLS_CA_CERT": "/tmp/cert.pem",
         }
-
-    def _certify(self) -> None:
-        """One certificate for all nodes of the cluster, which is its own authority."""
-        cert, key = self.head.temp / "cert.pem", self.head.temp / "key.pem"
-        names = ",".join(["DNS:localhost", "IP:127.0.0.1", *(f"IP:{host.address}" for host in self._hosts())])
-        new = [
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-            "-nodes",
-            "-subj",
-            "/CN=ray",
-        ]
-        named = ["-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(cert)]
-        subprocess.run(["openssl", *new, *named], check=True, capture_output=True, timeout=30)
-        for path in (cert, key):
-            self._put(path.name, path.read_text())
 
     def _write(self, name: str, text: str) -> None:
         """A file in /tmp of each host."""
@@ -193,8 +167,9 @@ class World:
         flags += [f"--temp-dir=/tmp/ray{self._heads}", *PORTS]
         state = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "/tmp/gcs", **SOON}
         (self.head.temp / "gcs").mkdir(exist_ok=True)
+        before = self.head.log().count(STARTED)
         self.head.run([*AGAIN_AND_AGAIN, *RAY, *flags], {**self._env, **state})
-        wait_until(lambda: self._answers(self.head.address, 6379), "the head answers", self.head.log)
+        wait_until(lambda: self.head.log().count(STARTED) > before, "the head is up", self.head.log)
 
     def start_engines(self, host: Host) -> None:
         """A node for two replicas, which waits long for a head that is away."""
@@ -229,9 +204,6 @@ class World:
 
     # What routers say.
 
-    def _answers(self, address: str, port: int) -> bool:
-        return self.clients.run(_connects(address, port))
-
     def get(self, router: Router, path: str) -> httpx.Response | None:
         """What it answers on its public port; None where it does not."""
         return self.clients.run(_get(f"http://{router.address}:8000{path}"))
@@ -263,16 +235,6 @@ async def _get(url: str) -> httpx.Response | None:
             return await client.get(url)
     except httpx.HTTPError:
         return None
-
-
-async def _connects(address: str, port: int) -> bool:
-    try:
-        async with asyncio.timeout(5):
-            _, writer = await asyncio.open_connection(address, port)
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return True
 
 
 @contextmanager
