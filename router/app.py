@@ -12,7 +12,6 @@ import random
 import socket
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any
 
 import msgspec
 
@@ -291,15 +290,9 @@ def model_name(engine: EngineOptions) -> str:
     return engine.served_model_name or engine.name
 
 
-def _autoscaling(engine: EngineOptions) -> Any:
-    """How the engine's number of replicas follows its load; None where it is fixed."""
-    return getattr(engine, "autoscaling", None)
-
-
 def may_scale_to_zero(engine: EngineOptions) -> bool:
     """Whether there may be no replica of the engine only because nobody asked for it."""
-    autoscaling = _autoscaling(engine)
-    return autoscaling is not None and autoscaling.min_replicas == 0
+    return engine.autoscaling is not None and engine.autoscaling.min_replicas == 0
 
 
 def may_be_held(config: Config, engine: EngineOptions) -> bool:
@@ -357,13 +350,12 @@ def _membership(config: Config, joined: Callable[[], None], failed: Callable[[st
 
 def _waker(config: Config) -> Waker:
     """Who starts replicas of engines that scale, and tells their autoscaler how many requests are held."""
-    engines = [engine for engine in config.engines if _autoscaling(engine) is not None]
+    engines = [engine for engine in config.engines if engine.autoscaling is not None]
     if not engines or config.membership.kind != "ray":
         return NoWaker()
-    from router.membership.waker import RayWaker  # type: ignore[import-not-found,unused-ignore]
+    from router.membership.waker import RayWaker
 
-    waker: Waker = RayWaker(engines)
-    return waker
+    return RayWaker(engines)
 
 
 def _report(task: asyncio.Task[None]) -> None:
