@@ -77,13 +77,18 @@ step_base_ms = 20.0
 """
 RECORDS = """
 import asyncio, json, sys
-from router.membership.directory_client import DirectoryClient, join
+from router.membership.directory_client import DirectoryAway, DirectoryClient, join
 from router.options import MembershipOptions
 
 async def main():
     options = MembershipOptions(ray_address=sys.argv[1])
     client = DirectoryClient(options.ray_namespace, lambda: join(options))
-    listing = await client.watch("", -1, 0)
+    while True:
+        try:
+            listing = await client.watch("", -1, 0)
+            break
+        except DirectoryAway:
+            await asyncio.sleep(0.5)
     print(json.dumps({name: record.host for name, record in listing.records.items()}))
 
 asyncio.run(main())
