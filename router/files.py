@@ -63,9 +63,9 @@ class Followed:
 async def follow(files: Sequence[Followed]) -> None:
     """Looks again and again, until cancelled."""
     while True:
-        await asyncio.sleep(LOOK_S)
         for each in files:
             each.look()
+        await asyncio.sleep(LOOK_S)
 
 
 def _stamp(path: str) -> tuple[int, ...]:
