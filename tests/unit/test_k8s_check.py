@@ -115,7 +115,7 @@ SEEDS: dict[str, tuple[str, Edit, str, str, str]] = {
         ROUTER, "terminationGracePeriodSeconds", "935",
     ),
     "engines that are killed while they drain": (
-        "gke-l4", lambda r: r.toml("drain_timeout_s = 150.0", "drain_timeout_s = 300.0"),
+        "gke-l4", lambda r: r.toml("drain_timeout_s = 600.0", "drain_timeout_s = 700.0"),
         RAY, "template.spec.terminationGracePeriodSeconds", "drain_timeout_s",
     ),
     "a load balancer that cuts streams": (
