@@ -26,6 +26,7 @@ from loadtests.processes import MODEL
 from router import garbage
 from router.admission import Admission
 from router.dispatch import Dispatcher
+from router.hold import Hold
 from router.ingress.http import HttpIngress
 from router.ingress.http_connection import Connection
 from router.lane import frames
@@ -130,6 +131,7 @@ class Router:
             policy,
             self.prefixes,
             self.replicas,
+            Hold(config.hold, config.limits.no_replica_wait_s, self.replicas, time.monotonic),
             config.limits,
             metrics,
             clock,

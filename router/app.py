@@ -19,6 +19,7 @@ from router.admission import Admission
 from router.control import SHUTDOWN_GRACE_S
 from router.dispatch import Dispatcher
 from router.errors import ConfigError
+from router.hold import Hold
 from router.ingress.admin import AdminPort
 from router.ingress.grpc import GrpcIngress
 from router.ingress.http import HttpIngress
@@ -36,6 +37,7 @@ from router.prefix.prefixes import Prefixes
 from router.receipts import Explainer
 from router.replicas import Replicas
 from router.types import EngineInfo
+from router.wake import NoWaker, Waker
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,16 @@ class App:
             first_output=self._metrics.first_output,
             caches=self.prefixes,
             foresee=_Foresights().of,
+            held=[model_name(engine) for engine in config.engines if may_be_held(config, engine)],
+        )
+        self._hold = Hold(
+            config.hold,
+            config.limits.no_replica_wait_s,
+            self.replicas,
+            time.monotonic,
+            self._metrics,
+            [model_name(engine) for engine in config.engines if may_scale_to_zero(engine)],
+            _waker(config),
         )
         policy = registry.create(config.policy.name, config.policy.options, rng)
         self.dispatcher = Dispatcher(
@@ -93,6 +105,7 @@ class App:
             config.policy.name,
             self.prefixes,
             self.replicas,
+            self._hold,
             config.limits,
             self._metrics,
             time.perf_counter,
@@ -107,6 +120,7 @@ class App:
         )
         self._membership = _membership(config, joined)
         self._metrics.watch(self._admission, self.replicas, self.prefixes)
+        self._metrics.watch_held(self._hold.queues)
         self._admin: AdminPort | None = None
         self._http: HttpIngress | None = None
         self._grpc: GrpcIngress | None = None
@@ -159,7 +173,7 @@ class App:
             raise ConfigError(f"cannot listen: {error}") from error
 
     async def wait_ready(self, ready: bool = True) -> None:
-        """Returns once every required model has a ready replica, or else once some has none."""
+        """Returns once every required model has a ready replica or may be held, or else once some has none."""
         while self.replicas.readiness().ready is not ready:
             await self.replicas.wait_for_news()
 
@@ -206,6 +220,7 @@ class App:
             task.remove_done_callback(_report)
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._hold.close()
         await self.replicas.close()
 
     def _forsake(self) -> None:
@@ -232,6 +247,17 @@ def _of(sockets: Sequence[Sequence[socket.socket]], slots: Collection[int]) -> l
 def model_name(engine: EngineOptions) -> str:
     """The name that clients ask for."""
     return engine.served_model_name or engine.name
+
+
+def may_scale_to_zero(engine: EngineOptions) -> bool:
+    """Whether there may be no replica of the engine only because nobody asked for it."""
+    autoscaling = getattr(engine, "autoscaling", None)
+    return autoscaling is not None and autoscaling.min_replicas == 0
+
+
+def may_be_held(config: Config, engine: EngineOptions) -> bool:
+    """Whether requests for the engine's model wait for its first replica, so that it is served even at zero."""
+    return config.hold.enabled == "always" or (config.hold.enabled == "auto" and may_scale_to_zero(engine))
 
 
 class _Foresights:
@@ -278,6 +304,17 @@ def _membership(config: Config, joined: Callable[[], None]) -> Membership:
     from router.membership.ray import RayMembership
 
     return RayMembership(config.membership, joined)
+
+
+def _waker(config: Config) -> Waker:
+    """Who starts replicas of engines that may scale to zero; nobody where their requests are not held."""
+    engines = [engine for engine in config.engines if may_scale_to_zero(engine) and may_be_held(config, engine)]
+    if not engines or config.membership.kind != "ray":
+        return NoWaker()
+    from router.membership.waker import RayWaker  # type: ignore[import-not-found,unused-ignore]
+
+    waker: Waker = RayWaker(engines)
+    return waker
 
 
 def _report(task: asyncio.Task[None]) -> None:

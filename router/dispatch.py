@@ -1,20 +1,21 @@
 """Dispatch: the hot path, where the stages meet.
 
 Job: admit a request, look its prompt up, choose its replica, run it on that replica's lane, and try another replica if
-the first fails before the client saw a byte. Rule: no await between the snapshot, the choice and the charge. It owns no
-state.
+the first fails before the client saw a byte; where there is no replica, wait for one in the hold. Rule: no await
+between the snapshot, the choice and the charge. It owns no state.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from typing import Final, Protocol
 
 import msgspec
 
 from router.admission import Admission
 from router.errors import DeadlineExceeded, KvlaneError, NoReplica
+from router.hold import LARGE_BODY_BYTES, Hold
 from router.lane.frames import End
 from router.options import LimitOptions
 from router.policies.base import Policy
@@ -26,8 +27,6 @@ from router.types import Chain, Charge, Decision, Reason, Receipt, Request, Sink
 
 EXPLAIN_HEADER: Final = ("x-kvlane-explain", "1")
 """A request that carries it is told of every replica that it could have gone to."""
-LARGE_BODY_BYTES: Final = 64 << 10
-"""To read and hash such a prompt takes up to 5 ms: other streams get their turn meanwhile."""
 
 
 class Observer(Protocol):
@@ -62,6 +61,7 @@ class Dispatcher:
         policy_name: str,
         prefixes: Prefixes,
         replicas: Replicas,
+        hold: Hold,
         limits: LimitOptions,
         observer: Observer,
         clock: Callable[[], float],
@@ -75,6 +75,8 @@ class Dispatcher:
         self._policy_name = policy_name
         self._prefixes = prefixes
         self._replicas = replicas
+        self._hold = hold
+        self._queues = hold.queues
         self._limits = limits
         self._observer = observer
         self._clock = clock
@@ -117,15 +119,16 @@ class Dispatcher:
         lost: KvlaneError | None = None
         while True:
             try:
-                try:
-                    pool = self._replicas.snapshot(request.model, tried)
-                except NoReplica:
-                    pool = await self._candidates(request.model, tried)
-                if lost is None and len(request.body) < LARGE_BODY_BYTES:
-                    chain = self._chain(request)
-                elif lost is None:
-                    chain = await in_turns(self._chain_in_slices(request))
-                    pool = await self._candidates(request.model, tried)  # It may have changed meanwhile.
+                if lost is None and (len(request.body) >= LARGE_BODY_BYTES or request.model in self._queues):
+                    pool, chain = await self._first_look(request, sink)
+                else:
+                    try:
+                        pool = self._replicas.snapshot(request.model, tried)
+                    except NoReplica:
+                        pool, chain = await self._held(request, sink, tried, chain, first=lost is None)
+                    else:
+                        if lost is None:
+                            chain = self._chain(request)
             except NoReplica:
                 if lost is None:
                     raise
@@ -150,20 +153,43 @@ class Dispatcher:
                     self._observer.retried(error)
                     lost = error.with_traceback(None)  # Which would hold this frame, which holds the error.
 
-    async def _candidates(self, model: str, tried: set[str]) -> Snapshot:
-        """The pool without the replicas that failed this request; while the pool is empty, waits for one to come."""
-        deadline = self._clock() + self._limits.no_replica_wait_s
-        while True:
+    async def _first_look(self, request: Request, sink: Sink) -> tuple[Snapshot, Chain | None]:
+        """The pool and the prompt's hashes where these are not to be had at once: others of the model wait already, who
+        came before, or the prompt is large."""
+        chain, hashed = None, False
+        if request.model not in self._queues:
             try:
-                return self._replicas.snapshot(model, tried)
+                self._replicas.snapshot(request.model)
+                chain, hashed = await in_turns(self._chain_in_slices(request)), True
+                return self._replicas.snapshot(request.model), chain  # It may have changed meanwhile.
             except NoReplica:
-                if self._replicas.ready(model):
-                    raise  # all that are ready have failed it
-            try:
-                async with asyncio.timeout(deadline - self._clock()):
-                    await self._replicas.wait_for_news()
-            except TimeoutError:
-                return self._replicas.snapshot(model, tried)
+                pass
+        return await self._held(request, sink, (), chain, first=not hashed)
+
+    async def _held(
+        self, request: Request, sink: Sink, tried: Collection[str], chain: Chain | None, *, first: bool
+    ) -> tuple[Snapshot, Chain | None]:
+        """The pool without the replicas that failed this request, once there is one and those who came before have
+        gone on; and the prompt's hashes, where this is the `first` time that they are asked for made there."""
+        if tried and self._replicas.ready(request.model):
+            raise NoReplica("all that are ready have failed it")
+        with self._hold.place(request, sink) as place:
+            while True:
+                await place.turn()
+                if first and self._replicas.ready(request.model):
+                    chain, first = await self._chained(request), False
+                try:
+                    return self._replicas.snapshot(request.model, tried), chain
+                except NoReplica:
+                    if self._replicas.ready(request.model):
+                        raise  # all that are ready have failed it
+                place.put_back()
+
+    async def _chained(self, request: Request) -> Chain | None:
+        """The prompt's hashes, in slices where it is large."""
+        if len(request.body) < LARGE_BODY_BYTES:
+            return self._chain(request)
+        return await in_turns(self._chain_in_slices(request))
 
     def _chain(self, request: Request) -> Chain | None:
         """The prompt's hashes; None without reading the body where no replica of the model reuses prefixes."""

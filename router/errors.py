@@ -176,6 +176,13 @@ class ReplicaDraining(NoReplica):
     name = "replica_draining"
 
 
+class HoldFull(NoReplica):
+    """Rejected before any work: too many requests wait for a replica already."""
+
+    name = "hold_full"
+    fault = Fault.ROUTER
+
+
 class ReplicaLost(KvlaneError):
     """The replica or its lane was lost during the work."""
 

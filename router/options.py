@@ -130,6 +130,17 @@ class LimitOptions(Options, frozen=True):
     max_tries: Count = 3  # Replicas tried per request before its first byte.
 
 
+class HoldOptions(Options, frozen=True):
+    """Requests that wait, in order, for a model's first replica. Bounds are per router process: each worker has its
+    own."""
+
+    enabled: Literal["auto", "always", "never"] = "auto"  # Auto: models that may scale to zero; always: every model.
+    max_requests: Count = 10_000  # Of each model; half of limits.max_streams, so that other models still get through.
+    max_bytes: Bytes = 256 << 20  # Bodies of all of them; a few thousand long prompts. Beyond either bound: 503.
+    timeout_s: Seconds = 600.0  # A new node and a large model's start. Others wait for limits.no_replica_wait_s.
+    comment_interval_s: Annotated[float, msgspec.Meta(ge=0)] = 15.0  # Keeps balancers from cutting streams; 0: silence.
+
+
 class HoursOptions(Options, frozen=True, kw_only=True):
     """Hours of the week with more warm replicas than `min_replicas`, in a place's own time."""
 
@@ -197,6 +208,7 @@ class Config(Options, frozen=True):
     policy: PolicyOptions = PolicyOptions()
     prefix: PrefixOptions = PrefixOptions()
     limits: LimitOptions = LimitOptions()
+    hold: HoldOptions = HoldOptions()
     admin: AdminOptions = AdminOptions()
     engines: tuple[EngineOptions, ...] = ()
     ray: RayOptions = RayOptions()

@@ -8,12 +8,13 @@ the very callback that learns of its loss. `Replicas` is the only writer of this
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import random
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, Protocol
+
+import msgspec
 
 from router.errors import ModelNotFound, NoReplica, ReplicaLost, cut
 from router.ingress.base import CacheStatus, ModelStatus, Readiness
@@ -24,6 +25,7 @@ from router.lane.meter import FrameMeter
 from router.load.account import Blind, Foresight
 from router.membership.base import ReplicaRecord
 from router.options import LaneOptions
+from router.replica_life import LIFE, Event, State
 from router.types import CacheMode, Columns, EngineInfo, ModelCard, Snapshot
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,10 @@ SLICE_PAUSE_S: Final = 0.003
 """Between two slices of it; one takes up to a millisecond, so most of the time stays for the traffic."""
 COMPLAIN_INTERVAL_S: Final = 60.0
 """Slices that fail are logged as seldom."""
+
+
+HELD: Final = "scaled to zero, requests are held"
+"""Of a model without any replica that may be held, for `/readyz`."""
 
 
 class CacheNote(Protocol):
@@ -110,47 +116,6 @@ class Unobserved:
         return False
 
 
-class State(enum.Enum):
-    """Where a replica stands in its life, seen from here."""
-
-    JOINING = enum.auto()
-    """Listed; no lane yet, or not any more."""
-    READY = enum.auto()
-    LEAVING = enum.auto()
-    """Not listed any more, the lane still open: streams in flight go on."""
-    DRAINING = enum.auto()
-    """It said that it takes no new streams."""
-    ENDING = enum.auto()
-    """Draining and not listed any more."""
-    GONE = enum.auto()
-
-
-class Event(enum.Enum):
-    OPENED = enum.auto()
-    SAID_DRAINING = enum.auto()
-    LOST = enum.auto()
-    LISTED = enum.auto()
-    UNLISTED = enum.auto()
-
-
-LIFE: Mapping[tuple[State, Event], State] = {
-    (State.JOINING, Event.OPENED): State.READY,
-    (State.JOINING, Event.LOST): State.JOINING,
-    (State.JOINING, Event.UNLISTED): State.GONE,
-    (State.READY, Event.SAID_DRAINING): State.DRAINING,
-    (State.READY, Event.LOST): State.JOINING,
-    (State.READY, Event.UNLISTED): State.LEAVING,
-    (State.LEAVING, Event.LISTED): State.READY,
-    (State.LEAVING, Event.SAID_DRAINING): State.ENDING,
-    (State.LEAVING, Event.LOST): State.GONE,
-    (State.DRAINING, Event.LOST): State.JOINING,
-    (State.DRAINING, Event.UNLISTED): State.ENDING,
-    (State.ENDING, Event.LISTED): State.DRAINING,
-    (State.ENDING, Event.LOST): State.GONE,
-}
-"""The life of a replica; a pair that is missing changes nothing."""
-
-
 class _Member:
     """One replica: its record, its state, its lane, and the task that keeps the lane open."""
 
@@ -163,6 +128,8 @@ class _Member:
         self._owner = owner
         self._opened = asyncio.Event()
         self._lost = asyncio.Event()
+        self.tried = False
+        """A lane was opened once, or could not be opened."""
         self.task = asyncio.create_task(self._keep_lane(), name=f"lane {record.replica}")
 
     def happens(self, event: Event) -> None:
@@ -200,12 +167,19 @@ class _Member:
                 log.exception("replica %s: the carrier failed", self.record.replica)
                 self._give_up_lane()
             else:
+                self._was_tried()
                 if not self._lost.is_set():
                     delay_s = options.reconnect_min_s
                 await self._lost.wait()
+            self._was_tried()
             if not self.gone:
                 await asyncio.sleep(delay_s * self._owner.random.uniform(0.5, 1.0))
                 delay_s = min(delay_s * 2, options.reconnect_max_s)
+
+    def _was_tried(self) -> None:
+        if not self.tried:
+            self.tried = True
+            self._owner.tried()
 
     def _give_up_lane(self) -> None:
         if self.lane is not None:
@@ -317,8 +291,10 @@ class Replicas:
         rng: random.Random | None = None,
         caches: CacheObserver | None = None,
         foresee: Callable[[EngineInfo], Foresight] = lambda info: Blind(),
+        held: Collection[str] = (),
     ) -> None:
-        """`foresee` gives what the load model knows of an engine that a lane was opened to."""
+        """`foresee` gives what the load model knows of an engine that a lane was opened to. Requests for the models
+        in `held` wait where there is no replica, so that these are there for clients even then."""
         self.name = name
         """This router process, as replicas log it."""
         self.carrier = carrier
@@ -331,6 +307,7 @@ class Replicas:
         """Samples the frames of all lanes, for metrics."""
         self.random = rng or random.Random()
         self._required = tuple(required)
+        self._held = tuple(held)
         self._members: dict[str, _Member] = {}
         self._pools: dict[str, _Pool] = {}
         self._lanes: dict[str, Lane] = {}
@@ -347,6 +324,10 @@ class Replicas:
         """Models that nobody serves, since when in loop time."""
         self._routes: dict[str, tuple[re.Pattern[str], set[str]]] = {}
         self._news = asyncio.Event()
+        self._told = False
+        self._followers: list[Callable[[], None]] = []
+        self._settled = False
+        """Membership has told what there is, and a lane to each of that was tried: that there is no replica is true."""
         self._complain_at = 0.0
         self._idle_at = 0.0
         """Until then something may have been put off."""
@@ -371,6 +352,14 @@ class Replicas:
                 known = None
             if known is None:
                 self._members[name] = _Member(self, record)
+        self._told = True
+        self.tried()
+
+    def tried(self) -> None:
+        """Some member's first lane is open, or could not be opened."""
+        if self._told and not self._settled and all(member.tried or member.gone for member in self._members.values()):
+            self._settled = True
+            self.changed()
 
     def changed(self) -> None:
         """Some replica's state changed: builds the pools anew."""
@@ -390,6 +379,12 @@ class Replicas:
         self._learn()
         news, self._news = self._news, asyncio.Event()
         news.set()
+        for follower in self._followers:
+            follower()
+
+    def follow(self, changed: Callable[[], None]) -> None:
+        """Has `changed` called after each change of any pool."""
+        self._followers.append(changed)
 
     def opened(self, lane: Lane) -> None:
         """A lane opened; what it says of the replica's KV cache counts from now on."""
@@ -439,7 +434,7 @@ class Replicas:
                         self._routes[route.path] = (_pattern(route.path), set())
                     self._routes[route.path][1].update(route.methods)
         missed = {name: self._missed.get(name, now) for name in self._cards if name not in announced}
-        self._missed = {name: since for name, since in missed.items() if now - since < FORGET_S}
+        self._missed = {name: t for name, t in missed.items() if now - t < FORGET_S or self._is_held(name)}
         self._cards = {name: self._cards[name] for name in self._missed} | announced
 
     async def keep_alive(self) -> None:
@@ -485,7 +480,7 @@ class Replicas:
     def snapshot(self, model: str, excluding: Collection[str] = ()) -> Snapshot:
         """The pool of `model` without some replicas. Raises `ModelNotFound`, or `NoReplica` where it is empty."""
         pool = self._pools.get(model)
-        if pool is None and model not in self._cards and model not in self._required:
+        if pool is None and model not in self._cards and model not in self._required and model not in self._held:
             raise ModelNotFound(f"The model `{cut(model)}` does not exist.", param="model")
         if excluding and pool is not None:
             pool = _Pool([lane for lane in pool.lanes if lane.replica not in excluding])
@@ -512,7 +507,9 @@ class Replicas:
     # -- for the ingresses
 
     def models(self) -> tuple[ModelStatus, ...]:
-        return tuple(ModelStatus(card, len(self._pools.get(name, ()))) for name, card in sorted(self._cards.items()))
+        known = [ModelStatus(card, len(self._pools.get(name, ()))) for name, card in self._cards.items()]
+        unseen = [ModelStatus(ModelCard(name), 0, announced=False) for name in self._held if name not in self._cards]
+        return tuple(sorted([*known, *unseen], key=lambda status: status.card.name))
 
     def parent(self, model: str) -> str:
         """The base model where `model` is a LoRA adapter; else empty."""
@@ -531,9 +528,15 @@ class Replicas:
         return tuple(sorted(found))
 
     def readiness(self) -> Readiness:
-        counts = {name: len(self._pools.get(name, ())) for name in (*self._required, *self._cards)}
-        wanted = [counts[name] for name in self._required] or [max(counts.values(), default=0)]
-        return Readiness(all(wanted), counts, self.caches())
+        counts = {name: len(self._pools.get(name, ())) for name in (*self._required, *self._held, *self._cards)}
+        held = {name: HELD for name in self._held if not counts[name]} if self._settled else {}
+        wanted = [counts[name] > 0 or name in held for name in self._required]
+        ready = all(wanted) if wanted else any(counts.values()) or bool(held)
+        return Readiness(ready, counts, self.caches(), held=held or msgspec.UNSET)
+
+    def _is_held(self, model: str) -> bool:
+        """Whether requests for the model, or for the adapter of that name, may wait without any replica."""
+        return model in self._held or self.parent(model) in self._held
 
     def caches(self) -> dict[str, CacheStatus]:
         """What is known of the ready replicas' KV caches."""

@@ -501,7 +501,9 @@ class Sink(Protocol):
 
     Raising a `KvlaneError` aborts this stream alone. `started` turns true once the client may have seen a byte;
     from then on the request cannot go to another replica. A sink that has a method `last`, with the arguments of
-    `data`, gets an answer's last payload there where its end came along with it: all is well and nothing follows.
+    `data`, gets an answer's last payload there where its end came along with it: all is well and nothing follows. One
+    that has a method `waiting`, with the request as its argument, is told at times that it still waits for a replica;
+    what it says to its client then is no part of the answer, and does not make it `started`.
     """
 
     started: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from engine.base import Abort, StreamOut
 from engine.cache_report import CacheFeed
@@ -50,6 +50,11 @@ class ScriptedEngine:
 
     def load(self) -> Load:
         return self.current_load
+
+    def busy(self, running: int) -> None:
+        """So many requests run there from now on, and a step tells so."""
+        self.current_load = Load(running=running)
+        self.step()
 
     def on_step(self, listener: Callable[[], None]) -> None:
         self.step = listener
@@ -116,6 +121,7 @@ class Fleet:
         self,
         caches: CacheObserver | None = None,
         foresee: Callable[[EngineInfo], Foresight] = lambda info: Blind(),
+        held: Collection[str] = (),
         **lane_options: float,
     ) -> None:
         self.engines: dict[str, ScriptedEngine] = {}
@@ -123,7 +129,7 @@ class Fleet:
         self.records: dict[str, ReplicaRecord] = {}
         fast = {"reconnect_min_s": 0.01, "reconnect_max_s": 0.05}
         options = LaneOptions(**(fast | lane_options))  # type: ignore[arg-type]
-        self.router = Replicas("test", SocketCarrier(), options, caches=caches, foresee=foresee)
+        self.router = Replicas("test", SocketCarrier(), options, caches=caches, foresee=foresee, held=held)
 
     async def add(
         self,

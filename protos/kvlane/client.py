@@ -216,6 +216,7 @@ class Stream:
         self._call = call
         self._responses = aiter(call)
         self._to_delta = to_delta
+        self._begun = False
 
     def cancel(self) -> None:
         """Ends the call; its work in the engine stops, and whoever waits for a delta gets CANCELLED. Harmless after the
@@ -227,7 +228,11 @@ class Stream:
 
     async def __anext__(self) -> Delta:
         try:
-            return self._to_delta(await anext(self._responses))
+            response = await anext(self._responses)
+            while not self._begun and not response.ByteSize():
+                response = await anext(self._responses)  # The last one said only that the request still waits.
+            self._begun = True
+            return self._to_delta(response)
         except _FAILURES as error:
             _fail(error)
 

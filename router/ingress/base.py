@@ -25,6 +25,8 @@ class ModelStatus(msgspec.Struct, frozen=True):
 
     card: ModelCard
     ready_replicas: int
+    announced: bool = True
+    """False where no replica has been there yet, and only the configuration names the model."""
 
 
 class CacheStatus(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -42,6 +44,8 @@ class Readiness(msgspec.Struct, frozen=True):
     models: dict[str, int]
     caches: dict[str, CacheStatus] = {}
     """Of the ready replicas."""
+    held: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    """Models without any replica whose requests wait for one, which is as good as ready; in words."""
 
 
 class Fleet(Protocol):

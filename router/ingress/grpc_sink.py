@@ -53,7 +53,8 @@ class StreamSink(ABC):
     """A stream's way to its client. Payloads are serialized messages, sent as they came and in order.
 
     Nothing is sent before the first data, initial metadata neither: a call that fails before it is answered by a status
-    alone, which clients' own retry rules may retry.
+    alone, which clients' own retry rules may retry. Only a stream that waits long for a replica is begun before, where
+    its edge's sink has a method `waiting`.
     """
 
     __slots__ = ("_receipt", "started")

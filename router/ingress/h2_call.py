@@ -21,6 +21,7 @@ from router.ingress.h2_messages import Message, MessageCutter, decompressed
 from router.ingress.h2_output import Output
 from router.ingress.h2_wire import Wire
 from router.options import GrpcOptions
+from router.types import Request
 
 MAX_UNREAD_MESSAGES: Final = 64
 """Of a stream of requests, which only reflection has."""
@@ -215,9 +216,21 @@ class H2Sink(StreamSink):
             self._begin()
         self._send(payload)
 
+    def waiting(self, request: Request) -> None:
+        """The request still waits for a replica: an empty message tells so. Pings, which are the connection's, do not
+        keep balancers from cutting a silent stream."""
+        output = self._output
+        if not self.started and not output.unread_bytes:
+            self._open()
+            self._send(b"")
+
+    def _open(self) -> None:
+        if not self._output.opened:
+            self._output.open(h2_headers.opening(self._request_id))
+
     def _begin(self) -> None:
         self.started = True
-        self._output.open(h2_headers.opening(self._request_id))
+        self._open()
         if self._receipt is not None:
             self._send(route_message(self._receipt))
 

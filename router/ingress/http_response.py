@@ -1,8 +1,8 @@
 """HTTP/1 responses: heads as bytes, and `Exchange`, the sink that relays a replica's answer to one request.
 
 An exchange owns the framing of its response and nothing else; bytes go to its connection, which owns the transport and
-what a slow client has not read. The one rule: nothing is written before the first payload (or the end) is here, so
-that until then a failed try can be forgotten.
+what a slow client has not read. The one rule: nothing of an answer is written before its first payload (or the end) is
+here, so that until then a failed try can be forgotten. Only a stream that waits long for a replica is begun before.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Final, Protocol
 import msgspec
 
 from router.errors import KvlaneError, MethodNotAllowed, ReplicaFailed
-from router.ingress import openai
-from router.types import Headers, Receipt
+from router.ingress import http_waiting, openai
+from router.types import Headers, Receipt, Request
 
 _STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
 
@@ -157,8 +157,10 @@ class Exchange:
     """One relayed request's response; a `Sink`."""
 
     __slots__ = (
+        "_begun",
         "_complete",
         "_ending",
+        "_folded",
         "_head",
         "_left",
         "_open",
@@ -189,15 +191,36 @@ class Exchange:
         self._ending = _CHUNKED
         self._left = 0
         self._sse = False
+        self._begun = False
+        """The head of an event stream went out before there was a replica."""
+        self._folded: bytearray | None = None
+        """The replica's answer to such a request, where it is no event stream."""
+
+    def waiting(self, request: Request) -> None:
+        """The request still waits for a replica: where a stream was asked for, its client is told so by a comment, that
+        nobody in between takes the connection for dead."""
+        if self.done or self.started or self.envelope.http_1_0 or not self._output.flowing:
+            return
+        if self._begun:
+            self._output.write(self._frame(http_waiting.COMMENT))
+        elif http_waiting.wants_events(request):
+            self._begun = self._sse = True
+            self._ending = _CHUNKED
+            self.status = 200
+            head = http_waiting.HEAD + self.envelope.lines(not self.envelope.keep_alive)
+            self._output.write(head.encode("latin-1") + self._frame(http_waiting.COMMENT))
 
     def routed(self, receipt: Receipt) -> None:
         """A new try; what an earlier one gave was not sent and is forgotten."""
         self._receipt = receipt
-        self._head = None
+        self._head = self._folded = None
 
     def head(self, status: int, headers: Headers) -> None:
         """Renders the head and keeps it. Raises `ReplicaFailed` for one that cannot be sent."""
         answer = _head_lines(status, tuple(headers))
+        if self._begun:
+            self._reconcile(status, answer)
+            return
         self._sse = answer.sse
         route = ""
         if self._receipt is not None:
@@ -211,6 +234,15 @@ class Exchange:
         except UnicodeEncodeError as error:
             raise ReplicaFailed(_MALFORMED) from error
         self.status = status
+
+    def _reconcile(self, status: int, answer: _HeadLines) -> None:
+        """The head is out already, and promised an event stream."""
+        self.status = status
+        if status == 200 and answer.sse:
+            route = http_waiting.route_comment(self._receipt.header()) if self._receipt is not None else b""
+            self._head = self._frame(route) if route else b""
+        else:
+            self._folded = bytearray()
 
     def _framing(self, status: int, length: str | None) -> str:
         if status in (204, 304) or self.envelope.head_only:
@@ -249,6 +281,9 @@ class Exchange:
     def large(self, payload: memoryview, tokens: int) -> None:
         """As `data`, and copies nothing."""
         head = self._head
+        if self._folded is not None:
+            self._data(bytes(payload))
+            return
         if head is None:
             raise ReplicaFailed("The replica sent output before its head")
         if self.done or self._ending == _NO_BODY:
@@ -269,6 +304,11 @@ class Exchange:
 
     def _data(self, payload: bytes) -> None:
         head = self._head
+        if self._folded is not None:
+            self._folded += payload
+            if len(self._folded) > http_waiting.MAX_FOLDED_BYTES:
+                raise ReplicaFailed("The replica's answer is no event stream and too long for one event")
+            return
         if head is None:
             raise ReplicaFailed("The replica sent output before its head")
         if self._ending == _NO_BODY:
@@ -305,6 +345,8 @@ class Exchange:
         if self._complete:
             self._answered(close=False)
             return
+        if self._folded is not None:
+            self._head = self._frame(http_waiting.as_event(bytes(self._folded), self.envelope.path))
         if self._head is None:
             self.fail(ReplicaFailed("The replica ended the stream without an answer"))
             return
@@ -327,7 +369,7 @@ class Exchange:
             self._answered(close=False)
             return
         close = openai.ends_connection(error)
-        if not self.started:
+        if not self.started and not self._begun:
             self.started = True
             self.status = error.http_status
             reply = error_reply(error, self.envelope.path, self._receipt)

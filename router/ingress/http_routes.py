@@ -17,11 +17,11 @@ import msgspec
 
 from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, PathNotFound, cut
 from router.ingress import large_json, multipart, openai, request_ids
-from router.ingress.base import Fleet
+from router.ingress.base import Fleet, ModelStatus
 from router.ingress.http_parser import HttpRequest
 from router.ingress.http_response import Reply
 from router.options import HttpOptions
-from router.types import Request, Rpc
+from router.types import ModelCard, Request, Rpc
 
 RELAYED_PREFIXES: Final = ("/v1/", "/v2/", "/inference/v1/", "/cohere/v2/")
 RELAYED: Final = frozenset(
@@ -33,6 +33,8 @@ _ONE_REPLICAS_STATE: Final = frozenset({"/v1/load_lora_adapter", "/v1/unload_lor
 _OWN: Final = frozenset({"/healthz", "/readyz", "/metrics", "/v1/models"})
 _MODEL_PREFIX: Final = "/v1/models/"
 _JSON: Final = "application/json"
+
+_NOBODY: Final = (ModelStatus(ModelCard(""), 0, announced=False),)
 
 Metrics = Callable[[], tuple[bytes, str] | Awaitable[tuple[bytes, str]]]
 """Makes ``/metrics``: its body and content type, at once or after others were asked."""
@@ -167,8 +169,8 @@ class Routes:
     def _check(self, asked: str, method: str, path: str) -> None:
         relayed = (path in RELAYED or path.startswith(RELAYED_PREFIXES)) and path not in _ONE_REPLICAS_STATE
         allowed = self._fleet.methods(path) if relayed else ()
-        if relayed and not allowed and not self._fleet.models():
-            return  # No replica has said yet what there is: dispatch waits for one, which then judges path and method.
+        if relayed and not allowed and not all(status.announced for status in self._fleet.models() or _NOBODY):
+            return  # Some model has not said yet what there is: its first replica will judge path and method.
         if not allowed:
             raise PathNotFound(f"There is nothing at {cut(path)}")
         if method not in allowed:

@@ -19,7 +19,8 @@ _MAX_WORD_BYTES: Final = 1024  # Of `user` and `cache_salt` as JSON; longer ones
 _MAX_NUMBER_BYTES: Final = 11
 _MAX_MESSAGE_CHARS: Final = 1024  # Messages may quote what a client sent.
 _QUOTE: Final = ord('"')
-_STOP_WORD: Final = "data: [DONE]\n\n"
+STOP_EVENT: Final = b"data: [DONE]\n\n"
+"""The end of an event stream, where its events have no names."""
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -172,9 +173,14 @@ def error_event(error: KvlaneError, path: str) -> bytes:
     Streams of the Messages and Responses APIs have named events and no closing `[DONE]`.
     """
     info = _error_info(error)
-    if path.startswith(("/v1/messages", "/v1/responses")):
+    if has_named_events(path):
         return b"event: error\ndata: %b\n\n" % _encoder.encode(_MessagesError("error", info))
-    return b"data: %b\n\n%b" % (_encoder.encode(_ErrorBody(info)), _STOP_WORD.encode())
+    return b"data: %b\n\n%b" % (_encoder.encode(_ErrorBody(info)), STOP_EVENT)
+
+
+def has_named_events(path: str) -> bool:
+    """Whether event streams there name their events, and have no closing `[DONE]`."""
+    return path.startswith(("/v1/messages", "/v1/responses"))
 
 
 def ends_connection(error: KvlaneError) -> bool:

@@ -24,6 +24,8 @@ CUMULATIVE: Final = frozenset({"counter", "histogram", "summary"})
 GAUGES: Final[Mapping[str, Callable[[float, float], float]]] = {
     # What each worker has for itself adds up.
     "kvlane_streams_in_flight": float.__add__,
+    "kvlane_held_requests": float.__add__,
+    "kvlane_held_bytes": float.__add__,
     "kvlane_replica_leases": float.__add__,
     "kvlane_prefix_blocks": float.__add__,
     "kvlane_prefix_holds": float.__add__,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from router.admission import Admission
 from router.errors import KvlaneError
+from router.holding import Queue
 from router.observe.histograms import Counts, powers_of_two
 from router.observe.loop_lag import LoopLag
 from router.observe.merge import Families, exposition_in_slices, merge, snapshot_in_slices
@@ -34,6 +35,7 @@ from router.types import Receipt, Request, Rpc
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_HELD_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2, 4, 10)
 _FRAME_BITS = range(6, 25, 2)
 _BATCH_BITS = range(13)
@@ -68,6 +70,14 @@ class Metrics:
         )
         self.policies = PolicyMetrics(registry)
         """What guards and shadows report to."""
+        self._held = Counter(
+            "kvlane_held",
+            "Requests that had to wait for a replica, by how that ended: released, gave_up, expired or refused.",
+            ["model", "outcome"],
+            registry=registry,
+        )
+        self._held_models: dict[str, None] = {}
+        """Those whose requests ever had to wait: they go on to be shown, with 0."""
         self._prefixes = PrefixMetrics()
         registry.register(self._prefixes)
 
@@ -75,6 +85,17 @@ class Metrics:
         """Shows these at each scrape."""
         self._registry.register(_State(admission, replicas))
         self._prefixes.watch(prefixes, replicas)
+
+    def watch_held(self, queues: Mapping[str, Queue]) -> None:
+        """Shows who is held at each scrape."""
+        self._registry.register(_Held(queues, self._held_models))
+
+    def held(self, model: str, outcome: str, waited_s: float) -> None:
+        """A request waits for a replica no longer, or could not (`router.hold.HoldObserver`)."""
+        self._held_models[model] = None
+        self._held.labels(model, outcome).inc()
+        if outcome != "refused":
+            self._times.held.add(waited_s)
 
     def began(self) -> float:
         """A request begins; hand the result to `ended`."""
@@ -137,6 +158,7 @@ class _Times(Collector):
         self.durations = {rpc: Counts(_DURATION_BUCKETS_S) for rpc in _RPC_NAMES}
         self.first_outputs = Counts(_TTFT_BUCKETS_S)
         self.ratios = Counts(_RATIO_BUCKETS)
+        self.held = Counts(_HELD_BUCKETS_S)
 
     def collect(self) -> Iterator[Metric]:
         durations = HistogramMetricFamily(
@@ -155,6 +177,30 @@ class _Times(Collector):
         )
         self.ratios.show(ratios)
         yield ratios
+        held = HistogramMetricFamily(
+            "kvlane_held_seconds", "Time that requests waited for a replica, however it ended."
+        )
+        self.held.show(held)
+        yield held
+
+
+class _Held(Collector):
+    """Reads at each scrape who is held."""
+
+    def __init__(self, queues: Mapping[str, Queue], known: dict[str, None]) -> None:
+        self._queues = queues
+        self._known = known
+
+    def collect(self) -> Iterator[Metric]:
+        self._known.update(dict.fromkeys(self._queues))
+        requests = GaugeMetricFamily("kvlane_held_requests", "Requests that wait for a replica.", labels=["model"])
+        size = GaugeMetricFamily("kvlane_held_bytes", "Bytes of these requests' bodies.", labels=["model"])
+        for model in self._known:
+            queue = self._queues.get(model)
+            requests.add_metric([model], len(queue) if queue is not None else 0)
+            size.add_metric([model], queue.bytes if queue is not None else 0)
+        yield requests
+        yield size
 
 
 class _State(Collector):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -168,6 +169,49 @@ async def test_replicas_follow_a_wave_from_none_to_three_and_back_and_no_stream_
     await asyncio.gather(*long)
     await until(lambda: router.ready == 0, "the last replica is taken away")
     assert router.whole > 10
+
+
+class Starts:
+    """When Serve began to start a replica, and when it called one ready; seconds of the monotonic clock."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, float] = {}
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Looks ten times a second meanwhile."""
+        task = asyncio.create_task(self._look())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def _look(self) -> None:
+        while True:
+            found = await asyncio.to_thread(serve.status)
+            for name, count in found.applications[APPLICATION].deployments["engine"].replica_states.items():
+                if count:
+                    self.seen.setdefault(str(name), time.monotonic())
+            await asyncio.sleep(0.1)
+
+
+async def test_two_hundred_requests_at_zero_are_held_and_all_complete(router: Router) -> None:
+    await until(lambda: router.ready == 0 and state() == ("RUNNING", 0, ""), "no replica is left")
+    starts, sinks = Starts(), [RecordingSink() for _ in range(200)]
+    async with starts.watched():
+        began = time.monotonic()
+        streams = [asyncio.create_task(router.stream(20, sink)) for sink in sinks]
+        await until(lambda: any(sink.started for sink in sinks), "a first token has come")
+        first = time.monotonic()
+        await asyncio.gather(*streams)
+        over = time.monotonic()
+        await until(lambda: "RUNNING" in starts.seen, "Serve calls a replica ready")
+    print(
+        f"first request to start of the replica {starts.seen['STARTING'] - began:.2f} s, to first token "
+        f"{first - began:.2f} s, to Serve's ready {starts.seen['RUNNING'] - began:.2f} s, to the last end {over - began:.2f} s"
+    )
+    assert router.whole == 200
+    assert first - starts.seen["RUNNING"] < 10
 
 
 async def test_a_model_is_woken_though_serves_controller_dies(router: Router) -> None:

@@ -5,7 +5,7 @@ import gc
 import time
 import weakref
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 
 import pytest
 
@@ -22,11 +22,13 @@ from router.errors import (
     ReplicaLost,
     ShuttingDown,
 )
+from router.hold import Hold
 from router.lane.frames import CacheReport, End, Submit, unpack_chain
-from router.options import LimitOptions, PrefixOptions
+from router.options import HoldOptions, LimitOptions, PrefixOptions
 from router.prefix.prefixes import Prefixes
 from router.receipts import Explainer
 from router.types import CacheMode, Chain, Decision, Reason, Receipt, Request, Rpc, Snapshot
+from router.wake import Waker
 from tests.fakes import DEADLINE_S, Fleet, RecordingSink, eventually, make_request
 
 
@@ -39,6 +41,11 @@ class Notes:
         self.receipts: list[Receipt] = []
         self.hashes = self.lookups = 0
         self.unexplained: list[str] = []
+        self.holds: list[tuple[str, str]] = []
+
+    def held(self, model: str, outcome: str, waited_s: float) -> None:
+        assert waited_s >= 0
+        self.holds.append((model, outcome))
 
     def explain_failed(self, kind: str) -> None:
         self.unexplained.append(kind)
@@ -72,21 +79,34 @@ class First:
 class Router:
     """A dispatcher with what it joins."""
 
-    def __init__(self, *, record: bool = False, explain: bool = True, **limits: float) -> None:
+    def __init__(
+        self,
+        *,
+        record: bool = False,
+        explain: bool = True,
+        hold: HoldOptions = HoldOptions(),  # noqa: B008
+        from_zero: Collection[str] = (),
+        waker: Waker | None = None,
+        **limits: float,
+    ) -> None:
         self.prefixes = Prefixes(PrefixOptions(block_bytes=16), time.monotonic)
-        self.fleet = Fleet(self.prefixes)
+        self.fleet = Fleet(self.prefixes, held=from_zero)
         self.notes = Notes()
         self.scores: dict[str, float] = {}
         self.recorded: list[tuple[Request, Receipt]] = []
         self.policy = First()
         options = LimitOptions(**({"no_replica_wait_s": 0.05} | limits))  # type: ignore[arg-type]
         self.admission = Admission(options.max_streams)
+        self.hold = Hold(
+            hold, options.no_replica_wait_s, self.fleet.router, time.monotonic, self.notes, from_zero, waker
+        )
         self.dispatcher = Dispatcher(
             self.admission,
             self.policy,
             "first",
             self.prefixes,
             self.fleet.router,
+            self.hold,
             options,
             self.notes,
             time.monotonic,

@@ -122,6 +122,7 @@ def test_figures_cross_between_processes_unchanged() -> None:
 async def test_every_gauge_of_a_router_has_a_rule(fleet: Fleet) -> None:
     metrics = Metrics()
     metrics.watch(Admission(10), fleet.router, Prefixes(PrefixOptions(), time.monotonic))
+    metrics.watch_held({})
     gauges = {family.name for family in await metrics.snapshot() if family.kind not in CUMULATIVE}
     assert gauges <= set(GAUGES) | GREATEST
     assert not set(GAUGES) & GREATEST
@@ -130,6 +131,7 @@ async def test_every_gauge_of_a_router_has_a_rule(fleet: Fleet) -> None:
 async def test_every_metric_is_documented(fleet: Fleet) -> None:
     metrics = Metrics()
     metrics.watch(Admission(10), fleet.router, Prefixes(PrefixOptions(), time.monotonic))
+    metrics.watch_held({})
     families = [*await metrics.snapshot(), *WorkerMetrics(dict).snapshot(0)]
     names = {f"{each.name}_total" if each.kind == "counter" else each.name for each in families}
     documented = set(re.findall(r"`(kvlane_\w+)(?:\{[\w,]+\})?`", DOCS.read_text()))

@@ -18,7 +18,8 @@ from router.lane.frames import CacheReport
 from router.load.model import FleetModel
 from router.options import LaneOptions, PrefixOptions
 from router.prefix.prefixes import Prefixes
-from router.replicas import LIFE, Event, Replicas, State
+from router.replica_life import LIFE, Event, State
+from router.replicas import Replicas
 from router.types import CacheMode, Chain, Load
 from tests.fakes import DEADLINE_S, Fleet, eventually
 

@@ -57,13 +57,25 @@ ALLOWED: dict[str, set[str]] = {
     | {"router.ray_private", "router.load.account"},  # The actor carrier calls replicas through Ray.
     "router.observe": WORDS
     | SEAMS
-    | {"router.admission", "router.prefix.prefixes", "router.replicas", "router.turns"},  # It reads their figures.
+    | {
+        "router.admission",
+        "router.holding",
+        "router.prefix.prefixes",
+        "router.replicas",
+        "router.turns",
+    },  # It reads their figures.
     # Where stages meet.
-    "router.replicas": WORDS | SEAMS | {"router.lane.client", "router.lane.meter", "router.load"},
+    "router.replica_life": set(),
+    "router.replicas": WORDS
+    | SEAMS
+    | {"router.lane.client", "router.lane.meter", "router.load", "router.replica_life"},
+    "router.wake": set(),
+    "router.holding": WORDS,
+    "router.hold": WORDS | {"router.holding", "router.wake"},
     "router.receipts": WORDS | SEAMS,
     "router.dispatch": WORDS
     | SEAMS
-    | {"router.admission", "router.prefix", "router.receipts", "router.replicas", "router.turns"},
+    | {"router.admission", "router.hold", "router.prefix", "router.receipts", "router.replicas", "router.turns"},
     "router.app": {"router"},
     # Where policies and Ray Serve's request routers meet.
     "router.ray_requests": WORDS | {"kvlane.v1"},

@@ -65,7 +65,8 @@ class InferenceServicer:
 
     def Generate(self, request, context):
         """Streams the continuation of a prompt. The first response carries `route`; the last of each choice its
-        `finish_reason`; the very last response of the stream `usage`.
+        `finish_reason`; the very last response of the stream `usage`. While a request waits long for its model's first
+        replica, responses without any field come before these at times: there is nothing in them, pass over them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +88,7 @@ class InferenceServicer:
 
     def Models(self, request, context):
         """The models that some replica has announced since the router started, ready now or not: a model whose replicas are
-        all gone stays listed with `ready_replicas` 0.
+        all gone stays listed with `ready_replicas` 0. So do those whose requests wait for a first replica.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
