@@ -206,18 +206,11 @@ async def test_two_hundred_requests_at_zero_are_held_and_all_complete(router: Ro
         await asyncio.gather(*streams)
         over = time.monotonic()
         await until(lambda: "RUNNING" in starts.seen, "Serve calls a replica ready")
-    print(
-        f"first request to start of the replica {starts.seen['STARTING'] - began:.2f} s, to first token "
-        f"{first - began:.2f} s, to Serve's ready {starts.seen['RUNNING'] - began:.2f} s, to the last end {over - began:.2f} s"
-    )
+    moments = {"start-up begins": starts.seen["STARTING"], "first token": first}
+    moments |= {"Serve calls it ready": starts.seen["RUNNING"], "last end": over}
+    print("after the first request:", ", ".join(f"{what} {at - began:.2f} s" for what, at in moments.items()))
     assert router.whole == 200
     assert first - starts.seen["RUNNING"] < 10
-
-
-async def test_a_model_is_woken_though_serves_controller_dies(router: Router) -> None:
-    ray.kill(ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve"), no_restart=False)
-    await router.wake()
-    await router.stream(5)
 
 
 async def test_a_redeploy_under_load_cuts_no_stream_and_leaves_alone_what_has_not_changed(router: Router) -> None:
@@ -251,10 +244,11 @@ def rolled_out(replicas: int) -> bool:
     return found is not None and (found.status, found.ready) == ("RUNNING", replicas)
 
 
-async def test_a_model_is_woken_in_a_serve_started_anew_and_has_replicas_for_all_that_is_held(router: Router) -> None:
+async def test_a_model_is_woken_in_a_serve_started_anew_whose_controller_dies_meanwhile(router: Router) -> None:
     await asyncio.to_thread(serve.shutdown)
     router.waker.wanted(MODEL, 11)
     await asyncio.to_thread(deployment.deploy, CONFIG)
-    await until(lambda: router.ready == 3, "there are replicas for eleven streams")
+    ray.kill(ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve"), no_restart=False)
+    await until(lambda: router.ready == 3, "there are replicas for the eleven requests that are held")
     router.waker.wanted(MODEL, 0)
     await router.stream(5)
