@@ -83,7 +83,7 @@ def state() -> deployment.ApplicationState | None:
 
 
 class Router:
-    """A router in this process, the waker beside it, and streams that are compared with what they should be."""
+    """A router in this process, a waker beside it, and streams that are compared with what they should be."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -94,12 +94,6 @@ class Router:
     @property
     def ready(self) -> int:
         return self.app.replicas.readiness().models.get(MODEL, 0)
-
-    async def wake(self) -> None:
-        """Has a replica started where there is none."""
-        self.waker.wanted(MODEL, 1)
-        await until(lambda: self.ready, "a replica has been woken")
-        self.waker.wanted(MODEL, 0)
 
     async def stream(self, tokens: int, sink: RecordingSink | None = None) -> None:
         """One stream; notes whether it came whole and exact."""
@@ -153,7 +147,6 @@ async def router() -> AsyncIterator[Router]:
 
 async def test_replicas_follow_a_wave_from_none_to_three_and_back_and_no_stream_is_cut(router: Router) -> None:
     assert router.ready == 0
-    await router.wake()
     async with router.load(10):
         await until(lambda: router.ready == 3, "three replicas carry ten streams")
         # Longer than the rest of the load, and than the delay after which replicas are taken away.
