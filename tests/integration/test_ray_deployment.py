@@ -188,6 +188,8 @@ async def test_a_redeploy_lists_the_new_replicas_first_and_drains_the_old_ones(m
     lanes = [await open_lane(record, CARRIERS[carrier]()) for record in old.values()]
     for lane in lanes:
         await lane.next(frames.Welcome)
+    # A replica that is listed and that Serve does not call ready yet would be stopped at once.
+    await until(lambda: deployment.statuses()[APPLICATION] == ("RUNNING", 2, ""), "Serve calls both ready")
     changed = msgspec.structs.replace(ENGINE, env={"KVLANE_TEST_VERSION": carrier})
     await asyncio.to_thread(deployment.deploy, msgspec.structs.replace(CONFIG, engines=(changed,)))
     for lane in lanes:
