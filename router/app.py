@@ -12,6 +12,7 @@ import random
 import socket
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any
 
 import msgspec
 
@@ -249,9 +250,14 @@ def model_name(engine: EngineOptions) -> str:
     return engine.served_model_name or engine.name
 
 
+def _autoscaling(engine: EngineOptions) -> Any:
+    """How the engine's number of replicas follows its load; None where it is fixed."""
+    return getattr(engine, "autoscaling", None)
+
+
 def may_scale_to_zero(engine: EngineOptions) -> bool:
     """Whether there may be no replica of the engine only because nobody asked for it."""
-    autoscaling = getattr(engine, "autoscaling", None)
+    autoscaling = _autoscaling(engine)
     return autoscaling is not None and autoscaling.min_replicas == 0
 
 
@@ -307,8 +313,8 @@ def _membership(config: Config, joined: Callable[[], None]) -> Membership:
 
 
 def _waker(config: Config) -> Waker:
-    """Who starts replicas of engines that may scale to zero; nobody where their requests are not held."""
-    engines = [engine for engine in config.engines if may_scale_to_zero(engine) and may_be_held(config, engine)]
+    """Who starts replicas of engines that scale, and tells their autoscaler how many requests are held."""
+    engines = [engine for engine in config.engines if _autoscaling(engine) is not None]
     if not engines or config.membership.kind != "ray":
         return NoWaker()
     from router.membership.waker import RayWaker  # type: ignore[import-not-found,unused-ignore]

@@ -72,8 +72,7 @@ class Hold:
         from_zero: Collection[str] = (),
         waker: Waker | None = None,
     ) -> None:
-        """`bridge_s` is how long models wait that may not be held; `from_zero` names those that may scale to zero,
-        of which the waker is told."""
+        """`bridge_s` is how long models wait that may not be held; `from_zero` names those that may scale to zero."""
         self._options = options
         self._bridge_s = bridge_s
         self._pools = pools
@@ -224,8 +223,7 @@ class Hold:
         wanted = dict.fromkeys(self._told, 0)
         for model, queue in self._holding.queues.items():
             base = self._base(model)
-            if base in self._from_zero and self._options.enabled != "never":
-                wanted[base] = wanted.get(base, 0) + len(queue)
+            wanted[base] = wanted.get(base, 0) + len(queue)
         for model, count in wanted.items():
             if count != self._told.get(model, 0):
                 self._waker.wanted(model, count)
@@ -294,8 +292,10 @@ class HeldRequest(Place):
             self._turn.set_exception(error)
 
     def ring(self) -> None:
-        """Tells its client that it waits."""
+        """Tells its client that it waits, unless that is just over."""
         assert self._ring is not None
+        if self._turn is None or self._turn.done():
+            return
         try:
             self._ring(self._request)
         except Exception:

@@ -102,6 +102,8 @@ class Request(msgspec.Struct, frozen=True):
     priority: int = 0
     timeout_s: float | None = None
     """Time left until the caller's own deadline; None where it set none."""
+    streamed: bool = False
+    """The body of an HTTP request asks for a stream of events."""
 
 
 class CacheMode(enum.StrEnum):

@@ -11,7 +11,8 @@ class Waker(Protocol):
     def wanted(self, model: str, held: int) -> None:
         """`held` requests of the model wait for a replica now; 0 when none does any more. Never blocks, never raises.
 
-        Called when the number changes, at most once in a turn of the event loop for each model.
+        Called when the number changes, at most once in a turn of the event loop for each model; also of models that it
+        has nothing to do with. Requests for an adapter count as its base model's.
         """
 
     async def close(self) -> None:

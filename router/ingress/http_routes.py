@@ -164,6 +164,7 @@ class Routes:
             lora=facts.model if self._fleet.parent(facts.model) else "",
             cache_salt=facts.cache_salt,
             priority=facts.priority,
+            streamed=facts.stream,
         )
 
     def _check(self, asked: str, method: str, path: str) -> None:

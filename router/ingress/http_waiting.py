@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import msgspec
-
 from router.ingress.openai import STOP_EVENT, has_named_events
 from router.types import Request
 
@@ -21,21 +19,9 @@ MAX_FOLDED_BYTES: Final = 1 << 20
 _STREAMED: Final = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"})
 
 
-class _Asked(msgspec.Struct):
-    stream: bool = False
-
-
-_decoder = msgspec.json.Decoder(_Asked)
-
-
 def wants_events(request: Request) -> bool:
     """Whether its answer will be an event stream, if all goes well."""
-    if request.method != "POST" or request.path.partition("?")[0] not in _STREAMED:
-        return False
-    try:
-        return _decoder.decode(request.body).stream
-    except (msgspec.DecodeError, RecursionError):  # What is wrong with it is the engine's to say.
-        return False
+    return request.streamed and request.method == "POST" and request.path.partition("?")[0] in _STREAMED
 
 
 def route_comment(header: str) -> bytes:

@@ -54,6 +54,7 @@ class _Members(msgspec.Struct):
     user: msgspec.Raw = msgspec.Raw()
     cache_salt: msgspec.Raw = msgspec.Raw()
     priority: msgspec.Raw = msgspec.Raw()
+    stream: msgspec.Raw = msgspec.Raw()
 
 
 _items: Final = msgspec.json.Decoder(_Items)

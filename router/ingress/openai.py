@@ -17,6 +17,7 @@ from router.ingress.base import ModelStatus
 _MAX_PRIORITY: Final = 2**31
 _MAX_WORD_BYTES: Final = 1024  # Of `user` and `cache_salt` as JSON; longer ones are the engine's alone to judge.
 _MAX_NUMBER_BYTES: Final = 11
+_TRUE: Final = b"true"
 _MAX_MESSAGE_CHARS: Final = 1024  # Messages may quote what a client sent.
 _QUOTE: Final = ord('"')
 STOP_EVENT: Final = b"data: [DONE]\n\n"
@@ -30,6 +31,7 @@ class Facts(msgspec.Struct, frozen=True):
     user: str = ""
     cache_salt: str = ""
     priority: int = 0
+    stream: bool = False
 
 
 class _Body(msgspec.Struct):
@@ -39,6 +41,7 @@ class _Body(msgspec.Struct):
     user: msgspec.Raw = msgspec.Raw()
     cache_salt: msgspec.Raw = msgspec.Raw()
     priority: msgspec.Raw = msgspec.Raw()
+    stream: msgspec.Raw = msgspec.Raw()
 
 
 class _ErrorInfo(msgspec.Struct):
@@ -111,7 +114,13 @@ def read_text(body: bytes, place: Callable[[int], int]) -> Facts:
     """The same of a body that is UTF-8; `place` gives where in what the client sent a byte of `body` is."""
     try:
         found = _body_decoder.decode(body)
-        return Facts(found.model or "", _word(found.user), _word(found.cache_salt), _priority(found.priority))
+        return Facts(
+            found.model or "",
+            _word(found.user),
+            _word(found.cache_salt),
+            _priority(found.priority),
+            _is_true(found.stream),
+        )
     except msgspec.ValidationError as error:
         raise _wrong_type(error) from error
     except msgspec.DecodeError as error:
@@ -153,6 +162,11 @@ def _priority(raw: msgspec.Raw) -> int:
     except msgspec.ValidationError:
         return 0
     return value if -_MAX_PRIORITY <= value < _MAX_PRIORITY else 0
+
+
+def _is_true(raw: msgspec.Raw) -> bool:
+    text = memoryview(raw)
+    return len(text) == len(_TRUE) and bytes(text) == _TRUE
 
 
 def error_body(error: KvlaneError, path: str = "") -> bytes:

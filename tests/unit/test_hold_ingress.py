@@ -7,13 +7,15 @@ import contextlib
 import json
 import re
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import httpx
+import msgspec
 import openai
 import pytest
 from kvlane.client import Client, Delta, KvlaneCallError
@@ -21,7 +23,7 @@ from kvlane.v1 import inference_pb2 as pb
 
 from engine.base import StreamOut
 from engine.replica import Replica
-from router.app import App
+from router.app import App, may_be_held
 from router.errors import ReplicaLost
 from router.lane.frames import Submit
 from router.options import (
@@ -184,6 +186,27 @@ async def all_of(tasks: list[asyncio.Task[Any]]) -> list[Any]:
         return await asyncio.gather(*tasks)
 
 
+class Scaling(msgspec.Struct, frozen=True):
+    min_replicas: int
+
+
+class ScaledEngine(EngineOptions, frozen=True):
+    autoscaling: Any = None
+
+
+@pytest.mark.parametrize(("enabled", "held"), [("auto", {"zero"}), ("always", {"zero", "one", "fixed"}), ("never", ())])
+def test_models_that_may_scale_to_zero_are_held_unless_it_is_told_otherwise(
+    enabled: Literal["auto", "always", "never"], held: set[str]
+) -> None:
+    engines = [
+        ScaledEngine(name="zero", autoscaling=Scaling(0)),
+        ScaledEngine(name="one", autoscaling=Scaling(1)),
+        ScaledEngine(name="fixed"),
+    ]
+    config = Config(hold=HoldOptions(enabled=enabled))
+    assert {engine.name for engine in engines if may_be_held(config, engine)} == set(held)
+
+
 async def test_a_model_at_zero_is_ready_listed_and_explained(tmp_path: Path) -> None:
     async with site(tmp_path) as there, httpx.AsyncClient(base_url=there.url) as client:
         ready = await client.get("/readyz")
@@ -274,6 +297,22 @@ async def test_a_stream_that_waits_long_gets_comments_that_no_client_notices(tmp
         assert len(engine.calls) == 2
 
 
+async def test_a_large_streamed_request_gets_comments_too_and_what_is_no_stream_gets_none(tmp_path: Path) -> None:
+    large = CHAT | {"messages": [{"role": "user", "content": "word " * 100_000}]}
+    async with site(tmp_path, hold=SHORT) as there, httpx.AsyncClient(timeout=60) as client:
+        whole = [{"stream": False}, {"stream": "true"}]
+        asked = [client.post(f"{there.url}/v1/chat/completions", json=CHAT | each) for each in whole]
+        asked.append(client.post(f"{there.url}/v1/embeddings", json={"model": "m", "input": "x", "stream": True}))
+        tasks = [asyncio.create_task(each) for each in asked]
+        await there.until_waiting(3)
+        async with raw(there.app.http_port, large) as reader:
+            for _ in range(3):
+                await read_until(reader, COMMENT)
+        there.engine.respond = refuse
+        await there.scale_up()
+        assert [(await task).status_code for task in tasks] == [400] * 3
+
+
 async def test_what_a_replica_refuses_after_comments_is_an_error_event(tmp_path: Path) -> None:
     async with site(tmp_path, hold=SHORT) as there:
         there.engine.respond = refuse
@@ -327,7 +366,7 @@ async def test_a_stream_whose_waiting_ends_badly_after_comments_gets_an_error_ev
 async def test_without_comments_what_expires_and_what_is_over_the_bounds_gets_503_and_retry_after(
     tmp_path: Path, stream: bool
 ) -> None:
-    hold = HoldOptions(enabled="always", timeout_s=0.3, max_requests=1)
+    hold = HoldOptions(enabled="always", timeout_s=60.0, max_requests=1)
     async with (
         site(tmp_path, hold=hold, limits=NO_BRIDGE) as there,
         httpx.AsyncClient(base_url=there.url) as client,
@@ -336,6 +375,8 @@ async def test_without_comments_what_expires_and_what_is_over_the_bounds_gets_50
         await there.until_waiting(1)
         refused = await client.post("/v1/chat/completions", json=CHAT)
         assert (refused.headers["x-kvlane-error"], refused.headers["retry-after"]) == ("hold_full", "5")
+        there.app._hold._clock = lambda: time.monotonic() + 60.0
+        there.app.replicas.changed()
         expired = await asked
         assert (expired.headers["x-kvlane-error"], expired.headers["retry-after"]) == ("no_replica", "5")
         for each in (refused, expired):

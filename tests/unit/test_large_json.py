@@ -14,7 +14,7 @@ from router.errors import InvalidRequest
 from router.ingress import large_json, openai
 from router.ingress.openai import Facts
 
-FIELDS = ["model", "user", "cache_salt", "priority", "messages", "x"]
+FIELDS = ["model", "user", "cache_salt", "priority", "stream", "messages", "x"]
 
 
 @pytest.fixture(autouse=True)

@@ -18,15 +18,27 @@ from router.types import ModelCard
 
 def test_a_body_gives_the_facts_that_routing_needs() -> None:
     body = b'{"model":"m","messages":[{"x":[1,{}]}],"user":"u","cache_salt":"s","priority":-3,"stream":true}'
-    assert read_json(body) == Facts("m", "u", "s", -3)
+    assert read_json(body) == Facts("m", "u", "s", -3, True)
 
 
 @pytest.mark.parametrize(
     "body",
-    [b"{}", b'{"model":null}', b'{"model":""}', b'{"user":3,"cache_salt":[],"priority":"high"}'],
+    [
+        b"{}",
+        b'{"model":null}',
+        b'{"stream":"true"}',
+        b'{"stream":1}',
+        b'{"stream": false }',
+        b'{"model":""}',
+        b'{"user":3,"cache_salt":[],"priority":"high"}',
+    ],
 )
 def test_what_a_body_does_not_say_or_says_in_a_wrong_type_is_left_to_the_engine(body: bytes) -> None:
     assert read_json(body) == Facts()
+
+
+def test_a_stream_is_asked_for_however_that_is_spaced() -> None:
+    assert read_json(b'{ "stream" :  true , "model":"m"}') == Facts("m", stream=True)
 
 
 @pytest.mark.parametrize("priority", ["true", "1.5", str(2**31), str(-(2**70))])
