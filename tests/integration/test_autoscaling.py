@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -82,7 +83,7 @@ def state() -> deployment.ApplicationState | None:
 
 
 class Router:
-    """A router in this process, the waker beside it, and streams that are compared with what they should be."""
+    """A router in this process, a waker beside it, and streams that are compared with what they should be."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -93,12 +94,6 @@ class Router:
     @property
     def ready(self) -> int:
         return self.app.replicas.readiness().models.get(MODEL, 0)
-
-    async def wake(self) -> None:
-        """Has a replica started where there is none."""
-        self.waker.wanted(MODEL, 1)
-        await until(lambda: self.ready, "a replica has been woken")
-        self.waker.wanted(MODEL, 0)
 
     async def stream(self, tokens: int, sink: RecordingSink | None = None) -> None:
         """One stream; notes whether it came whole and exact."""
@@ -152,7 +147,6 @@ async def router() -> AsyncIterator[Router]:
 
 async def test_replicas_follow_a_wave_from_none_to_three_and_back_and_no_stream_is_cut(router: Router) -> None:
     assert router.ready == 0
-    await router.wake()
     async with router.load(10):
         await until(lambda: router.ready == 3, "three replicas carry ten streams")
         # Longer than the rest of the load, and than the delay after which replicas are taken away.
@@ -170,9 +164,49 @@ async def test_replicas_follow_a_wave_from_none_to_three_and_back_and_no_stream_
     assert router.whole > 10
 
 
+class Starts:
+    """When Serve began to start a replica, and when it called one ready; seconds of the monotonic clock."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, float] = {}
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Looks ten times a second meanwhile."""
+        task = asyncio.create_task(self._look())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def _look(self) -> None:
+        while True:
+            found = await asyncio.to_thread(serve.status)
+            for name, count in found.applications[APPLICATION].deployments["engine"].replica_states.items():
+                if count:
+                    self.seen.setdefault(str(name), time.monotonic())
+            await asyncio.sleep(0.1)
+
+
+async def test_two_hundred_requests_at_zero_are_held_and_all_complete(router: Router) -> None:
+    await until(lambda: router.ready == 0 and state() == ("RUNNING", 0, ""), "no replica is left")
+    starts, sinks = Starts(), [RecordingSink() for _ in range(200)]
+    async with starts.watched():
+        began = time.monotonic()
+        streams = [asyncio.create_task(router.stream(20, sink)) for sink in sinks]
+        await until(lambda: any(sink.started for sink in sinks), "a first token has come")
+        first = time.monotonic()
+        await asyncio.gather(*streams)
+        over = time.monotonic()
+        await until(lambda: "RUNNING" in starts.seen, "Serve calls a replica ready")
+    moments = {"start-up begins": starts.seen["STARTING"], "first token": first}
+    moments |= {"Serve calls it ready": starts.seen["RUNNING"], "last end": over}
+    print("after the first request:", ", ".join(f"{what} {at - began:.2f} s" for what, at in moments.items()))
+    assert router.whole == 200
+    assert first - starts.seen["RUNNING"] < 10
+
+
 async def test_a_redeploy_under_load_cuts_no_stream_and_leaves_alone_what_has_not_changed(router: Router) -> None:
-    if not router.ready:
-        await router.wake()
     await until(lambda: router.ready == 1, "one replica is there")
     async with router.load(3):
         before = await places(router)
