@@ -31,7 +31,7 @@ INDEX = "N"
 _INDEX = re.compile("0|[1-9][0-9]{0,3}")
 _NO_FLAGS: Mapping[str, Any] = {}
 _TOML_PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
-_HOST_PORT = re.compile(r".+:[0-9]{1,5}")
+_HOST_PORT = re.compile(r"[^\s/]+:[0-9]{1,5}")
 # What Kubernetes sets in each container for a Service whose name starts with "kvlane".
 _SERVICE_LINK = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_|$)|_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?$")
 
@@ -333,8 +333,11 @@ def _member_conflicts(config: Config) -> Iterator[str]:
             yield "membership.join: there is no Ray cluster to join where membership.kind is 'static'"
     elif membership.replicas:
         yield f"membership.replicas: only used where membership.kind is 'static', and it is '{membership.kind}'"
-    if membership.join and membership.kind == "ray" and not _HOST_PORT.fullmatch(membership.ray_address):
-        yield f"membership.ray_address: expected HOST:PORT of the head to join, got {membership.ray_address!r}"
+    if membership.kind == "ray" and not _HOST_PORT.fullmatch(membership.ray_address):
+        if membership.join:
+            yield f"membership.ray_address: expected HOST:PORT of the head to join, got {membership.ray_address!r}"
+        elif membership.ray_address not in ("auto", "local"):
+            yield f"membership.ray_address: expected HOST:PORT, 'auto' or 'local', got {membership.ray_address!r}"
     yield from _repeated("membership.replicas", [replica.name for replica in membership.replicas])
 
 

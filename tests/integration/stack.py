@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import json
+import os
 import re
 import signal
 import subprocess
@@ -25,8 +27,11 @@ _READY = re.compile(r"^ready http=(http://\S+) grpc=(\S+)$", re.MULTILINE)
 class Stack:
     """A running `kvlane up`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, url: str, grpc: str) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], arguments: tuple[str, ...], log: Path, url: str, grpc: str
+    ) -> None:
         self.process = process
+        self._arguments = arguments
         self._log = log
         self.http = url
         self.grpc = grpc
@@ -71,6 +76,18 @@ class Stack:
         """The processes of the engine replicas."""
         return [pid for pid in descendants(self.process.pid) if b"ServeReplica" in command_line(pid)]
 
+    def deploy(self, **changed: object) -> None:
+        """Runs `kvlane deploy` on its Ray cluster, the first engine's options changed; returns once all is ready."""
+        words = b"\0".join(command_line(pid) for pid in descendants(self.process.pid))
+        address = next(found[1].decode() for found in re.finditer(rb"--gcs-address=([^ \0]+)", words))
+        options = {f"KVLANE_ENGINES_0_{name.upper()}": json.dumps(value) for name, value in changed.items()}
+        subprocess.run(
+            [sys.executable, "-m", "router", "deploy", *self._arguments],
+            env=os.environ | options | {"KVLANE_MEMBERSHIP_RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"},
+            check=True,
+            timeout=START_DEADLINE_S,
+        )
+
     def replica_logs(self) -> dict[str, str]:
         """What the processes of Ray's workers, the engine replicas among them, have written to their logs, by file."""
         (head,) = [pid for pid in descendants(self.process.pid) if b"gcs_server" in command_line(pid).split(b"\0")[0]]
@@ -111,7 +128,7 @@ def kvlane_up(log: Path, *arguments: str) -> Iterator[Stack]:
             time.sleep(0.2)
         ready = _READY.search(text)
         assert ready is not None, text
-        stack = Stack(process, log, ready[1], ready[2])
+        stack = Stack(process, arguments, log, ready[1], ready[2])
         try:
             yield stack
         finally:

@@ -762,3 +762,36 @@ async def test_requests_outlive_a_killed_replica_and_its_replacement_takes_traff
                 pass
         assert (await http.get(f"{stack.http}/readyz")).json()["models"] == {MODEL: 2}
     await asyncio.to_thread(eventually, stack.idle)
+
+
+# -- acceptance: replicas that Serve takes away or replaces, under load
+
+
+async def test_no_request_fails_while_a_replica_goes_and_the_other_is_replaced(stack: Stack) -> None:
+    over = asyncio.Event()
+    async with httpx.AsyncClient(timeout=REPLACED_DEADLINE_S) as http, Client(stack.grpc) as rpc:
+
+        async def client(number: int) -> list[tuple[str, str]]:
+            ends = []
+            while not over.is_set():
+                if number % 3:
+                    ends.append(await ask(http, stack.http, MODEL, 150, stream=number % 3 == 1))
+                else:
+                    ends.append(await ask_grpc(rpc, MODEL, 150))
+            return ends
+
+        clients = [asyncio.create_task(client(number)) for number in range(6)]
+        try:
+            await asyncio.to_thread(stack.deploy, replicas=1)
+            await asyncio.to_thread(eventually, lambda: stack.metric("kvlane_replicas_ready") == 1)
+            (left,) = {(await ask(http, stack.http, MODEL, 2, stream=True))[0] for _ in range(8)}
+            await asyncio.to_thread(stack.deploy, replicas=1, env={"KVLANE_TEST": "1"})
+            await asyncio.to_thread(eventually, lambda: stack.metric("kvlane_replicas_ready") == 1)
+            (new,) = {(await ask(http, stack.http, MODEL, 2, stream=True))[0] for _ in range(8)}
+        finally:
+            over.set()
+            ends = [end for each in await asyncio.gather(*clients) for end in each]
+    assert new != left
+    assert {replica for replica, _ in ends} > {left, new}
+    assert {outcome for _, outcome in ends} == {WHOLE}
+    print(f"{len(ends)} requests whole")

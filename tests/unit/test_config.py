@@ -273,6 +273,8 @@ def test_a_bad_flag_is_refused_by_its_field(flags: dict[str, Any], message: str)
         ("membership.kind = 'static'", "membership.replicas"),
         ("membership.replicas = [{name = 'a', port = 1}]", "membership.replicas"),
         ("membership.join = true", "membership.ray_address"),
+        ("membership.ray_address = 'ray://head:10001'", "membership.ray_address"),
+        ("membership.ray_address = 'head'", "membership.ray_address"),
         ("membership = {kind = 'static', join = true, replicas = [{name = 'a', port = 1}]}", "membership.join"),
         ("lane = {reconnect_min_s = 9, reconnect_max_s = 1}", "lane.reconnect_min_s"),
         ("engines = [{name = 'a'}, {name = 'b'}, {name = 'a'}]", "engines.2.name"),
