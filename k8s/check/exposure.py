@@ -165,9 +165,10 @@ def _timeouts(backend: Object, field: str, read: settings.Settings) -> Iterator[
 def _health(policy: Object, field: str, health: Mapping[str, Any], read: settings.Settings) -> Iterator[Finding]:
     if health.get("requestPath") != "/readyz":
         yield policy.finding(f"{field}.requestPath", f"{health.get('requestPath')!r} must be /readyz")
-    port = read.container.ports.get("http")
+    name = "admin" if read.at("http.tls_client_ca_file") else "http"
+    port = read.container.ports.get(name)
     if health.get("port") != port:
-        yield policy.finding(f"{field}.port", f"{health.get('port')} is not the router's HTTP port, {port}")
+        yield policy.finding(f"{field}.port", f"{health.get('port')} is not the router's {name} port, {port}")
 
 
 def _grpc(objects: Objects, read: settings.Settings) -> Iterator[Finding]:
