@@ -147,12 +147,17 @@ def _target(policy: Object, objects: Objects) -> Iterator[Finding]:
 
 
 def _timeouts(backend: Object, field: str, read: settings.Settings) -> Iterator[Finding]:
-    longest, grace = read.exit_s, float(read.at("shutdown.grace_s"))
+    longest, held, grace = read.exit_s, read.held_s, float(read.at("shutdown.grace_s"))
     timeout = backend.at(f"{field}.timeoutSec")
     if timeout is None or timeout < longest:
         yield backend.finding(
             f"{field}.timeoutSec",
             f"{timeout or 'missing, that is 30'} cuts streams that a stopping router lets go on for {longest:g} s",
+        )
+    elif timeout < held + longest:
+        yield backend.finding(
+            f"{field}.timeoutSec",
+            f"{timeout} cuts streams that were held: with hold.timeout_s it is {held + longest:g} at least",
         )
     draining = backend.at(f"{field}.connectionDraining.drainingTimeoutSec")
     if draining is None or draining < grace:

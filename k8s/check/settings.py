@@ -32,7 +32,13 @@ RAY_DRAIN_S = 30.0
 """Unless that says otherwise."""
 LANE_PORTS = 64
 """As many as `engines.lane_port` tries."""
-_DEFAULTS = {"shutdown.notice_s": 5.0, "shutdown.grace_s": 30.0, "http.idle_timeout_s": 620.0}
+_DEFAULTS = {
+    "shutdown.notice_s": 5.0,
+    "shutdown.grace_s": 30.0,
+    "http.idle_timeout_s": 620.0,
+    "hold.enabled": "auto",
+    "hold.timeout_s": 600.0,
+}
 _CONFIG = re.compile(r"--config[ =](\S+)")
 _GPU = "nvidia.com/gpu"
 
@@ -62,6 +68,12 @@ class Settings(NamedTuple):
     def exit_s(self) -> float:
         """From SIGTERM until the last stream may have ended."""
         return float(self.at("shutdown.notice_s")) + float(self.at("shutdown.grace_s"))
+
+    @property
+    def held_s(self) -> float:
+        """For how long requests may wait for a model's first replica."""
+        mode, models = self.at("hold.enabled"), [dig(each, "autoscaling.min_replicas") for each in self.engines]
+        return float(self.at("hold.timeout_s")) if mode == "always" or (mode == "auto" and 0 in models) else 0.0
 
 
 @lru_cache(maxsize=1)

@@ -161,6 +161,9 @@ SEEDS: dict[str, tuple[str, Edit, str, str, str]] = {
     "a load balancer that cuts streams": (
         "gke-l4", lambda r: r[BACKEND]["spec"].pop("timeoutSec"), BACKEND, "spec.timeoutSec", "30",
     ),
+    "a load balancer that cuts streams that were held": (
+        "gke-l4", lambda r: put(1000, "spec", "timeoutSec")(r[BACKEND]), BACKEND, "spec.timeoutSec", "hold.timeout_s",
+    ),
     "a Gateway's backend that cuts streams": (
         "gateway-api", lambda r: put(60, "spec", "default", "timeoutSec")(r["GCPBackendPolicy/kvlane"]),
         "GCPBackendPolicy/kvlane", "spec.default.timeoutSec", "60",
