@@ -57,21 +57,11 @@ def outlive_the_head() -> None:
 
 def command(options: MembershipOptions) -> list[str]:
     """What starts the node and stays with it. Raises `OSError` where its address cannot be told."""
-    ports = {
-        "node-manager-port": node_address.NODE_MANAGER,
-        "object-manager-port": node_address.OBJECT_MANAGER,
-        "runtime-env-agent-port": node_address.RUNTIME_ENV_AGENT,
-        "dashboard-agent-grpc-port": node_address.DASHBOARD_AGENT_GRPC,
-        "dashboard-agent-listen-port": node_address.DASHBOARD_AGENT_HTTP,
-        "metrics-export-port": node_address.METRICS_EXPORT,
-        "min-worker-port": node_address.FIRST_WORKER,
-        "max-worker-port": node_address.LAST_WORKER,
-    }
     words = [sys.executable, "-c", _TIED_RAY, "start", "--block", "--disable-usage-stats"]
     words += [f"--address={options.ray_address}", f"--node-ip-address={node_address.node_ip(options)}"]
     words += ["--num-cpus=0", "--num-gpus=0", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     words += ["--include-log-monitor=false", f"--labels={node_address.ROLE}={node_address.ROUTER}"]
-    words += [f"--{name}={port}" for name, port in ports.items()]
+    words += [f"--{name}={port}" for name, port in node_address.PORTS.items()]
     if options.node_tmp_dir:
         words.append(f"--temp-dir={options.node_tmp_dir}")
     return words

@@ -147,12 +147,17 @@ def _target(policy: Object, objects: Objects) -> Iterator[Finding]:
 
 
 def _timeouts(backend: Object, field: str, read: settings.Settings) -> Iterator[Finding]:
-    longest, grace = read.exit_s, float(read.at("shutdown.grace_s"))
+    longest, held, grace = read.exit_s, read.held_s, float(read.at("shutdown.grace_s"))
     timeout = backend.at(f"{field}.timeoutSec")
     if timeout is None or timeout < longest:
         yield backend.finding(
             f"{field}.timeoutSec",
             f"{timeout or 'missing, that is 30'} cuts streams that a stopping router lets go on for {longest:g} s",
+        )
+    elif timeout < held + longest:
+        yield backend.finding(
+            f"{field}.timeoutSec",
+            f"{timeout} cuts streams that were held: with hold.timeout_s it is {held + longest:g} at least",
         )
     draining = backend.at(f"{field}.connectionDraining.drainingTimeoutSec")
     if draining is None or draining < grace:
@@ -165,9 +170,10 @@ def _timeouts(backend: Object, field: str, read: settings.Settings) -> Iterator[
 def _health(policy: Object, field: str, health: Mapping[str, Any], read: settings.Settings) -> Iterator[Finding]:
     if health.get("requestPath") != "/readyz":
         yield policy.finding(f"{field}.requestPath", f"{health.get('requestPath')!r} must be /readyz")
-    port = read.container.ports.get("http")
+    name = "admin" if read.at("http.tls_client_ca_file") else "http"
+    port = read.container.ports.get(name)
     if health.get("port") != port:
-        yield policy.finding(f"{field}.port", f"{health.get('port')} is not the router's HTTP port, {port}")
+        yield policy.finding(f"{field}.port", f"{health.get('port')} is not the router's {name} port, {port}")
 
 
 def _grpc(objects: Objects, read: settings.Settings) -> Iterator[Finding]:

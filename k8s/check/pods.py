@@ -124,6 +124,11 @@ def _router_probes(router: Container) -> Iterator[Finding]:
 
 
 def _mounts(container: Container) -> Iterator[Finding]:
+    for mount in container.raw.get("volumeMounts") or ():
+        if mount.get("subPath") or mount.get("subPathExpr"):
+            yield container.finding(
+                "volumeMounts", f"{mount['mountPath']}: a subPath never changes in a running pod; mount the directory"
+            )
     for path, volume in container.mounts.items():
         if volume not in container.pod.volumes and container.pod.owner.kind != "StatefulSet":
             yield container.finding("volumeMounts", f"{path}: the pod has no volume {volume!r}")

@@ -15,28 +15,30 @@ from typing import Any, NamedTuple
 import msgspec
 
 from k8s.check.objects import Container, Finding, Object, Objects, Pod, dig
-from router import config
+from router import config, node
 from router.errors import ConfigError
+from router.membership import node_address
 
 MARGIN_S = 15.0
 """What a router may take to end after its last stream: the Ray node leaves, metrics are told."""
 LOAD_BALANCER_IDLE_S = 600.0
 """Google's load balancers close an idle connection after this time, which cannot be set."""
 GCS_PORT = 6379
-NODE_PORTS = {
-    "node-manager-port": "6381",
-    "object-manager-port": "6382",
-    "runtime-env-agent-port": "6383",
-    "dashboard-agent-grpc-port": "6384",
-    "dashboard-agent-listen-port": "52365",
-    "metrics-export-port": "6385",
-    "min-worker-port": "10002",
-    "max-worker-port": "10101",
-}
+NODE_PORTS = {name: str(port) for name, port in node_address.PORTS.items()}
 """Of a router's own Ray node (`membership.join`). All nodes have the same, so that one policy can name them."""
+RAY_DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+"""How long `ray start` waits for its node's replicas after SIGTERM."""
+RAY_DRAIN_S = 30.0
+"""Unless that says otherwise."""
 LANE_PORTS = 64
 """As many as `engines.lane_port` tries."""
-_DEFAULTS = {"shutdown.notice_s": 5.0, "shutdown.grace_s": 30.0, "http.idle_timeout_s": 620.0}
+_DEFAULTS = {
+    "shutdown.notice_s": 5.0,
+    "shutdown.grace_s": 30.0,
+    "http.idle_timeout_s": 620.0,
+    "hold.enabled": "auto",
+    "hold.timeout_s": 600.0,
+}
 _CONFIG = re.compile(r"--config[ =](\S+)")
 _GPU = "nvidia.com/gpu"
 
@@ -66,6 +68,12 @@ class Settings(NamedTuple):
     def exit_s(self) -> float:
         """From SIGTERM until the last stream may have ended."""
         return float(self.at("shutdown.notice_s")) + float(self.at("shutdown.grace_s"))
+
+    @property
+    def held_s(self) -> float:
+        """For how long requests may wait for a model's first replica."""
+        mode, models = self.at("hold.enabled"), [dig(each, "autoscaling.min_replicas") for each in self.engines]
+        return float(self.at("hold.timeout_s")) if mode == "always" or (mode == "auto" and 0 in models) else 0.0
 
 
 @lru_cache(maxsize=1)
@@ -133,8 +141,23 @@ def _addresses(settings: Settings) -> Iterator[Finding]:
         host = settings.at(f"{ingress}.host")
         if host in (None, "127.0.0.1", "localhost", "::1"):
             yield settings.finding(f"{ingress}.host", "is loopback: nobody outside the pod gets there")
-    if settings.at("admin.enabled") and settings.at("admin.host") not in (None, "127.0.0.1"):
+    probed = settings.at("http.tls_client_ca_file")  # Nobody who probes has a client's certificate for the other port.
+    if settings.at("admin.enabled") and settings.at("admin.host") not in (None, "127.0.0.1") and not probed:
         yield settings.finding("admin.host", "must be 127.0.0.1: the port has no authentication")
+    yield from _probes(settings)
+
+
+def _probes(settings: Settings) -> Iterator[Finding]:
+    """They speak what the port speaks."""
+    router = settings.container
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        asked = dig(router.raw, f"{probe}.httpGet") or {}
+        if asked.get("port") != "http":
+            continue
+        if settings.at("http.tls_client_ca_file"):
+            yield router.finding(f"{probe}.httpGet.port", "asks for a certificate, which kubelet has not: probe admin")
+        elif (scheme := "HTTPS" if settings.at("http.tls_cert_file") else "HTTP") != asked.get("scheme", "HTTP"):
+            yield router.finding(f"{probe}.httpGet.scheme", f"must be {scheme}, which the port speaks")
 
 
 def _grace(settings: Settings) -> Iterator[Finding]:
@@ -175,6 +198,8 @@ def _membership(settings: Settings, objects: Objects) -> Iterator[Finding]:
         )
     if not settings.at("membership.join"):
         yield settings.finding("membership.join", "must be true: the container has no Ray node beside it")
+    if node.GCS_LIMIT in router.env:
+        yield router.finding("env", f"{node.GCS_LIMIT} must not be set: the router sets a day, and less cuts streams")
     if router.env.get("RAY_AUTH_MODE") != cluster.at("spec.authOptions.mode"):
         yield router.finding(
             "env", f"RAY_AUTH_MODE must be {cluster.at('spec.authOptions.mode')!r}, as in {cluster.label}"
@@ -229,8 +254,15 @@ def _engines(settings: Settings, cluster: Object) -> Iterator[Finding]:
 
 
 def _drain(settings: Settings, at: int, engine: Mapping[str, Any], cluster: Object) -> Iterator[Finding]:
-    drain = float(engine.get("drain_timeout_s", 120))
+    drain = float(engine.get("drain_timeout_s", 3600))
     for place, group in enumerate(cluster.at("spec.workerGroupSpecs") or ()):
+        pod = Pod(cluster, f"spec.workerGroupSpecs.{place}.template", group.get("template") or {})
+        for container in pod.containers[:1]:
+            for name, default in (("DRAIN_S", math.inf), (RAY_DRAIN, RAY_DRAIN_S)):
+                if (given := float(container.env.get(name, default))) <= drain:
+                    yield container.finding(
+                        "env", f"{name} is {given:g}, not above engines.{at}.drain_timeout_s = {drain:g}"
+                    )
         grace = float(dig(group, "template.spec.terminationGracePeriodSeconds", 30))
         if grace < drain + MARGIN_S:
             yield cluster.finding(
@@ -260,6 +292,11 @@ def _ray(cluster: Object) -> Iterator[Finding]:
         yield cluster.finding("spec.headGroupSpec.rayStartParams.num-cpus", 'must be "0": the head runs no replicas')
     for at, group in enumerate(cluster.at("spec.workerGroupSpecs") or ()):
         field, params = f"spec.workerGroupSpecs.{at}", group.get("rayStartParams") or {}
+        if dig(group, "labels", {}).get(node_address.ROLE) != node_address.ENGINE:
+            yield cluster.finding(
+                f"{field}.labels",
+                f"{node_address.ROLE} must be {node_address.ENGINE}: with the directory's actor no node is ever idle",
+            )
         if not group.get("minReplicas", 0) <= group.get("replicas", 0) <= group.get("maxReplicas", math.inf):
             yield cluster.finding(f"{field}.replicas", "is not between minReplicas and maxReplicas")
         yield from _ports_declared(Pod(cluster, f"{field}.template", group.get("template") or {}), params)

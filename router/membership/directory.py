@@ -20,7 +20,7 @@ from ray.exceptions import ActorDiedError, RayError
 
 from router import ray_private
 from router.membership.base import ReplicaRecord
-from router.membership.node_address import ROLE, ROUTER
+from router.membership.node_address import ENGINE, ROLE, ROUTER
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,9 @@ DEATHWATCH_S: Final = 60.0
 """How long one watch call stays parked in a replica; bounds what a directory that died leaves behind there."""
 CALLERS: Final = 10_000
 """Calls at once: every router process keeps one waiting."""
+PLACEMENT: Final = {ROLE: f"!in({ROUTER},{ENGINE})"}
+"""A router's node comes and goes, and has no memory to spare; on an engine's node an actor, though it takes nothing,
+would keep an autoscaler from ever taking the node for idle."""
 
 
 class Listing(msgspec.Struct, frozen=True):
@@ -173,6 +176,6 @@ def find(namespace: str) -> Any:
         num_cpus=0,
         max_restarts=-1,
         max_concurrency=CALLERS,
-        label_selector={ROLE: f"!in({ROUTER})"},  # A router's node comes and goes, and has no memory to spare.
+        label_selector=PLACEMENT,
     )
     return actor_class.remote()

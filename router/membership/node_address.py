@@ -22,9 +22,23 @@ FIRST_WORKER: Final = 10002
 LAST_WORKER: Final = 10101
 """One port for each router process, those of a reload included, and for each that Ray may start here."""
 
+PORTS: Final = {
+    "node-manager-port": NODE_MANAGER,
+    "object-manager-port": OBJECT_MANAGER,
+    "runtime-env-agent-port": RUNTIME_ENV_AGENT,
+    "dashboard-agent-grpc-port": DASHBOARD_AGENT_GRPC,
+    "dashboard-agent-listen-port": DASHBOARD_AGENT_HTTP,
+    "metrics-export-port": METRICS_EXPORT,
+    "min-worker-port": FIRST_WORKER,
+    "max-worker-port": LAST_WORKER,
+}
+"""By the names that `ray start` gives them."""
+
 ROLE: Final = "kvlane-role"
 ROUTER: Final = "router"
 """The label that such a node bears, and its value: what belongs to the whole cluster is kept off it."""
+ENGINE: Final = "engine"
+"""Its value at nodes of engines that an autoscaler may take away, where somebody gave it to them."""
 
 
 class Address(NamedTuple):

@@ -13,6 +13,7 @@ import yaml
 
 from k8s.check import render, rules, schemas, settings
 from k8s.check.objects import Object, Objects, matches
+from router.membership import node_address
 from tests.unit.kubernetes import NAMES, OVERLAYS, ROOT, Rendering, needs_kustomize
 
 pytestmark = needs_kustomize
@@ -118,8 +119,50 @@ SEEDS: dict[str, tuple[str, Edit, str, str, str]] = {
         "gke-l4", lambda r: r.toml("drain_timeout_s = 600.0", "drain_timeout_s = 700.0"),
         RAY, "template.spec.terminationGracePeriodSeconds", "drain_timeout_s",
     ),
+    "engines that Ray stops while they drain": (
+        "gke-l4",
+        lambda r: r.worker()["template"]["spec"]["containers"][0]["env"].remove(
+            {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "615"}),
+        RAY, "containers.0.env", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S is 30",
+    ),
+    "a hook that gives up before engines have drained": (
+        "gke-l4",
+        lambda r: next(
+            each for each in r.worker()["template"]["spec"]["containers"][0]["env"] if each["name"] == "DRAIN_S"
+        ).update(value="300"),
+        RAY, "containers.0.env", "DRAIN_S is 300",
+    ),
+    "a router that ends when the head is away": (
+        "gke-l4",
+        lambda r: r.container()["env"].append({"name": "RAY_gcs_rpc_server_reconnect_timeout_s", "value": "600"}),
+        ROUTER, "containers.0.env", "RAY_gcs_rpc_server_reconnect_timeout_s",
+    ),
+    "engines' nodes that the directory would keep from being idle": (
+        "gke-l4", lambda r: r.worker().pop("labels"), RAY, "workerGroupSpecs.0.labels", "kvlane-role must be engine",
+    ),
+    "a Secret that never changes in its pods": (
+        "multi-tenant", lambda r: put("tls.crt", "volumeMounts", 4, "subPath")(r.container()),
+        ROUTER, "containers.0.volumeMounts", "subPath",
+    ),
+    "probes that would need a client's certificate": (
+        "gke-l4",
+        lambda r: r.container()["env"].extend(
+            {"name": f"KVLANE_HTTP_TLS_{name}_FILE", "value": f"/run/secrets/kvlane-grpc-tls/tls.{end}"}
+            for name, end in (("CERT", "crt"), ("KEY", "key"), ("CLIENT_CA", "crt"))),
+        ROUTER, "readinessProbe.httpGet.port", "certificate",
+    ),
+    "probes in plaintext of a port that speaks TLS": (
+        "gke-l4",
+        lambda r: r.container()["env"].extend(
+            {"name": f"KVLANE_HTTP_TLS_{name}_FILE", "value": f"/run/secrets/kvlane-grpc-tls/tls.{end}"}
+            for name, end in (("CERT", "crt"), ("KEY", "key"))),
+        ROUTER, "readinessProbe.httpGet.scheme", "HTTPS",
+    ),
     "a load balancer that cuts streams": (
         "gke-l4", lambda r: r[BACKEND]["spec"].pop("timeoutSec"), BACKEND, "spec.timeoutSec", "30",
+    ),
+    "a load balancer that cuts streams that were held": (
+        "gke-l4", lambda r: put(1000, "spec", "timeoutSec")(r[BACKEND]), BACKEND, "spec.timeoutSec", "hold.timeout_s",
     ),
     "a Gateway's backend that cuts streams": (
         "gateway-api", lambda r: put(60, "spec", "default", "timeoutSec")(r["GCPBackendPolicy/kvlane"]),
@@ -478,6 +521,7 @@ def test_the_deploy_job_gives_ray_options_that_it_has() -> None:
     given = dict(word.partition("=")[::2] for word in script.split() if word.startswith("--") and word != "--config")
     assert given.keys() <= known
     assert {name: given[f"--{name}"] for name in settings.NODE_PORTS} == settings.NODE_PORTS
+    assert given["--labels"] == f"{node_address.ROLE}={node_address.ROUTER}"
 
 
 def test_cpus_are_read_as_kubernetes_reads_them() -> None:

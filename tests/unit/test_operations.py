@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
+import ssl
 import subprocess
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 import yaml
 
 from k8s.check import render, rules
+from router.errors import DeadlineExceeded, Fault, KvlaneError
+from router.lane.tls import LaneTls, TlsFiles
 from tests.unit.kubernetes import ROOT, needs_kustomize
 
 PAGE = (ROOT / "docs" / "operations.md").read_text()
@@ -38,12 +42,30 @@ def test_an_overlay_of_ones_own_is_made_as_the_page_says(tmp_path: Path) -> None
     assert rules.check(rendered, rules.our_documentation()) == []
 
 
+def make_certificates(secret: str, directory: Path) -> None:
+    """What the block that makes that Secret makes with openssl."""
+    block = next(each for each in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) if f" {secret} " in each)
+    lines = re.findall(r"^openssl req(?:.*\\\n)*.*$", block, re.MULTILINE)
+    assert lines
+    subprocess.run(["sh", "-ec", "\n".join(lines)], cwd=directory, check=True, timeout=60, capture_output=True)
+
+
 def test_the_certificate_is_made_as_the_page_says(tmp_path: Path) -> None:
-    block = next(each for each in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) if "openssl req" in each)
-    line = re.search(r"^openssl req(?:.*\\\n)*.*$", block, re.MULTILINE)
-    assert line
-    subprocess.run(["sh", "-ec", line[0]], cwd=tmp_path, check=True, timeout=60, capture_output=True)
+    make_certificates("kvlane-grpc-tls", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"tls.key", "tls.crt"}
+
+
+def test_lanes_get_certificates_as_the_page_says(tmp_path: Path) -> None:
+    make_certificates("kvlane-lane-tls", tmp_path)
+    files = TlsFiles(*(str(tmp_path / name) for name in ("tls.crt", "tls.key", "ca.crt")))
+    server, client = LaneTls("replica", files).context(), LaneTls("router", files).context()
+    there, here = ssl.MemoryBIO(), ssl.MemoryBIO()
+    replica, router = server.wrap_bio(there, here, server_side=True), client.wrap_bio(here, there)
+    for end in (router, replica, router, replica):  # Each says what it has to, and waits for the other.
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    assert router.getpeercert()
+    assert replica.getpeercert()
 
 
 def test_every_link_in_the_page_leads_somewhere() -> None:
@@ -61,6 +83,20 @@ def test_every_alert_has_its_section_and_every_section_its_alert() -> None:
     text = (ROOT / "k8s/components/gke-monitoring/rules.yaml").read_text()
     alerts = {rule["alert"] for group in yaml.safe_load(text)["spec"]["groups"] for rule in group["rules"]}
     assert rules.our_documentation().alerts == alerts
+
+
+def test_nobody_is_woken_for_what_clients_get_wrong() -> None:
+    text = (ROOT / "k8s/components/gke-monitoring/rules.yaml").read_text()
+    spared = re.search(r'kvlane_requests_total\{outcome!~"([^"]+)"\}', text)
+    assert spared
+    pages = {each.name for each in all_errors(KvlaneError) if not re.fullmatch(spared[1], each.name)}
+    others = {each.name for each in all_errors(KvlaneError) if each.fault is not Fault.CLIENT}
+    assert pages == others | {DeadlineExceeded.name}
+
+
+def all_errors(base: type[KvlaneError]) -> set[type[KvlaneError]]:
+    found = {base}.union(*(all_errors(each) for each in base.__subclasses__()))
+    return {each for each in found if each.__module__ == KvlaneError.__module__}
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`(k8s/[\w/.-]+)`", PAGE))))
