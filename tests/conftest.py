@@ -1,20 +1,35 @@
-"""How the tests share the machine: two at a time, but only one of those that start engines, clusters and routers."""
+"""How the tests share the machine: two at a time, but only one of those that start engines and clusters."""
 
 from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
 
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+HEAVY = ("pytest.mark.ray", "pytest.mark.vllm")
+"""Marks of files that start a Ray cluster or vLLM."""
 
-class OneThatStartsThings(LoadScopeScheduling):
-    """All but the unit tests run in one process, one after the other."""
+
+class OneThatStartsEngines(LoadScopeScheduling):
+    """Files with Ray or vLLM run in one process, one after the other; of the rest, the unit tests share no process."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid if nodeid.startswith("tests/unit/") else "machine"
+        path = nodeid.partition("::")[0]
+        if nodeid.startswith("tests/unit/"):
+            return nodeid
+        return "engines" if _is_heavy(path) else path
+
+
+@cache
+def _is_heavy(path: str) -> bool:
+    text = (Path(__file__).parents[1] / path).read_text()
+    return any(mark in text for mark in HEAVY)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneThatStartsThings | None:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneThatStartsEngines | None:
     """For `--dist loadscope`."""
-    return OneThatStartsThings(config, log) if config.getvalue("dist") == "loadscope" else None
+    return OneThatStartsEngines(config, log) if config.getvalue("dist") == "loadscope" else None
