@@ -19,7 +19,7 @@ import msgspec
 
 from router.errors import ModelNotFound, NoReplica, ReplicaLost, cut
 from router.ingress.base import CacheStatus, ModelStatus, Readiness
-from router.lane.carriers import Carrier
+from router.lane.carriers import Carrier, TlsFailed
 from router.lane.client import Lane, Lease
 from router.lane.frames import CacheReport
 from router.lane.meter import FrameMeter
@@ -170,7 +170,8 @@ class _Member:
                     await self._owner.carrier.connect(self.record, self._new_lane)
                     await self._opened.wait()
             except (OSError, TimeoutError) as error:
-                self.turned_away = self.lane is not None  # Else nobody took the connection.
+                reached = self.lane is not None and self.lane.reached
+                self.turned_away = reached or isinstance(error, TlsFailed)
                 cause = self._owner.troubles.failed(self.record.replica, error, self.lane)
                 log.info("replica %s: no lane: %s", self.record.replica, cause)
                 self._give_up_lane()

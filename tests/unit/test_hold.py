@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import random
 import weakref
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -25,8 +26,9 @@ from router.errors import (
 )
 from router.hold import LARGE_BODY_BYTES, LOOK_S, SLICE
 from router.lane.frames import End
-from router.options import HoldOptions
-from router.replicas import HELD
+from router.membership.base import ReplicaRecord
+from router.options import HoldOptions, LaneOptions
+from router.replicas import HELD, Replicas
 from router.types import Chain, Decision, Load, Reason, Request, Snapshot
 from tests.fakes import DEADLINE_S, SECRET, RecordingSink, ScriptedEngine, eventually, make_request
 from tests.unit.test_dispatch import Router, answer
@@ -572,3 +574,26 @@ async def test_a_replica_that_is_listed_and_gone_does_not_keep_it_unready() -> N
     await router.fleet.until(lambda: router.fleet.router.readiness().ready)
     assert router.fleet.router.troubles.counts["unreachable"] >= 1
     await router.close()
+
+
+class Nowhere:
+    """Makes the lane before it connects, as uvloop does, and then reaches nobody."""
+
+    def __init__(self, *, hangs: bool) -> None:
+        self._hangs = hangs
+
+    async def connect(self, record: ReplicaRecord, protocol: Callable[[], asyncio.Protocol]) -> asyncio.BaseTransport:
+        protocol()
+        if self._hangs:
+            await asyncio.sleep(DEADLINE_S)
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_replica_that_cannot_be_reached_does_not_keep_it_unready(*, hangs: bool) -> None:
+    options = LaneOptions(connect_timeout_s=0.05, reconnect_min_s=0.01, reconnect_max_s=0.05)
+    replicas = Replicas("test", Nowhere(hangs=hangs), options, held=("m",))
+    replicas.listed({"a": ReplicaRecord("a", "127.0.0.1", 1, SECRET)})
+    await eventually(lambda: replicas.readiness().ready)
+    assert replicas.readiness().lanes == {"a": "timed out" if hangs else "Connection refused"}
+    await replicas.close()
