@@ -186,16 +186,23 @@ class Hold:
 
     def _advance(self, now: float) -> float:
         """Does what is due; returns the seconds until it must be looked again, if nothing happens before."""
-        pause_s = math.inf
-        for model, queue in tuple(self._holding.queues.items()):
-            if not queue.called:  # Else it goes on when the last of those has left.
-                pause_s = min(pause_s, self._advance_one(model, queue, now))
+        pause_s, left = math.inf, SLICE
+        queues = self._holding.queues
+        # Adapters have queues of their own and share their base's room.
+        busy = {self._base(model) for model, queue in queues.items() if queue.called}
+        for model, queue in tuple(queues.items()):
+            base = self._base(model)
+            if left and base not in busy:  # Else it goes on when the last of those that were called has left.
+                pause_s = min(pause_s, self._advance_one(model, queue, now, left))
+                if queue.called:
+                    left -= queue.called
+                    busy.add(base)
         for place in self._holding.ring(now, self._options.comment_interval_s, SLICE):
             assert isinstance(place, HeldRequest)
             place.ring()
         return max(0.0, min(pause_s, self._holding.next_ring() - now))
 
-    def _advance_one(self, model: str, queue: Queue, now: float) -> float:
+    def _advance_one(self, model: str, queue: Queue, now: float, most: int) -> float:
         overdue = self._holding.overdue(model, now, SLICE)
         try:
             replicas = self._pools.snapshot(model).replicas
@@ -206,7 +213,7 @@ class Hold:
             first = next(queue.waiting(), None)
             return math.inf if first is None else max(0.0, first.deadline - now)
         # Who has waited its time and finds replicas, busy as they may be, waits there and not here.
-        called = self._holding.call(model, min(SLICE, max(room(replicas), len(overdue))))
+        called = self._holding.call(model, min(most, max(room(replicas), len(overdue))))
         for place in called:
             assert isinstance(place, HeldRequest)
             place.go_on()

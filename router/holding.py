@@ -77,7 +77,7 @@ class Holding:
     def __init__(self, max_requests: int, max_bytes: int) -> None:
         """At most so many requests of each model, and so many bytes of all together."""
         self.queues: dict[str, Queue] = {}
-        """By model; only those in which somebody is."""
+        """By model; only those in which somebody is, whoever went on last behind the others."""
         self.bytes = 0
         self._max_requests = max_requests
         self._max_bytes = max_bytes
@@ -113,7 +113,7 @@ class Holding:
             del self.queues[place.model]
 
     def call(self, model: str, most: int) -> list[Place]:
-        """The next ones of a model, `most` at most."""
+        """The next ones of a model, `most` at most; its queue is then the last one."""
         called: list[Place] = []
         queue = self.queues.get(model)
         if queue is None:
@@ -127,6 +127,8 @@ class Holding:
         for place in called:
             place.called = True
         queue.called += len(called)
+        if called:
+            self.queues[model] = self.queues.pop(model)
         return called
 
     def put_back(self, place: Place) -> None:

@@ -19,7 +19,7 @@ import msgspec
 
 from router.errors import ModelNotFound, NoReplica, ReplicaLost, cut
 from router.ingress.base import CacheStatus, ModelStatus, Readiness
-from router.lane.carriers import Carrier
+from router.lane.carriers import Carrier, TlsFailed
 from router.lane.client import Lane, Lease
 from router.lane.frames import CacheReport
 from router.lane.meter import FrameMeter
@@ -137,6 +137,8 @@ class _Member:
         self._lost = asyncio.Event()
         self.tried = False
         """A lane was opened once, or could not be opened."""
+        self.turned_away = False
+        """It is there, and yet the last try to open a lane came to nothing."""
         self.task = asyncio.create_task(self._keep_lane(), name=f"lane {record.replica}")
 
     def happens(self, event: Event) -> None:
@@ -168,6 +170,8 @@ class _Member:
                     await self._owner.carrier.connect(self.record, self._new_lane)
                     await self._opened.wait()
             except (OSError, TimeoutError) as error:
+                reached = self.lane is not None and self.lane.reached
+                self.turned_away = reached or isinstance(error, TlsFailed)
                 cause = self._owner.troubles.failed(self.record.replica, error, self.lane)
                 log.info("replica %s: no lane: %s", self.record.replica, cause)
                 self._give_up_lane()
@@ -176,6 +180,7 @@ class _Member:
                 log.exception("replica %s: the carrier failed", self.record.replica)
                 self._give_up_lane()
             else:
+                self.turned_away = self.info is None
                 self._was_tried()
                 if not self._lost.is_set():
                     delay_s = options.reconnect_min_s
@@ -186,9 +191,8 @@ class _Member:
                 delay_s = min(delay_s * 2, options.reconnect_max_s)
 
     def _was_tried(self) -> None:
-        if not self.tried:
-            self.tried = True
-            self._owner.tried()
+        self.tried = True
+        self._owner.tried()
 
     def _give_up_lane(self) -> None:
         if self.lane is not None:
@@ -289,7 +293,8 @@ class Replicas:
         self._told = False
         self._followers: list[Callable[[], None]] = []
         self._settled = False
-        """Membership has told what there is, and a lane to each of that was tried: that there is no replica is true."""
+        """Membership has told what there is, and a lane to each of that was tried and some opened, or none is there:
+        that there is no replica is true."""
         self._complain_at = 0.0
         self._idle_at = 0.0
         """Until then something may have been put off."""
@@ -319,8 +324,13 @@ class Replicas:
         self.tried()
 
     def tried(self) -> None:
-        """Some member's first lane is open, or could not be opened."""
-        if self._told and not self._settled and all(member.tried or member.gone for member in self._members.values()):
+        """Some member's lane is open, or could not be opened."""
+        if self._settled or not self._told:
+            return
+        there = [member for member in self._members.values() if not member.gone]
+        # Who is turned away by all that there is, by a wrong secret or certificate, does not know of zero replicas.
+        shut_out = any(member.turned_away for member in there) and all(member.info is None for member in there)
+        if all(member.tried for member in there) and not shut_out:
             self._settled = True
             self.changed()
 

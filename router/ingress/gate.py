@@ -46,11 +46,11 @@ class Gate:
         self.reload()
 
     def reload(self) -> None:
-        """Reads the keys again. Raises `ConfigError`, and those in use stay."""
+        """Reads the keys again. Raises `ConfigError`, and those in use stay. Any thread may call it."""
         found = keys.read(self.path)
-        self._keys = found
         for key in found.values():
             self.asked.setdefault(key.tenant, 0)
+        self._keys = found  # Last: whoever is let in by them is counted.
 
     def admit(self, ingress: str, given: Mapping[str, str]) -> Key:
         """Counts a request in by the key that the client showed in headers or metadata. Raises `KeyRefused`."""

@@ -125,6 +125,8 @@ class Lane(asyncio.Protocol):
         self.steps = 0
         self.tokens = 0
         """Tokens received, for metrics."""
+        self.reached = False
+        """Whether anybody took the connection."""
         self.silent = True
         """Whether the replica has said nothing at all."""
         self.told_to_wake = False
@@ -242,6 +244,7 @@ class Lane(asyncio.Protocol):
     # -- the transport's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.reached = True
         self._transport = cast("asyncio.Transport", transport)  # Carriers open these, by what they do if not by type.
         self._output = FrameOutput(self._transport, self._loop)
 

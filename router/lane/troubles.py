@@ -59,6 +59,6 @@ class Troubles:
 
 
 def _timed_out(lane: Lane | None) -> str:
-    if lane is not None and lane.silent:
+    if lane is not None and lane.reached and lane.silent:
         return "timed out: it took the connection and said nothing; a lane port with TLS needs lane.tls_ca_file"
     return "timed out"

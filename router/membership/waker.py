@@ -126,7 +126,8 @@ class Caller:
                 response.result(timeout_s=LOOK_INTERVAL_S)
                 self._rest()
                 return None
-        serve.status()  # Raises where Serve has gone.
+        if self._held:  # Else Ray may be shut down by now, and asking would start another one.
+            serve.status()  # Raises where Serve has gone.
         return response
 
     def _rest(self) -> None:

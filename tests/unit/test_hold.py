@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import random
 import weakref
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -23,11 +24,13 @@ from router.errors import (
     ReplicaLost,
     ShuttingDown,
 )
-from router.hold import LARGE_BODY_BYTES, SLICE
+from router.hold import LARGE_BODY_BYTES, LOOK_S, SLICE
 from router.lane.frames import End
-from router.options import HoldOptions
+from router.membership.base import ReplicaRecord
+from router.options import HoldOptions, LaneOptions
+from router.replicas import HELD, Replicas
 from router.types import Chain, Decision, Load, Reason, Request, Snapshot
-from tests.fakes import DEADLINE_S, RecordingSink, ScriptedEngine, eventually, make_request
+from tests.fakes import DEADLINE_S, SECRET, RecordingSink, ScriptedEngine, eventually, make_request
 from tests.unit.test_dispatch import Router, answer
 
 ROOM = 10
@@ -270,6 +273,31 @@ async def test_adapters_of_a_model_that_scaled_to_zero_are_held_and_the_waker_is
         await router.held("r3")
         assert router.hold.limit_s("lora") == HoldOptions().timeout_s
         assert router.waker.told[-1] == ("m", 3)
+
+
+async def test_a_model_and_its_adapters_share_their_replicas_room_and_take_turns() -> None:
+    models = ("m", "one", "two", "three")
+    async with holding() as router:
+        await router.fleet.add("a", adapters=models[1:])
+        await router.fleet.until(lambda: router.fleet.ready() == 1)
+        router.fleet.list({})
+        await router.fleet.replicas["a"].close()
+        await router.fleet.until(lambda: router.fleet.ready() == 0)
+        for model in models:
+            await router.held(*(f"{model} {i}" for i in range(2 * ROOM)), model=model)
+        engine = await router.fleet.add("b", adapters=models[1:])
+        await eventually(lambda: len(engine.calls) >= ROOM)
+        await asyncio.sleep(3 * LOOK_S)
+        assert len(engine.calls) == ROOM
+        engine.respond = answer
+        for out in engine.outs:
+            out.end("stop")
+        assert await all_of(router.tasks) == [End("stop")] * len(router.tasks)
+        assert {name.split()[0] for name in names(engine)[: len(models) * ROOM]} == set(models)
+        for model in models:
+            assert [name for name in names(engine) if name.startswith(model)] == [
+                f"{model} {i}" for i in range(2 * ROOM)
+            ]
 
 
 async def test_the_waker_is_told_how_many_wait_until_nobody_does() -> None:
@@ -516,3 +544,56 @@ async def test_it_is_not_ready_before_each_replica_that_is_there_was_tried() -> 
     await router.fleet.until(lambda: router.fleet.router.readiness().ready)
     assert router.fleet.ready() == 1
     await router.close()
+
+
+async def test_it_is_not_ready_while_all_replicas_that_are_there_turn_it_away() -> None:
+    router = Holding()
+    await router.fleet.add("a", secret=b"not its secret")
+    record = router.fleet.records["a"]
+    await eventually(lambda: router.fleet.router.troubles.counts["secret"] >= 2)
+    assert not router.fleet.router.readiness().ready
+    router.fleet.list({"a": msgspec.structs.replace(record, secret=SECRET)})
+    await router.fleet.until(lambda: router.fleet.router.readiness().ready)
+    assert router.fleet.ready() == 1
+    await router.close()
+
+
+async def test_it_is_ready_once_the_replica_that_turned_it_away_is_listed_no_more() -> None:
+    router = Holding()
+    await router.fleet.add("a", secret=b"not its secret")
+    await eventually(lambda: router.fleet.router.troubles.counts["secret"] >= 1)
+    router.fleet.list({})
+    assert router.fleet.router.readiness().held == {"m": HELD}
+    await router.close()
+
+
+async def test_a_replica_that_is_listed_and_gone_does_not_keep_it_unready() -> None:
+    router = Holding()
+    await router.replica("a")
+    await router.fleet.replicas["a"].close()
+    await router.fleet.until(lambda: router.fleet.router.readiness().ready)
+    assert router.fleet.router.troubles.counts["unreachable"] >= 1
+    await router.close()
+
+
+class Nowhere:
+    """Makes the lane before it connects, as uvloop does, and then reaches nobody."""
+
+    def __init__(self, *, hangs: bool) -> None:
+        self._hangs = hangs
+
+    async def connect(self, record: ReplicaRecord, protocol: Callable[[], asyncio.Protocol]) -> asyncio.BaseTransport:
+        protocol()
+        if self._hangs:
+            await asyncio.sleep(DEADLINE_S)
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_replica_that_cannot_be_reached_does_not_keep_it_unready(*, hangs: bool) -> None:
+    options = LaneOptions(connect_timeout_s=0.05, reconnect_min_s=0.01, reconnect_max_s=0.05)
+    replicas = Replicas("test", Nowhere(hangs=hangs), options, held=("m",))
+    replicas.listed({"a": ReplicaRecord("a", "127.0.0.1", 1, SECRET)})
+    await eventually(lambda: replicas.readiness().ready)
+    assert replicas.readiness().lanes == {"a": "timed out" if hangs else "Connection refused"}
+    await replicas.close()

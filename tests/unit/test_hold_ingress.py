@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import re
 import socket
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grpc
+import grpc.aio
 import httpx
 import msgspec
 import openai
@@ -23,10 +25,12 @@ from kvlane.v1 import inference_pb2 as pb
 
 from engine.base import StreamOut
 from engine.replica import Replica
+from router import keys
 from router.app import App, may_be_held
 from router.errors import ReplicaLost
 from router.lane.frames import Submit
 from router.options import (
+    AuthOptions,
     Config,
     EngineOptions,
     GrpcOptions,
@@ -39,6 +43,7 @@ from router.options import (
 )
 from router.types import Rpc
 from tests.fakes import DEADLINE_S, SECRET, ScriptedEngine, eventually
+from tests.unit.certificates import Certificate
 
 SSE = (("content-type", "text/event-stream; charset=utf-8"),)
 COMMENT = b": waiting for a replica\n\n"
@@ -122,6 +127,12 @@ class Site:
 
     async def until_waiting(self, count: int) -> None:
         await eventually(lambda: self.waiting() == count)
+
+    def grpc_connection(self) -> Any:
+        """The one that is open."""
+        edge: Any = self.app._grpc and self.app._grpc._edge
+        (connection,) = edge._connections
+        return connection
 
     async def metrics(self) -> str:
         async with httpx.AsyncClient() as client:
@@ -508,3 +519,54 @@ async def test_a_replica_that_fails_after_comments_breaks_the_stream_with_an_eve
             seen += await read_until(reader, b"\r\n0\r\n\r\n")
         error, done, _ = TOLD.sub(b"", body_of(seen)).split(b"\n\n")
         assert (json.loads(error.removeprefix(b"data: "))["error"]["code"], done) == (502, b"data: [DONE]")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_held_clients_with_keys_over_tls_are_served_by_a_router_that_goes_away(
+    tmp_path: Path, replaced: bool
+) -> None:
+    server, (key, entry) = Certificate(tmp_path, "server"), keys.new("team", ["m"])
+    (tmp_path / "keys.toml").write_text(entry)
+    options: dict[str, Any] = {
+        "http": HttpOptions(port=0, **server.options),
+        "grpc": GrpcOptions(port=0, **server.options),
+        "auth": AuthOptions(str(tmp_path / "keys.toml")),
+        "hold": HoldOptions(enabled="always", comment_interval_s=0.05),
+    }
+    credentials = grpc.ssl_channel_credentials(server.cert.read_bytes())
+    headers = {"authorization": f"Bearer {key}"}
+    async with (
+        site(tmp_path, **options) as there,
+        httpx.AsyncClient(verify=server.client(), headers=headers, timeout=DEADLINE_S) as http,
+        grpc.aio.secure_channel(f"localhost:{there.app.grpc_port}", credentials) as channel,
+    ):
+        generate = channel.unary_stream("/kvlane.v1.Inference/Generate")
+        prompt = pb.GenerateRequest(model="m", text="p").SerializeToString()
+
+        def ask_http(number: int) -> Any:
+            url = f"https://localhost:{there.app.http_port}/v1/chat/completions"
+            return http.post(url, json=CHAT | {"stream": bool(number % 2)})
+
+        async def ask_grpc(_: int) -> list[str]:
+            call = generate(prompt, metadata=tuple(headers.items()))
+            return [told.text async for each in call if (told := pb.GenerateResponse.FromString(each)).text]
+
+        answers = await in_order(4, ask_http, there)
+        before = len(answers)
+        calls = [asyncio.create_task(ask_grpc(number)) for number in range(4)]
+        await there.until_waiting(before + len(calls))
+        connection = there.grpc_connection()
+        if replaced:
+            leaving = asyncio.create_task(there.app.drain(DEADLINE_S))
+        else:
+            there.app.notice(0.2)
+            await eventually(lambda: connection._tell_at == math.inf)  # It was told half-way.
+            leaving = asyncio.create_task(there.app.stop(DEADLINE_S))
+        await eventually(lambda: connection._draining)
+        assert there.waiting() == before + len(calls)
+        await there.scale_up()
+        assert [reply.status_code for reply in await all_of(answers)] == [200] * before
+        assert await all_of(calls) == [["one", "two"]] * len(calls)
+        await http.aclose()
+        await asyncio.wait_for(leaving, DEADLINE_S)
+        assert there.waiting() == there.app._admission.in_flight == 0

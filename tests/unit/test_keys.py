@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import asyncio
 import datetime
 import logging
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from router.errors import ConfigError, KeyRefused, ModelForbidden
 from router.ingress.gate import Gate
 from router.ingress.refusals import BURST, RefusalLog
 from router.options import Config, LogOptions
+from tests.fakes import DEADLINE_S, eventually
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -186,6 +189,23 @@ def test_keys_are_read_again_where_their_mount_is_swapped_and_kept_where_they_br
     assert told == ["ok", "failed", "failed"]
     assert caplog.text.count("cannot be used, the ones in use stay") == 2
     assert gate.asked == {"a": 1, "b": 3}
+
+
+async def test_streams_go_on_while_files_are_read_again() -> None:
+    reading, others = asyncio.Event(), threading.Event()
+    loop, went_on = asyncio.get_running_loop(), []
+
+    def read() -> None:
+        loop.call_soon_threadsafe(reading.set)
+        went_on.append(others.wait(DEADLINE_S))
+
+    following = asyncio.create_task(files.follow([files.Followed("keys", [], read, lambda what, outcome: None)]))
+    await reading.wait()
+    others.set()
+    await eventually(lambda: bool(went_on))
+    assert went_on == [True]
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
 
 
 def test_the_command_makes_keys_and_lists_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
