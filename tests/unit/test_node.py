@@ -116,6 +116,11 @@ def test_the_command_makes_a_node_without_cpus_at_ports_that_a_policy_can_name()
     }
 
 
+def test_the_deploy_jobs_node_which_soon_goes_bears_the_same_label() -> None:
+    job = Path(__file__).parents[2] / "k8s/base/deploy-job.yaml"
+    assert f"--labels={node_address.ROLE}={node_address.ROUTER}" in job.read_text()
+
+
 def test_rays_command_knows_every_flag() -> None:
     words = node.command(MembershipOptions(ray_address="127.0.0.1:6379", join=True, node_tmp_dir="/run/ray"))
     flags = words[words.index("start") + 1 :]
