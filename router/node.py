@@ -45,14 +45,6 @@ _TIED_RAY: Final = (
     "import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGTERM); from ray.scripts.scripts import main; main()"
 )
 """Ray's command line, which gets SIGTERM when this process dies (1 is PR_SET_PDEATHSIG)."""
-GCS_LIMIT: Final = "RAY_gcs_rpc_server_reconnect_timeout_s"
-GCS_LIMIT_S: Final = 86_400
-"""For how long the cluster's head may be away: Ray's own 60 s end every process that belongs to the cluster."""
-
-
-def outlive_the_head() -> None:
-    """Has Ray in this process's children wait for a head that is away, unless the environment says for how long."""
-    os.environ.setdefault(GCS_LIMIT, str(GCS_LIMIT_S))
 
 
 def command(options: MembershipOptions) -> list[str]:

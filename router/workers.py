@@ -31,7 +31,6 @@ def serve(
 
     `ready` takes the line that tells the addresses. Raises `ConfigError`.
     """
-    node.outlive_the_head()
     return uvloop.run(_supervise(config, read_again, file, ready, parent_pipe=False))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import subprocess
 import sys
@@ -205,19 +204,6 @@ async def test_without_join_nothing_is_started(stage: Stage) -> None:
     async with head(stage), node.beside(MembershipOptions(ray_address=stage.options.ray_address)):
         pass
     assert stage.lives() == 0
-
-
-@pytest.mark.parametrize(("given", "kept"), [(None, "86400"), ("90", "90")])
-def test_ray_waits_long_for_its_head_unless_the_environment_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
-) -> None:
-    monkeypatch.delenv(node.GCS_LIMIT, raising=False)
-    if given is not None:
-        monkeypatch.setenv(node.GCS_LIMIT, given)
-    environment = dict(os.environ)
-    monkeypatch.setattr(os, "environ", environment)
-    node.outlive_the_head()
-    assert environment[node.GCS_LIMIT] == kept
 
 
 def test_orphans_are_buried_and_children_of_the_loop_left_to_it() -> None:
