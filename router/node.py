@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
@@ -147,9 +146,10 @@ class Node:
 
 
 @asynccontextmanager
-async def beside(options: MembershipOptions) -> AsyncIterator[None]:
-    """Keeps a node up meanwhile where the options ask for one, and buries orphans where nobody else would."""
-    node = Node(options, _ask_for_reload)
+async def beside(options: MembershipOptions, renewed: Callable[[], None]) -> AsyncIterator[None]:
+    """Keeps a node up meanwhile where the options ask for one, and buries orphans where nobody else would. `renewed` is
+    the node's."""
+    node = Node(options, renewed)
     tasks = [asyncio.create_task(node.run(), name="Ray node")] if options.join else []
     if os.getpid() == 1:
         tasks.append(asyncio.create_task(bury_orphans(), name="burial of orphans"))
@@ -189,10 +189,6 @@ def _ended() -> int:
     except ChildProcessError:
         return 0
     return found.si_pid if found is not None else 0
-
-
-def _ask_for_reload() -> None:
-    os.kill(os.getpid(), signal.SIGHUP)
 
 
 async def _started(words: list[str]) -> Process:

@@ -83,5 +83,5 @@ async def _supervise(
         ready(address_line(settled, settled.http.port, settled.grpc.port, settled.admin.port))
 
     stop = stop_asked(parent_pipe=parent_pipe)
-    async with node.beside(config.membership):
+    async with node.beside(config.membership, supervisor.renew):
         return await supervisor.run(tell, stop)

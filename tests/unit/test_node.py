@@ -201,7 +201,7 @@ async def test_a_port_that_another_process_has_is_not_taken_for_the_node(
 
 
 async def test_without_join_nothing_is_started(stage: Stage) -> None:
-    async with head(stage), node.beside(MembershipOptions(ray_address=stage.options.ray_address)):
+    async with head(stage), node.beside(MembershipOptions(ray_address=stage.options.ray_address), lambda: None):
         pass
     assert stage.lives() == 0
 
