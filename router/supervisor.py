@@ -169,7 +169,7 @@ class Supervisor:
         self._hangup.set()
 
     def renew(self) -> None:
-        """The workers' Ray node is gone, and another is in its place: has others take over, however often that fails."""
+        """The workers' Ray node is gone and another there: has others take over, however often that fails."""
         self._renewing = True
         self._hung_up()
 
