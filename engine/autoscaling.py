@@ -86,6 +86,9 @@ class Seen(NamedTuple):
     """Requests that wait in routers, as far as they have told."""
     batch: float = 0.0
     """What a replica runs at once; 0 where none tells."""
+    spare: bool = False
+    """Some replica sleeps, and those who are awake have room in their batches for all that there is. Routers wake it
+    when they have not, sooner than another one starts."""
 
 
 class Trail:
@@ -123,11 +126,13 @@ class Scaling:
     def decide(self, now: float, target: int, seen: Seen) -> int:
         """The replicas to aim for, where Serve aims for `target` now.
 
-        More, once as many were too few for `upscale_delay_s`, as many as were needed all that time. Less, once fewer
-        were enough for `downscale_delay_s`, as few as were enough all that time. The last one goes after
-        `downscale_to_zero_delay_s`, and never together with others.
+        More, once as many were too few for `upscale_delay_s`, as many as were needed all that time, and none that
+        sleeps was spare. Less, once fewer were enough for `downscale_delay_s`, as few as were enough all that time. The
+        last one goes after `downscale_to_zero_delay_s`, and never together with others.
         """
         low, high = self._needed(seen)
+        if seen.spare:
+            low = min(low, target)
         if target > self._decided >= 0:
             high = max(high, target)  # Serve was woken, or somebody deployed: from now on the delays count anew.
         up, down, idle = self._up.push(now, low), self._down.push(now, high), self._idle.push(now, high)
@@ -216,7 +221,10 @@ class Reports:
         streams = sum(_mean(metrics[name].get(each, ())) for name in ("running", "waiting") for each in speaking)
         held = sum(_held(metrics[name], speaking) for name in metrics if name.startswith(HELD))
         batches = [_mean(samples) for each in speaking if (samples := metrics.get("batch", {}).get(each))]
-        return Seen(streams, len(replicas) - len(speaking), held, sum(batches) / len(batches) if batches else 0.0)
+        batch = sum(batches) / len(batches) if batches else 0.0
+        asleep = sum(samples[-1].value > 0 for each in speaking if (samples := metrics.get("asleep", {}).get(each)))
+        spare = asleep > 0 and streams + held < batch * (len(speaking) - asleep)
+        return Seen(streams, len(replicas) - len(speaking), held, batch, spare)
 
 
 def _held(samples: Mapping[Any, Any], speaking: Mapping[Any, float]) -> float:

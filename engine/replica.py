@@ -57,6 +57,8 @@ class Replica:
         self.grace_s = 0.0
         self.active = 0
         """Streams accepted and not ended, all lanes together."""
+        self._dead = False
+        """The engine was found dead."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.refusals = Refusals(name, refused)
@@ -153,11 +155,12 @@ class Replica:
 
     def load_changed(self) -> None:
         """The engine did a step, died, or has less to do: every router shall know."""
-        if not self.draining and self.engine.dead():
+        if not self._dead and self.engine.dead():
+            self._dead = True  # Before streams end, each of which comes here again.
             log.error("replica %s: the engine died", self.name)
             if self.sleeper is not None:
                 self.sleeper.died()
-            self._say_draining(0.0)  # an idle-looking corpse would draw all traffic until Serve replaces it
+            self._say_draining_at_once()  # an idle-looking corpse would draw all traffic until Serve replaces it
         for session in self._sessions:
             session.schedule_flush()
 

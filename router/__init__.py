@@ -6,7 +6,8 @@ this package imports it: without the cluster's head Ray ends the process after 6
 
 import os
 
-HEAD_OUTAGE_S = 3600
-"""How long Ray lets this process live without the cluster's head, unless the environment says otherwise."""
+HEAD_OUTAGE_S = 86_400
+"""How long Ray lets this process, and the node that it starts, live without the cluster's head, unless the environment
+says otherwise."""
 
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_OUTAGE_S))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
@@ -45,14 +44,6 @@ _TIED_RAY: Final = (
     "import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGTERM); from ray.scripts.scripts import main; main()"
 )
 """Ray's command line, which gets SIGTERM when this process dies (1 is PR_SET_PDEATHSIG)."""
-GCS_LIMIT: Final = "RAY_gcs_rpc_server_reconnect_timeout_s"
-GCS_LIMIT_S: Final = 86_400
-"""For how long the cluster's head may be away: Ray's own 60 s end every process that belongs to the cluster."""
-
-
-def outlive_the_head() -> None:
-    """Has Ray in this process's children wait for a head that is away, unless the environment says for how long."""
-    os.environ.setdefault(GCS_LIMIT, str(GCS_LIMIT_S))
 
 
 def command(options: MembershipOptions) -> list[str]:
@@ -145,9 +136,10 @@ class Node:
 
 
 @asynccontextmanager
-async def beside(options: MembershipOptions) -> AsyncIterator[None]:
-    """Keeps a node up meanwhile where the options ask for one, and buries orphans where nobody else would."""
-    node = Node(options, _ask_for_reload)
+async def beside(options: MembershipOptions, renewed: Callable[[], None]) -> AsyncIterator[None]:
+    """Keeps a node up meanwhile where the options ask for one, and buries orphans where nobody else would. `renewed` is
+    the node's."""
+    node = Node(options, renewed)
     tasks = [asyncio.create_task(node.run(), name="Ray node")] if options.join else []
     if os.getpid() == 1:
         tasks.append(asyncio.create_task(bury_orphans(), name="burial of orphans"))
@@ -187,10 +179,6 @@ def _ended() -> int:
     except ChildProcessError:
         return 0
     return found.si_pid if found is not None else 0
-
-
-def _ask_for_reload() -> None:
-    os.kill(os.getpid(), signal.SIGHUP)
 
 
 async def _started(words: list[str]) -> Process:

@@ -30,6 +30,8 @@ READY_LIMIT_S: Final = 120.0
 """For the workers of a new configuration to become ready, where those of the old one are."""
 DRAIN_LIMIT_S: Final = 3600.0
 """For the streams of replaced workers to end."""
+RENEW_AGAIN_S: Final = 30.0
+"""Between two tries to replace workers that belong to a Ray node which is gone."""
 COLLECT_LIMIT_S: Final = 2.0
 """For a worker to tell its figures; a healthy one takes milliseconds."""
 
@@ -58,6 +60,8 @@ class Supervisor:
         self._hangup = asyncio.Event()
         self._forced = False
         """A signal asks for the reload, and not only a file that has changed."""
+        self._renewing = False
+        """The workers belong to a Ray node that is gone, and hear of no new replicas before they are replaced."""
         self._candidate: Generation | None = None
         """What a reload waits for; it may yet replace the last generation."""
         self._closing = False
@@ -164,6 +168,15 @@ class Supervisor:
         self._forced = True
         self._hangup.set()
 
+    def renew(self) -> None:
+        """The workers' Ray node is gone and another there: has others take over, however often that fails."""
+        self._renewing = True
+        self._hung_up()
+
+    def _renew_again(self) -> None:
+        if self._renewing:
+            self._hung_up()
+
     async def _reloads(self) -> None:
         while True:
             await self._hangup.wait()
@@ -176,6 +189,9 @@ class Supervisor:
                 outcome = "failed"
             if outcome:
                 self._metrics.reloaded(outcome)
+            self._renewing = self._renewing and outcome != "ok"
+            if self._renewing:
+                asyncio.get_running_loop().call_later(RENEW_AGAIN_S, self._renew_again)
 
     async def _watch(self) -> None:
         """Asks for a reload where the file that the configuration was read from has changed."""

@@ -31,7 +31,6 @@ def serve(
 
     `ready` takes the line that tells the addresses. Raises `ConfigError`.
     """
-    node.outlive_the_head()
     return uvloop.run(_supervise(config, read_again, file, ready, parent_pipe=False))
 
 
@@ -84,5 +83,5 @@ async def _supervise(
         ready(address_line(settled, settled.http.port, settled.grpc.port, settled.admin.port))
 
     stop = stop_asked(parent_pipe=parent_pipe)
-    async with node.beside(config.membership):
+    async with node.beside(config.membership, supervisor.renew):
         return await supervisor.run(tell, stop)

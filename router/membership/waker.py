@@ -136,7 +136,10 @@ class Caller:
 
     def _complain(self, error: Exception) -> None:
         """Once for each cause. The next call begins anew, for Serve may have been, too."""
-        self._handle = None
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with suppress(Exception):
+                handle.shutdown()  # It would go on reporting to Serve for ever, and so would each one after it.
         ray_private.forget_serve()
         cause = ray_private.reason(error)
         if cause != self._failed:

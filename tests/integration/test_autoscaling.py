@@ -149,9 +149,9 @@ async def test_replicas_follow_a_wave_from_none_to_three_and_back_and_no_stream_
     assert router.ready == 0
     async with router.load(10):
         await until(lambda: router.ready == 3, "three replicas carry ten streams")
-        # Longer than the rest of the load, and than the delay after which replicas are taken away.
+        # Longer than the rest of the load, than what Serve looks back at, and than the delay after which replicas go.
         sinks = [RecordingSink() for _ in range(6)]
-        long = [asyncio.create_task(router.stream(600, sink)) for sink in sinks[:3]]
+        long = [asyncio.create_task(router.stream(900, sink)) for sink in sinks[:3]]
         await until(lambda: all(sink.started for sink in sinks[:3]), "three long streams have begun")
     assert len({sink.receipts[-1].replica for sink in sinks[:3]}) == 3
     await until(lambda: router.ready == 1, "two replicas are taken away")

@@ -47,12 +47,15 @@ class Model:
         self.now = now
         self.replicas = replicas
 
-    def go(self, seconds: float, streams: float = 0.0, *, silent: int = 0, held: float = 0.0) -> list[int]:
+    def go(
+        self, seconds: float, streams: float = 0.0, *, silent: int = 0, held: float = 0.0, spare: bool = False
+    ) -> list[int]:
         """The numbers of replicas that there were meanwhile, each once in a row."""
         course = [self.replicas]
         for _ in range(round(seconds / TICK_S)):
             self.now += TICK_S
-            self.replicas = self.scaling.decide(self.now, self.replicas, Seen(streams, silent, held))
+            seen = Seen(streams, silent, held, spare=spare)
+            self.replicas = self.scaling.decide(self.now, self.replicas, seen)
             if course[-1] != self.replicas:
                 course.append(self.replicas)
         return course
@@ -161,6 +164,20 @@ def test_requests_held_are_load_as_well() -> None:
 def test_after_the_controllers_restart_nothing_goes_before_its_delay_is_over() -> None:
     model = Model(replicas=5)
     assert model.go(29.0, streams=3.0) == [5]
+
+
+def test_none_is_started_while_one_that_sleeps_is_spare() -> None:
+    model = Model(replicas=3)
+    assert model.go(60.0, streams=35.0, spare=True) == [3]
+    assert model.go(4.9, streams=35.0) == [3]
+    assert model.go(1.0, streams=35.0) == [3, 4]
+
+
+def test_replicas_that_sleep_go_as_idle_ones_do_and_stay_for_the_minimum() -> None:
+    assert Model(replicas=4).go(31.0, streams=8.0, spare=True) == [4, 1]
+    assert Model(replicas=4, min_replicas=3).go(600.0, streams=8.0, spare=True) == [4, 3]
+    model = Model(replicas=1, schedule=[WARM])
+    assert model.go(1801.0, streams=8.0, spare=True) == [1, 3]
 
 
 WARM = Hours((0, 1, 2, 3, 4), 12 * 60 + 30, 13 * 60, "UTC", 3)
@@ -359,6 +376,27 @@ def test_what_a_replica_runs_at_once_is_taken_from_its_reports() -> None:
     sample = {name: {"a": [SimpleNamespace(timestamp=1.0, value=8.0)]} for name in ("running", "waiting", "batch")}
     decided, _ = controller.policy(controller.context(sample, 0.0))
     assert decided == 4
+
+
+@pytest.mark.parametrize(
+    ("streams", "asleep", "wanted"),
+    [
+        (39.0, 0.0, 4),
+        (39.0, 1.0, 2),  # The one that is awake has room for one more.
+        (40.0, 1.0, 4),  # Its batch is full: who sleeps is being woken, and that is not enough.
+        (15.0, 1.0, 2),
+    ],
+)
+def test_a_replica_that_sleeps_is_woken_before_another_is_started(streams: float, asleep: float, wanted: int) -> None:
+    controller = serve()
+    controller.running, controller.target = ["a", "b"], 2
+    told = {"running": (streams, 0.0), "waiting": (0.0, 0.0), "batch": (40.0, 40.0), "asleep": (0.0, asleep)}
+    reports = {
+        name: {each: [SimpleNamespace(timestamp=1.0, value=value)] for each, value in zip("ab", values, strict=True)}
+        for name, values in told.items()
+    }
+    decided, _ = controller.policy(controller.context(reports, 0.0))
+    assert decided == wanted
 
 
 def test_options_that_cannot_be_are_refused_before_serve_sees_them() -> None:

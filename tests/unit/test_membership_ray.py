@@ -134,4 +134,4 @@ print(os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"])
 """
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr) == ("3600\n", "")
+    assert (done.stdout, done.stderr) == ("86400\n", "")

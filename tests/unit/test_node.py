@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import subprocess
 import sys
@@ -116,6 +115,11 @@ def test_the_command_makes_a_node_without_cpus_at_ports_that_a_policy_can_name()
     }
 
 
+def test_the_deploy_jobs_node_which_soon_goes_bears_the_same_label() -> None:
+    job = Path(__file__).parents[2] / "k8s/base/deploy-job.yaml"
+    assert f"--labels={node_address.ROLE}={node_address.ROUTER}" in job.read_text()
+
+
 def test_rays_command_knows_every_flag() -> None:
     words = node.command(MembershipOptions(ray_address="127.0.0.1:6379", join=True, node_tmp_dir="/run/ray"))
     flags = words[words.index("start") + 1 :]
@@ -197,22 +201,9 @@ async def test_a_port_that_another_process_has_is_not_taken_for_the_node(
 
 
 async def test_without_join_nothing_is_started(stage: Stage) -> None:
-    async with head(stage), node.beside(MembershipOptions(ray_address=stage.options.ray_address)):
+    async with head(stage), node.beside(MembershipOptions(ray_address=stage.options.ray_address), lambda: None):
         pass
     assert stage.lives() == 0
-
-
-@pytest.mark.parametrize(("given", "kept"), [(None, "86400"), ("90", "90")])
-def test_ray_waits_long_for_its_head_unless_the_environment_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
-) -> None:
-    monkeypatch.delenv(node.GCS_LIMIT, raising=False)
-    if given is not None:
-        monkeypatch.setenv(node.GCS_LIMIT, given)
-    environment = dict(os.environ)
-    monkeypatch.setattr(os, "environ", environment)
-    node.outlive_the_head()
-    assert environment[node.GCS_LIMIT] == kept
 
 
 def test_orphans_are_buried_and_children_of_the_loop_left_to_it() -> None:

@@ -229,6 +229,32 @@ async def test_an_engine_that_dies_while_it_wakes_keeps_nobody_waiting(bed: Bed)
     await bed.until(lambda: bed.ready() == 0)
 
 
+async def test_an_engine_that_dies_under_very_many_waiting_streams_ends_each_of_them(bed: Bed) -> None:
+    await bed.start()
+    await bed.asleep()
+    asked = [bed.ask(f"r{i}")[0] for i in range(400)]
+    await eventually(lambda: bed.load().waiting == 400)
+    bed.engine.is_dead = True
+    bed.engine.step()
+    ends = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), DEADLINE_S)
+    assert {type(end) for end in ends} == {ReplicaLost}
+    assert bed.replica.active == 0
+
+
+async def test_an_engine_that_dies_while_it_wakes_for_its_last_streams_does_not_hold_up_the_drain(bed: Bed) -> None:
+    await bed.start()
+    await bed.asleep()
+    task, _ = bed.ask()
+    await eventually(lambda: bed.engine.wakes == 1)
+    draining = asyncio.create_task(bed.replica.drain(3600.0))
+    await bed.until(lambda: bed.ready() == 0)
+    bed.engine.is_dead = True
+    bed.engine.step()
+    with pytest.raises(ReplicaLost, match="died"):
+        await ended(task)
+    assert await asyncio.wait_for(draining, DEADLINE_S) == 0
+
+
 async def test_a_failure_to_take_one_stream_keeps_it_from_none_of_the_others(bed: Bed) -> None:
     await bed.start()
     await bed.asleep()
