@@ -10,4 +10,7 @@ HEAD_OUTAGE_S = 86_400
 """How long Ray lets this process, and the node that it starts, live without the cluster's head, unless the environment
 says otherwise."""
 
-os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_OUTAGE_S))
+HEAD_LIMIT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""Ray's own variable for it."""
+
+os.environ.setdefault(HEAD_LIMIT, str(HEAD_OUTAGE_S))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from k8s.check.objects import Container, Finding, Object, Objects, Pod, dig
-from router import config, node
+from router import HEAD_LIMIT, config
 from router.errors import ConfigError
 from router.membership import node_address
 
@@ -198,8 +198,8 @@ def _membership(settings: Settings, objects: Objects) -> Iterator[Finding]:
         )
     if not settings.at("membership.join"):
         yield settings.finding("membership.join", "must be true: the container has no Ray node beside it")
-    if node.GCS_LIMIT in router.env:
-        yield router.finding("env", f"{node.GCS_LIMIT} must not be set: the router sets a day, and less cuts streams")
+    if HEAD_LIMIT in router.env:
+        yield router.finding("env", f"{HEAD_LIMIT} must not be set: the router sets a day, and less cuts streams")
     if router.env.get("RAY_AUTH_MODE") != cluster.at("spec.authOptions.mode"):
         yield router.finding(
             "env", f"RAY_AUTH_MODE must be {cluster.at('spec.authOptions.mode')!r}, as in {cluster.label}"
