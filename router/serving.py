@@ -87,6 +87,9 @@ async def _stopped(app: App, stop: Stop) -> None:
         await app.hurry()
     hurried.cancel()
     await stopping
+    # The process only ends now. An answer of the directory that comes yet, nobody waits for, and Ray, which is being shut
+    # down, would log that it cannot read it, with a stack trace.
+    logging.getLogger("ray._private.serialization").disabled = True
 
 
 async def seated(config: Config, seat: Seat) -> int:
