@@ -75,10 +75,11 @@ class Holding:
     """All queues."""
 
     def __init__(self, max_requests: int, max_bytes: int) -> None:
-        """At most so many requests of each model, and so many bytes of all together."""
+        """At most so many requests, and so many bytes, of all models together."""
         self.queues: dict[str, Queue] = {}
         """By model; only those in which somebody is, whoever went on last behind the others."""
         self.bytes = 0
+        self.count = 0
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._bells: OrderedDict[Place, None] = OrderedDict()
@@ -87,7 +88,7 @@ class Holding:
     def join(self, place: Place) -> None:
         """Puts a place behind all others of its model. Raises `HoldFull`."""
         queue = self.queues.get(place.model)
-        if queue is not None and len(queue) >= self._max_requests:
+        if self.count >= self._max_requests:
             raise _full(place.model, f"{self._max_requests} requests")
         if self.bytes + place.size > self._max_bytes:
             raise _full(place.model, f"requests of {self.bytes} bytes")
@@ -96,6 +97,7 @@ class Holding:
         queue.places[place] = None
         queue.bytes += place.size
         self.bytes += place.size
+        self.count += 1
         if place.ring_at < math.inf:
             self._bells[place] = None
 
@@ -109,6 +111,7 @@ class Holding:
         queue.called -= place.called
         queue.bytes -= place.size
         self.bytes -= place.size
+        self.count -= 1
         if not queue.places:
             del self.queues[place.model]
 

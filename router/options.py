@@ -162,7 +162,7 @@ class HoldOptions(Options, frozen=True):
     own."""
 
     enabled: Literal["auto", "always", "never"] = "auto"  # Auto: models that may scale to zero; always: every model.
-    max_requests: Count = 10_000  # Of each model; half of limits.max_streams, so that other models still get through.
+    max_requests: Count = 10_000  # Of all models; half of limits.max_streams, so that what need not wait gets through.
     max_bytes: Bytes = 256 << 20  # Bodies of all of them; a few thousand long prompts. Beyond either bound: 503.
     timeout_s: Seconds = 600.0  # A new node and a large model's start. Others wait for limits.no_replica_wait_s.
     comment_interval_s: Annotated[float, msgspec.Meta(ge=0)] = 15.0  # Keeps balancers from cutting streams; 0: silence.

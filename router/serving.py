@@ -87,8 +87,8 @@ async def _stopped(app: App, stop: Stop) -> None:
         await app.hurry()
     hurried.cancel()
     await stopping
-    # The process only ends now. An answer of the directory that comes yet, nobody waits for, and Ray, which is being shut
-    # down, would log that it cannot read it, with a stack trace.
+    # The process only ends now. Nobody waits for an answer of the directory that comes yet, and Ray, being shut
+    # down, would log with a stack trace that it cannot read it.
     logging.getLogger("ray._private.serialization").disabled = True
 
 

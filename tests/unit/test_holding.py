@@ -46,13 +46,14 @@ def test_where_others_keep_a_replica_busy_a_quarter_of_its_batch_is_ours() -> No
     assert room([view(depth=500, batch=1)]) == 1
 
 
-def test_a_full_queue_takes_nobody_of_its_model_and_all_of_others() -> None:
+def test_requests_are_counted_over_all_models() -> None:
     holding = Holding(MAX_REQUESTS, MAX_BYTES)
-    joined(holding, *(place("a") for _ in range(MAX_REQUESTS)))
+    first, *_ = joined(holding, *(place("a") for _ in range(MAX_REQUESTS - 1)), place("b"))
     with pytest.raises(HoldFull, match="5 requests wait") as caught:
-        holding.join(place("a"))
+        holding.join(place("c"))
     assert (caught.value.http_status, caught.value.grpc_status, caught.value.retry_after_s) == (503, "UNAVAILABLE", 5.0)
-    holding.join(place("b"))
+    holding.leave(first)
+    holding.join(place("c"))
 
 
 def test_bytes_are_counted_over_all_models() -> None:
