@@ -115,7 +115,7 @@ class HoldingMachine(RuleBasedStateMachine):
     def join(self, model: str, size: int, alone: bool, rings: bool) -> None:
         new = place(model, size, self.now, self.now + 3.0 if rings else math.inf, alone)
         size_then = sum(each.size for each in self.everybody()) + size
-        if len(self.lists[model]) >= MAX_REQUESTS or size_then > MAX_BYTES:
+        if sum(map(len, self.lists.values())) >= MAX_REQUESTS or size_then > MAX_BYTES:
             with pytest.raises(HoldFull):
                 self.holding.join(new)
         else:
