@@ -22,6 +22,7 @@ defaults
     timeout connect 10s
     timeout client 120s
     timeout server 120s
+    timeout check 10s
     retries 0
     option httpchk GET /readyz
     http-check expect status 200

@@ -117,7 +117,20 @@ def command_line(pid: int) -> bytes:
 @contextmanager
 def kvlane_up(log: Path, *arguments: str) -> Iterator[Stack]:
     """Runs `kvlane up` on free ports; its output goes to the file `log`."""
-    command = [sys.executable, "-m", "router", "up", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", *arguments]
+    # Where the tests run in the background, interrupts are ignored, and so they would be here.
+    command = [
+        "env",
+        "--default-signal=INT",
+        sys.executable,
+        "-m",
+        "router",
+        "up",
+        "--http",
+        "127.0.0.1:0",
+        "--grpc",
+        "127.0.0.1:0",
+        *arguments,
+    ]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
