@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_a_handle_that_fails_is_ended_before_another_is_made(monkeypatch: pytest
 
     monkeypatch.setattr(waker, "PAUSE_S", 0.01)
     monkeypatch.setattr(waker, "LINGER_S", 0.01)
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr(waker, "ray", SimpleNamespace(is_initialized=lambda: True))  # Ray itself shall know better.
     monkeypatch.setattr("ray.serve.get_deployment_handle", get)
     caller = Caller("kvlane-a", "router")
     caller.want(1)
