@@ -69,11 +69,7 @@ async def alone(config: Config, ready: Callable[[str], None]) -> int:
 async def _give_notice(app: App, notice_s: float, stop: Stop) -> None:
     log.info("going away: unready, and serving for another %g s", notice_s)
     app.notice(notice_s)
-    try:
-        async with asyncio.timeout(notice_s):
-            await stop.promptly.wait()
-    except TimeoutError:
-        pass  # They had their time.
+    await stop.within_notice(notice_s)
 
 
 async def _stopped(app: App, stop: Stop) -> None:

@@ -25,6 +25,14 @@ class Stop:
         self.status = 0
         """The exit status: 0, or 128 and the number of the signal that hurried it, as shells have it."""
 
+    async def within_notice(self, notice_s: float) -> None:
+        """Returns after so many seconds, or once it shall be quicker."""
+        try:
+            async with asyncio.timeout(notice_s):
+                await self.promptly.wait()
+        except TimeoutError:
+            pass  # They had their time.
+
     def signalled(self, number: int) -> None:
         """SIGTERM asks to end; SIGINT, from somebody who waits at a terminal, promptly; any second one to hurry."""
         if self.asked.is_set():

@@ -96,11 +96,7 @@ class Supervisor:
             return
         log.info("going away: unready, and serving for another %g s", notice_s)
         serving.notice(notice_s)
-        try:
-            async with asyncio.timeout(notice_s):
-                await stop.promptly.wait()
-        except TimeoutError:
-            pass  # They had their time.
+        await stop.within_notice(notice_s)
 
     async def _close(self, stop: Stop, ends: Sequence[asyncio.Task[object]]) -> None:
         log.info("stopping: streams in flight may end; another signal cuts them")

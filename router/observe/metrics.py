@@ -205,26 +205,27 @@ class _Times(Collector):
         for rpc, took in self.durations.items():
             took.show(durations, [_RPC_NAMES[rpc]])
         yield durations
-        first = HistogramMetricFamily(
-            "kvlane_first_output_seconds", "Time from submit on a lane to the stream's first output."
-        )
-        self.first_outputs.show(first)
-        yield first
-        ratios = HistogramMetricFamily(
-            "kvlane_first_output_ratio", "That time over what the load model expected of it; 1 where it is right."
-        )
-        self.ratios.show(ratios)
-        yield ratios
-        held = HistogramMetricFamily(
-            "kvlane_held_seconds", "Time that requests waited for a replica, however it ended."
-        )
-        self.held.show(held)
-        yield held
-        wakes = HistogramMetricFamily(
-            "kvlane_wake_seconds", "Time from the submit that woke a sleeping replica until it was awake."
-        )
-        self.wakes.show(wakes)
-        yield wakes
+        for counts, name, documentation in (
+            (
+                self.first_outputs,
+                "kvlane_first_output_seconds",
+                "Time from submit on a lane to the stream's first output.",
+            ),
+            (
+                self.ratios,
+                "kvlane_first_output_ratio",
+                "That time over what the load model expected of it; 1 where it is right.",
+            ),
+            (self.held, "kvlane_held_seconds", "Time that requests waited for a replica, however it ended."),
+            (
+                self.wakes,
+                "kvlane_wake_seconds",
+                "Time from the submit that woke a sleeping replica until it was awake.",
+            ),
+        ):
+            family = HistogramMetricFamily(name, documentation)
+            counts.show(family)
+            yield family
 
 
 class _Held(Collector):

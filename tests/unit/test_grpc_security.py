@@ -15,11 +15,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvlane.v1 import inference_pb2 as pb
 
 from router import keys
-from router.ingress.gate import Gate
 from tests.unit import grpc_serving
 from tests.unit.certificates import Certificate
 from tests.unit.grpc_serving import PROMPT, SERVICE, Served, generate_on, hangs, says, serving, trailers, until, within
 from tests.unit.h2_peer import HEADERS, peer
+from tests.unit.locked import Locked
 
 
 @pytest.fixture(params=["h2", "aio"], autouse=True)
@@ -27,18 +27,6 @@ def edge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setattr(grpc_serving, "EDGE", request.param)
     which: str = request.param
     return which
-
-
-class Locked:
-    """A gate for two keys: one for everything, and one for the model `tiny` alone."""
-
-    def __init__(self, folder: Path) -> None:
-        self.all, entry = keys.new("admin")
-        self.tiny, tiny = keys.new("team-a", ["tiny"])
-        path = folder / "keys.toml"
-        path.write_text(entry + tiny)
-        self.refused: list[tuple[str, str]] = []
-        self.gate = Gate(str(path), lambda ingress, reason: self.refused.append((ingress, reason)))
 
 
 @pytest.fixture
