@@ -46,6 +46,9 @@ CLOSE_S: Final = 5.0
 """How long a client may be silent while it has the last words to read."""
 TLS_CLOSE_S: Final = 2.0
 """The same over TLS, where there is no end that clients would answer by theirs."""
+GOODBYE_S: Final = 2.0
+"""How long a client that broke the protocol may go on sending, unheard: a socket closed before that resets the
+connection, and the client may never read why."""
 
 _HELD_MESSAGES: Final = 8  # How many of the largest messages one connection's requests may hold unread.
 _UNREAD_STREAMS: Final = 16  # How many full buffers of answers one connection may leave unread in all.
@@ -76,7 +79,7 @@ class Connection(asyncio.Protocol):
         self._closing = False
         self._patience_s = CLOSE_S
         self._made_at = self._heard_at = self._idle_since = loop.time()
-        self._pinged_at = self._closed_at = self._close_by = self._tell_at = self._drain_at = math.inf
+        self._pinged_at = self._close_by = self._close_at_last = self._tell_at = self._drain_at = math.inf
 
     # -- the transport's side
 
@@ -96,7 +99,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._heard_at = self.loop.time()
         if self._closing:  # It reads what we have said last, and gets a little longer for that.
-            self._close_by = min(self._heard_at + self._patience_s, self._closed_at + self.options.read_timeout_s)
+            self._close_by = min(self._heard_at + self._patience_s, self._close_at_last)
             return
         self._pinged_at = math.inf
         self._intake.feed(data)
@@ -365,17 +368,18 @@ class Connection(asyncio.Protocol):
         self.wire.write(h2_frames.goaway_frame(self._judge.highest_inbound_stream_id, code, text))
         for stream in tuple(self.calls):
             self._give_up(stream)
-        self._close(politely=False)
+        self._close(GOODBYE_S)
 
-    def _close(self, *, politely: bool = True) -> None:
-        """Closes once everything is written; `politely` once the client has closed, too, that it may read it all."""
+    def _close(self, at_most_s: float | None = None) -> None:
+        """Closes once the client has closed, too, that it may read it all, and `at_most_s` from now."""
         if not self._closing:
             self._closing = True
             self._intake.stop()
-            self._closed_at = self.loop.time()
-            if not self.wire.close(politely=politely):
+            now = self.loop.time()
+            if not self.wire.close():
                 self._patience_s = TLS_CLOSE_S
-            self._close_by = self._closed_at + self._patience_s
+            self._close_at_last = now + (self.options.read_timeout_s if at_most_s is None else at_most_s)
+            self._close_by = min(now + self._patience_s, self._close_at_last)
 
     # -- deadlines
 

@@ -130,25 +130,22 @@ class Wire:
         self._write_out()
         return late and bool(waiting)
 
-    def close(self, *, politely: bool) -> bool:
+    def close(self) -> bool:
         """Writes what there is, and nothing any more; returns whether the client will see that this was the end.
 
-        `politely` leaves it to the client to close the rest: a socket that is closed upon a client that still sends,
-        were it window updates, resets the connection, and what is on its way to the client is lost.
+        It is left to the client to close the rest: a socket that is closed upon a client that still sends, were it
+        window updates, resets the connection, and what is on its way to the client is lost.
         """
         self._write_out()
         transport, self._transport = self._transport, None
         if transport is None or transport.is_closing():
             return True
-        if not politely:
-            transport.close()
-        elif not transport.can_write_eof():
+        if not transport.can_write_eof():
             return False  # Over TLS the GOAWAY alone has to do.
-        else:
-            try:
-                transport.write_eof()
-            except OSError:
-                transport.abort()  # The client was faster.
+        try:
+            transport.write_eof()
+        except OSError:
+            transport.abort()  # The client was faster.
         return True
 
     def _write_out(self) -> None:

@@ -181,15 +181,23 @@ class Peer:
             await self.read()
 
     async def end(self) -> int | None:
-        """Reads until the server closes; the code of its GOAWAY."""
+        """Reads until the server closes, and closes then as clients do; the code of its GOAWAY."""
         try:
             while True:
                 await self.read()
         except EOFError:
+            self._writer.close()
             return self.goaway.error_code if self.goaway is not None else None
 
     def stop_reading(self) -> None:
         self._writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+    def go_on_reading(self) -> None:
+        self._writer.transport.resume_reading()  # type: ignore[attr-defined]
+
+    async def drain(self) -> None:
+        """Until what was sent has left, nearly."""
+        await self._writer.drain()
 
     async def close(self) -> None:
         self._writer.transport.abort()

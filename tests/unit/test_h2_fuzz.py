@@ -109,7 +109,7 @@ async def fed(data: bytes, cuts: list[int], full_at: int) -> None:
         options, SERVICE, service.handlers(), standard_services(Health(), with_reflection=True), reuse_port=False
     )
     connection, transport = Connection(edge, loop), FakeTransport()
-    transport.close = lambda: setattr(transport, "aborted", True)  # type: ignore[method-assign]
+    transport.write_eof = lambda: setattr(transport, "aborted", True)  # type: ignore[method-assign]
     connection.connection_made(transport)
     at = 0
     for turn, cut in enumerate([*cuts, len(data)]):
