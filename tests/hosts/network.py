@@ -18,7 +18,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
+ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "kvh"
 _OURS = re.compile(rf"^{PREFIX}(\d+)[a-z]")
 _UNSHARE = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -112,11 +114,22 @@ class Host:
         return done.stdout
 
     def _inside(self, confined: bool) -> list[str]:
-        """What runs before a command: its /tmp is the host's, and hides those of the others."""
-        script = 'mount --bind "$1" /tmp && shift'
+        """What runs before a command: its /tmp is the host's, and hides those of the others. What all need of the
+        machine's own /tmp, the checkout or its environment where they lie there, is found at its place."""
+        script = "".join(f"mkdir -p {at} && mount --bind {path} {at} && " for path, at in self._shown())
+        script += 'mount --rbind "$1" /tmp && shift'
         if confined:
             script += " && mount -o remount,bind,ro / && exec " + " ".join(unprivileged()) + ' "$@"'
         return ["sh", "-ec", script + ' && exec "$@"', "sh", str(self.temp)]
+
+    def _shown(self) -> list[tuple[str, str]]:
+        """Folders in the machine's /tmp, and where they come to be in the host's."""
+        places = [ROOT, Path(sys.prefix)] if not Path(sys.prefix).is_relative_to(ROOT) else [ROOT]
+        return [
+            (quote(str(place)), quote(str(self.temp / place.relative_to(TEMP))))
+            for place in places
+            if place.is_relative_to(TEMP)
+        ]
 
     def log(self) -> str:
         """What its processes printed."""

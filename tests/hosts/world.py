@@ -14,15 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 import httpx
 
 from tests.hosts.client import Inside, Load, inside
-from tests.hosts.network import Container, Host, Network, network
+from tests.hosts.network import ROOT, Container, Host, Network, network
 
-ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S: Final = 240.0
 """For all that other processes have to do first; the machine may be busy."""
 REPLICAS: Final = 4
