@@ -39,7 +39,7 @@ system: ## install the Debian packages that some tests need; as root, or with su
 	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null
 
 .PHONY: test
-test: system $(DEV_STAMP) ## every test; those with Ray or vLLM one at a time
+test: system $(DEV_STAMP) ## every test, two at a time
 	$(call install_source,$(VENV))
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 

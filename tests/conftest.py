@@ -1,4 +1,4 @@
-"""How the tests share the machine: two at a time, but only one of those that start engines and clusters.
+"""How the tests share the machine: two at a time, but only one of those that start Ray clusters, and one with vLLM.
 
 Those of real processes get a second try, for what the machine does to them besides; how each first one failed is told
 in full at the end, and it is to be looked at like a failure. What runs in the test's own process gets none.
@@ -13,38 +13,34 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-HEAVY = ("pytest.mark.ray", "pytest.mark.vllm")
-"""Marks of files that start a Ray cluster or vLLM."""
 
-
-class OneThatStartsEngines(LoadScopeScheduling):
-    """Files with Ray or vLLM run in one process, one after the other; of the rest, the unit tests share no process."""
+class OneOfEach(LoadScopeScheduling):
+    """Files with Ray run in one process, one after the other, and so do those with vLLM alone; of the rest, the unit
+    tests share no process. Hosts have their own Ray, network and /tmp, and are in nobody's way."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
         if nodeid.startswith("tests/unit/"):
             return nodeid
-        return "engines" if _is_heavy(path) else path
+        return path if nodeid.startswith("tests/hosts/") else _starts(path) or path
 
 
 @cache
-def _is_heavy(path: str) -> bool:
+def _starts(path: str) -> str:
+    """What a file's marks say that it starts, in one word."""
     text = (Path(__file__).parents[1] / path).read_text()
-    return any(mark in text for mark in HEAVY)
+    return next((kind for kind in ("ray", "vllm") if f"pytest.mark.{kind}" in text), "")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneThatStartsEngines | None:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneOfEach | None:
     """For `--dist loadscope`."""
-    return OneThatStartsEngines(config, log) if config.getvalue("dist") == "loadscope" else None
-
-
-REAL_PROCESSES = ("tests/integration/", "tests/hosts/")
+    return OneOfEach(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.nodeid.startswith(REAL_PROCESSES):
+        if not item.nodeid.startswith("tests/unit/") or item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 
