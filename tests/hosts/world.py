@@ -1,7 +1,8 @@
-"""A Ray head, two engine hosts and two router hosts, each a network namespace, with token authentication on.
+"""A Ray head, two engine hosts and two router hosts, each a network namespace, with Ray's token and TLS on.
 
 The router hosts run what the router's container runs: `kvlane serve` as first process and as an unprivileged user over
-a read-only file system, joining Ray by itself. Only the programs and the token are shared.
+a read-only file system, joining Ray by itself. Only the programs, the token and the certificates are shared; each host
+has a certificate for its own address.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import os
 import re
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 import httpx
 
+from loadtests.certificates import Authority
 from tests.hosts.client import Inside, Load, inside
 from tests.hosts.network import ROOT, Container, Host, Network, network
 
@@ -101,6 +105,12 @@ def wait_until(true: Callable[[], object], what: str, logs: Callable[[], str] = 
         time.sleep(0.1)
 
 
+def _place(host: Host, name: str, text: str) -> None:
+    (host.temp / name).unlink(missing_ok=True)
+    (host.temp / name).write_text(text)
+    (host.temp / name).chmod(0o444)
+
+
 class Router:
     """A host with a router on it."""
 
@@ -124,6 +134,7 @@ class World:
         self._heads = 0
         self._env = self._environment()
         self._put("token", secrets.token_hex(32))
+        self._certify()
         self._write("router.toml", ROUTER + ENGINE)
         self._write("engines.toml", ENGINES + ENGINE)
         self.start_head()
@@ -143,6 +154,10 @@ class World:
             "PYTHONDONTWRITEBYTECODE": "1",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": "/tmp/token",
+            "RAY_USE_TLS": "1",
+            "RAY_TLS_SERVER_CERT": "/tmp/node.pem",
+            "RAY_TLS_SERVER_KEY": "/tmp/node.key",
+            "RAY_TLS_CA_CERT": "/tmp/ca.pem",
         }
 
     def _write(self, name: str, text: str) -> None:
@@ -153,9 +168,16 @@ class World:
 
     def _put(self, name: str, text: str) -> None:
         for host in self._hosts():
-            (host.temp / name).unlink(missing_ok=True)
-            (host.temp / name).write_text(text)
-            (host.temp / name).chmod(0o444)
+            _place(host, name, text)
+
+    def _certify(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            authority = Authority(Path(folder))
+            self._put("ca.pem", Path(authority.ca).read_text())
+            for host in self._hosts():
+                pair = authority.issue("node", host.address, "127.0.0.1")
+                _place(host, "node.pem", Path(pair.cert).read_text())
+                _place(host, "node.key", Path(pair.key).read_text())
 
     def _hosts(self) -> list[Host]:
         return [self.head, *self.engines, *self._router_hosts, self._client]
