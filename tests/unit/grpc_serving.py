@@ -15,6 +15,7 @@ from kvlane.v1 import inference_pb2 as pb
 from router.errors import KvlaneError
 from router.ingress.base import ModelStatus, Readiness
 from router.ingress.grpc import GrpcIngress
+from router.ingress.h2_edge import H2Edge
 from router.lane.frames import End
 from router.options import GrpcOptions
 from router.types import ModelCard, Reason, Receipt, Request, Sink
@@ -102,6 +103,12 @@ class Served:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await self.drain(method, body, **call)
         return caught.value
+
+
+def edge_of(served: Served) -> H2Edge:
+    edge = served.ingress._edge
+    assert isinstance(edge, H2Edge)
+    return edge
 
 
 def generate_on(channel: grpc.aio.Channel) -> Callable[..., grpc.aio.UnaryStreamCall[Any, Any]]:

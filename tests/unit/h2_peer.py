@@ -20,6 +20,7 @@ from hyperframe.frame import (
     SettingsFrame,
     WindowUpdateFrame,
 )
+from kvlane.v1 import inference_pb2 as pb
 
 from router.ingress.h2_frames import PREFACE
 from tests.unit.grpc_serving import PROMPT, SERVICE, Served
@@ -50,6 +51,11 @@ def messages(data: bytes) -> list[bytes]:
         found.append(data[5 : 5 + size])
         data = data[5 + size :]
     return found
+
+
+def texts(data: bytes) -> list[str]:
+    """The text of each message; empty for the route."""
+    return [pb.GenerateResponse.FromString(each).text for each in messages(data)]
 
 
 BODY = framed(PROMPT.SerializeToString())

@@ -23,12 +23,11 @@ from router.ingress.h2_frames import END_HEADERS, PREFACE, headers_frame
 from router.ingress.h2_headers import Head, read_head
 from router.ingress.h2_judge import Judge
 from router.ingress.h2_output import SHARE_BYTES
-from tests.unit.grpc_serving import hangs, says, serving, until, within
-from tests.unit.h2_peer import BODY, HEADERS, Peer, framed, peer
+from tests.unit.grpc_serving import edge_of, hangs, says, serving, until, within
+from tests.unit.h2_peer import BODY, HEADERS, Peer, framed, peer, texts
 from tests.unit.test_grpc_lifecycle import pems as pems
 from tests.unit.test_h2_hostile import CALM, calls, connections, sweep
 from tests.unit.test_h2_parts import FakeTransport, Rig
-from tests.unit.test_h2_wire import edge_of, texts
 
 WANTED = frozenset({b"x-session-id", b"traceparent"})
 pytestmark = pytest.mark.timeout(60)
