@@ -55,7 +55,10 @@ class Cost:
         place_tokens: NonNegative = 200.0
         """Output tokens after which a request is taken to make room where the batch is full."""
         lean_s: NonNegative = 0.4
-        """How much this router prefers some replicas, drawn once for all, where all requests are other routers'."""
+        """How much this router prefers some replicas, drawn once for all, where all requests are other routers'; in
+        seconds."""
+        lean_requests: Annotated[float, msgspec.Meta(gt=0)] = 8.0
+        """Requests per replica from which on it leans that much; with fewer there, few can have come unseen."""
 
     def __init__(self, options: Options, random: random.Random) -> None:
         self._options = options
@@ -132,7 +135,7 @@ class Cost:
         if everyone and options.lean_s:
             others = 1.0 - sum(leases) / everyone
             if others > _ALONE:
-                most_s = options.lean_s * others
+                most_s = options.lean_s * others * min(everyone / (count * options.lean_requests), 1.0)
                 costs = [cost + lean * most_s for cost, lean in zip(costs, self._leans(places), strict=True)]
         return costs
 

@@ -58,6 +58,8 @@ host = "0.0.0.0"
 join = true
 ray_address = "{head}:6379"
 relist_interval_s = 1.0
+[policy]
+name = "round-robin"  # However few clients there are, each router sends to all replicas.
 [lane]
 ping_interval_s = {ping_interval_s}
 ping_timeout_s = {ping_timeout_s}

@@ -127,9 +127,10 @@ def test_a_place_in_the_batch_is_worth_waiting_work_elsewhere() -> None:
     assert policy.choose(request, Snapshot("model", roomy, held)).replica == "full"
 
 
-def four(leases: int) -> Snapshot:
+def four(leases: int, depth: int = 8) -> Snapshot:
     outlook = Outlook(wait_s=0.0, step_s=0.01, token_s=1e-4)
-    return Snapshot("model", tuple(make_replica(f"replica-{i}", 4, leases=leases, outlook=outlook) for i in range(4)))
+    views = tuple(make_replica(f"replica-{i}", depth, leases=leases, outlook=outlook) for i in range(4))
+    return Snapshot("model", views)
 
 
 def test_routers_that_see_the_same_lean_to_different_replicas() -> None:
@@ -169,13 +170,22 @@ def test_a_snapshot_of_other_replicas_does_not_keep_their_places() -> None:
 
 def test_a_router_that_is_alone_does_not_lean() -> None:
     policy = Cost(Cost.Options(), random.Random(15))
-    assert len({policy.choose(make_request(), four(leases=4)).replica for _ in range(100)}) == 4
+    assert len({policy.choose(make_request(), four(leases=8)).replica for _ in range(100)}) == 4
 
 
 def test_a_lean_is_given_up_for_less_than_its_most() -> None:
     policy = Cost(Cost.Options(), random.Random(16))
     costs = policy.explain(make_request(), four(leases=0))
     assert max(costs.values()) - min(costs.values()) <= 0.4
+
+
+def test_where_few_requests_are_there_a_router_leans_little() -> None:
+    """A lean that outweighs a prompt's cache is right only where others' requests come that fast."""
+    spreads = {}
+    for depth in (1, 2, 4, 8, 16):
+        costs = Cost(Cost.Options(), random.Random(16)).explain(make_request(), four(leases=0, depth=depth))
+        spreads[depth] = max(costs.values()) - min(costs.values())
+    assert [spreads[depth] / spreads[8] for depth in spreads] == pytest.approx([1 / 8, 1 / 4, 1 / 2, 1, 1])
 
 
 def test_forty_requests_at_once_with_one_prefix_do_not_all_follow_it() -> None:
