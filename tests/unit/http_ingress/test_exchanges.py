@@ -12,6 +12,7 @@ import msgspec
 import openai as openai_sdk
 import pytest
 
+import router.up  # noqa: F401  It has an error of its own.
 from router.dispatch import EXPLAIN_HEADER
 from router.errors import (
     ClientTooSlow,
