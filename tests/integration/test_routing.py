@@ -35,6 +35,7 @@ MODEL = "sim"
 REPLICAS = 4
 ENGINE: dict[str, Any] = {"step_base_ms": 2.0, "prefill_ms_per_token": 0.01, "answer_tokens": 4}
 AWARE = ["prefix-affinity", "cost"]
+OTHERS = ["power-of-two", "prefix-affinity"]
 
 
 class Fleet:
@@ -117,7 +118,7 @@ async def fleet(tmp_path: Path, policy: str, **config: Any) -> AsyncIterator[Fle
         yield running
 
 
-@pytest.mark.parametrize("policy", ["power-of-two", *AWARE])
+@pytest.mark.parametrize("policy", ["cost", *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)])
 async def test_unique_prompts_one_after_the_other_spread_over_the_replicas(tmp_path: Path, policy: str) -> None:
     count = 200
     async with fleet(tmp_path, policy) as running:

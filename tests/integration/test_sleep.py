@@ -176,6 +176,7 @@ async def test_a_burst_at_a_sleeping_fleet_wakes_as_many_as_it_fills(tmp_path: P
         assert served == ["a"] * BATCH + ["b"] * 3
 
 
+@pytest.mark.slow
 async def test_answers_are_the_same_after_sleep_and_operators_see_it(tmp_path: Path) -> None:
     async with dormitory(tmp_path, after_s=1.0) as running:
         await running.until_asleep(2)
@@ -205,6 +206,7 @@ async def broken() -> None:
     raise RuntimeError("out of memory")
 
 
+@pytest.mark.slow
 async def test_a_replica_that_wakes_for_long_is_not_taken_for_lost(tmp_path: Path) -> None:
     pings = LaneOptions(ping_interval_s=0.05, ping_timeout_s=0.5)
     async with dormitory(tmp_path, lane=pings, wake_ms=1500.0) as running:
@@ -214,6 +216,7 @@ async def test_a_replica_that_wakes_for_long_is_not_taken_for_lost(tmp_path: Pat
         assert receipt.asleep
 
 
+@pytest.mark.slow
 async def test_what_is_learned_of_steps_does_not_hold_the_time_to_wake(tmp_path: Path) -> None:
     async with dormitory(tmp_path, wake_ms=400.0) as running:
         seen: list[float] = []

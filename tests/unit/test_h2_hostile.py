@@ -289,6 +289,7 @@ async def test_a_client_that_was_sent_away_and_does_not_close_is_closed_in_time(
         await until(lambda: not connections(served))
 
 
+@pytest.mark.slow
 async def test_a_client_that_floods_and_reads_nothing_is_cut_off() -> None:
     async with serving(says("x" * 200)) as served, peer(served) as client:
         client.stop_reading()

@@ -436,6 +436,7 @@ SEEDS: dict[str, tuple[str, Edit, str, str, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", SEEDS)
 def test_a_mistake_is_found_and_named(mistake: str) -> None:
     overlay, edit, label, field, words = SEEDS[mistake]

@@ -73,6 +73,7 @@ def test_only_locks_are_installed_and_the_build_stays_behind(name: str) -> None:
     assert not any("pip install" in rest for _, rest in found[last:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_copied_is_enough_to_build_the_package(name: str, tmp_path: Path) -> None:
     for word, rest in instructions(name):

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from router.errors import InvalidRequest
@@ -67,7 +67,7 @@ def bodies(draw: st.DrawFn) -> bytes:
     return ("{" + separators[0].join(pairs) + "}").encode("utf-8", "surrogatepass")
 
 
-@settings(derandomize=True, max_examples=150)
+@settings(derandomize=True, max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(bodies())
 def test_facts_are_those_of_reading_at_once(body: bytes) -> None:
     sliced, whole = outcome(large_json.read_json, body), outcome(openai.read_json, body)
@@ -78,7 +78,7 @@ def test_facts_are_those_of_reading_at_once(body: bytes) -> None:
         assert len(set(names)) < len(names)
 
 
-@settings(derandomize=True, max_examples=150)
+@settings(derandomize=True, max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(bodies(), st.data())
 def test_so_are_errors_of_broken_bodies(body: bytes, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(body)))

@@ -136,6 +136,7 @@ def test_the_tables_hold_all_rows() -> None:
     assert "| kvlane | cost | http | conversation |" in text
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_for_the_same_rows(tmp_path: Path) -> None:
     rows = [
         row((system, policy, "http", streams), [paced(cost)], [paced()], [saturated()], [1.0], 50.0)
@@ -304,13 +305,15 @@ def test_who_fails_under_one_load_is_still_told_of_under_those_before(
     assert outcome.failed
 
 
-def test_without_the_floor_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
+def test_without_the_floor_there_is_nothing_to_compare_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alone, "measure", lambda *arguments: 0.5)
     chosen = contenders([], [], "http", {"direct": System(broken)})
     with pytest.raises(PeerError, match="was made so"):
         runs.run(plan(tmp_path), chosen, lambda line: None)
 
 
-def test_past_its_time_a_comparison_ends(tmp_path: Path) -> None:
+def test_past_its_time_a_comparison_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alone, "measure", lambda *arguments: 0.5)
     chosen = contenders(["a"], [], "http", {"direct": System(idle), "a": System(idle)})
     said: list[str] = []
     outcome = runs.run(plan(tmp_path, limit_s=0.0), chosen, said.append)

@@ -22,6 +22,8 @@ from router.errors import KvlaneError
 from router.lane.frames import Submit, pack_chain
 from router.types import Chain, Headers, Rpc
 
+pytestmark = pytest.mark.slow
+
 
 class Out(StreamOut):
     """Keeps what it was written."""

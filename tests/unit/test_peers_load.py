@@ -16,6 +16,8 @@ from loadtests.peers.clients import HttpClient
 from loadtests.peers.grpc_client import GrpcClient
 from loadtests.peers.load import Client, Due, Prompts
 
+pytestmark = pytest.mark.slow
+
 FIRST_TOKEN_S = 0.03
 BETWEEN_S = 0.01
 

@@ -17,6 +17,8 @@ from loadtests.peers.cost import FamilyCost, family, family_rss_mb
 from loadtests.peers.environments import installed, run_logged
 from loadtests.peers.errors import PeerError
 
+pytestmark = pytest.mark.slow
+
 BURN = "import time; end = time.process_time() + {0}\nwhile time.process_time() < end: pass\n"
 PARENT = f"""
 import subprocess, sys, threading

@@ -8,7 +8,9 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("more", [[], ["--cold", "--gc", "default", "--replicas", "64"]])
+@pytest.mark.parametrize(
+    "more", [[], pytest.param(["--cold", "--gc", "default", "--replicas", "64"], marks=pytest.mark.slow)]
+)
 def test_what_a_request_costs_is_told(more: list[str]) -> None:
     command = [sys.executable, "-m", "loadtests.request_cost", "--requests", "320", *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

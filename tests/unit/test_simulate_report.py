@@ -184,6 +184,7 @@ def test_every_line_of_every_panel_bears_its_name() -> None:
             assert named >= set(report.LABELS.values())
 
 
+@pytest.mark.slow
 def test_one_load_alone_and_figures_of_zero_can_be_drawn(tmp_path: Path) -> None:
     results = [result("cost", 0.8, imbalance=1.0, ttft_p50_s=0.0, tpot_p50_s=0.0), result("dynamo", 0.8)]
     for place, (_, title, figure) in enumerate(plots.figures(results, [result("cost", goodput_rps=0.0)])):

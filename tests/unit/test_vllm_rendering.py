@@ -299,6 +299,7 @@ class Seen:
         self.requests += 1
 
 
+@pytest.mark.slow  # vLLM takes ten seconds to import.
 async def test_tasks_that_outlive_a_stream_keep_nothing_of_it() -> None:
     pytest.importorskip("vllm")
     states = {"1": object()}

@@ -11,6 +11,8 @@ import pytest
 
 from engine.vllm_sockets import EngineSockets
 
+pytestmark = pytest.mark.slow  # vLLM takes seconds to import.
+
 VARIABLE = "VLLM_RPC_BASE_PATH"
 SOCKET_NAME_CHARS = 36
 

@@ -8,6 +8,7 @@ import json
 import msgspec
 import pytest
 
+import router.up  # noqa: F401  It has an error of its own.
 from router.errors import ClientTooSlow, KvlaneError, MethodNotAllowed, Overloaded, ReplicaLost
 from router.ingress.http_response import Exchange
 from router.types import Candidate, Request, Sink

@@ -92,11 +92,12 @@ async def _torment(serving: Served, pieces: list[bytes]) -> None:
 def test_no_bytes_hang_the_server_or_raise_in_its_loop(
     loop_factory: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
+    examples = 2 * settings().max_examples  # 200, but with a profile that wants fewer.
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         context = served(stream)
         serving = runner.run(context.__aenter__())
 
-        @settings(derandomize=True, max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        @settings(derandomize=True, max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
         @given(inputs, splits)
         def torment(data: bytes, at: list[int]) -> None:
             runner.run(_torment(serving, _pieces(data, at)))
