@@ -57,7 +57,7 @@ class Cost:
         lean_s: NonNegative = 0.4
         """How much this router prefers some replicas, drawn once for all, where all requests are other routers'; in
         seconds."""
-        lean_requests: Annotated[float, msgspec.Meta(gt=0)] = 8.0
+        lean_requests: Annotated[float, msgspec.Meta(gt=0)] = 3.0
         """Requests per replica from which on it leans that much; with fewer there, few can have come unseen."""
 
     def __init__(self, options: Options, random: random.Random) -> None:
