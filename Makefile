@@ -47,7 +47,7 @@ test: system $(DEV_STAMP) ## every test, two at a time
 # With bytecode even where the environment forbids it: else both processes rewrite and compile each test anew, for 9 s.
 test-fast: $(DEV_STAMP) ## the tests that need neither Ray nor vLLM, in under a minute
 	$(call install_source,$(VENV))
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist worksteal \
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist worksteal \
 	  -m "not slow and not ray and not vllm" --hypothesis-profile=fast $(ARGS)
 
 .PHONY: check

@@ -10,6 +10,8 @@ from router.policies import registry
 from router.policies.registry import Spec
 from router.testing import check_policy, check_scorer
 
+pytestmark = pytest.mark.slow
+
 EVERY_SCORER = {spec.name: 1.0 for spec in registry.scorers.installed()}
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "power-of-two": [{}, {"choices": 3}, {"choices": 100}],

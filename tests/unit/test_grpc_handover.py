@@ -18,6 +18,8 @@ from tests.unit import grpc_serving
 from tests.unit.grpc_serving import PROMPT, FakeDispatch, FakeFleet, generate_on, message, says, serving
 from tests.unit.h2_peer import peer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["h2", "aio"], autouse=True)
 def edge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -418,6 +418,7 @@ async def test_a_client_that_goes_frees_its_place_at_once(tmp_path: Path) -> Non
         assert there.app._admission.in_flight == 0
 
 
+@pytest.mark.slow
 async def test_held_streams_outlive_every_idle_limit_of_ours(tmp_path: Path) -> None:
     http = HttpOptions(port=0, header_timeout_s=0.1, body_timeout_s=0.1, idle_timeout_s=0.1)
     edge = GrpcOptions(
@@ -521,6 +522,7 @@ async def test_a_replica_that_fails_after_comments_breaks_the_stream_with_an_eve
         assert (json.loads(error.removeprefix(b"data: "))["error"]["code"], done) == (502, b"data: [DONE]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replaced", [False, True])
 async def test_held_clients_with_keys_over_tls_are_served_by_a_router_that_goes_away(
     tmp_path: Path, replaced: bool

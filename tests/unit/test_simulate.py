@@ -21,6 +21,8 @@ from loadtests.simulate.perf import H200_8B, PROFILES, Profile, cold_prefill_s, 
 from loadtests.simulate.runs import Knobs, maker, run_at
 from loadtests.simulate.traces import Trace, TraceRow, build
 
+pytestmark = pytest.mark.slow
+
 BLOCK = 512
 
 
@@ -87,7 +89,6 @@ def test_every_request_ends_and_nothing_is_left_on_any_replica(policy: str) -> N
         assert replica.alone
 
 
-@pytest.mark.slow
 def test_a_seed_decides_everything_and_another_one_something_else() -> None:
     trace = some_trace()
     one, again, other = (
@@ -122,7 +123,6 @@ def test_an_endless_cache_finds_all_that_the_trace_repeats() -> None:
     assert cached > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count", "hits"), [("conversation", 12_031, 0.374), ("synthetic", 3_993, 0.651)])
 def test_the_mooncake_traces_are_as_they_were_published(name: str, count: int, hits: float) -> None:
     trace = traces.load(name)
@@ -130,7 +130,6 @@ def test_the_mooncake_traces_are_as_they_were_published(name: str, count: int, h
     assert traces.prefix_hits(trace) == pytest.approx(hits, abs=0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count", "mean"), [("azure-conv", 19_366, 1155), ("azure-code", 8_819, 2048)])
 def test_the_azure_traces_share_no_prefixes(name: str, count: int, mean: float) -> None:
     trace = traces.load(name)
@@ -273,14 +272,12 @@ def test_a_replica_that_joins_is_used() -> None:
     assert all(outcome.at_s >= 4.0 for outcome in outcomes if outcome.replica == "r2")
 
 
-@pytest.mark.slow
 def test_a_slow_replica_gets_less() -> None:
     _, outcomes = replay(some_trace(), "least-queue", 10.0, Setup(H200_8B, 3, slow_factor=4.0))
     counts = [sum(outcome.replica == name for outcome in outcomes) for name in ("r0", "r1", "r2")]
     assert counts[0] < 0.7 * min(counts[1:])
 
 
-@pytest.mark.slow
 def test_late_reports_make_the_shortest_queue_longer() -> None:
     trace = some_trace(300)
     fresh, stale = (
@@ -409,7 +406,6 @@ def test_the_saturation_rate_is_what_least_queue_gets_done_and_is_remembered(
     assert runs.saturation_rps(trace, 2) == rate
 
 
-@pytest.mark.slow
 def test_the_search_ends_at_a_rate_that_is_good_enough_and_not_far_from_one_that_is_not() -> None:
     trace = some_trace(150)
     best = runs.goodput(trace, 2, "least-queue")
@@ -419,7 +415,6 @@ def test_the_search_ends_at_a_rate_that_is_good_enough_and_not_far_from_one_that
     assert worse.good_share < 0.9
 
 
-@pytest.mark.slow
 def test_a_run_that_is_given_up_would_not_have_been_good_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loadtests.simulate.cluster.ASK_EVERY", 10)
     trace = some_trace(150)
@@ -435,7 +430,6 @@ def test_a_run_that_is_given_up_would_not_have_been_good_enough(monkeypatch: pyt
     assert 0 < given_up < 6
 
 
-@pytest.mark.slow
 def test_a_fleet_that_copes_with_no_rate_has_no_goodput(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loadtests.simulate.measure.TPOT_LIMIT_S", 0.001)
     assert runs.goodput(some_trace(30), 1, "round-robin").goodput_rps == 0
