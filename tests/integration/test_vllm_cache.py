@@ -80,6 +80,12 @@ class Router:
         assert sink.heads[0][0] == 200, sink.payloads
         return b"".join(sink.payloads) if fields.get("stream") else json.loads(b"".join(sink.payloads))
 
+    async def learns_of(self, request: Request) -> None:
+        """Waits until the replica has reported something of this prompt."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not self.held(request).blocks:
+                await asyncio.sleep(0.01)
+
     async def chat(self, messages: list[dict[str, str]], block_tokens: int, **fields: Any) -> Any:
         """A chat, compared with what was expected of it."""
         expected = self.held(http(CHAT, messages=messages, **fields)).tokens // block_tokens
@@ -378,7 +384,7 @@ async def test_a_reset_of_the_cache_is_told_though_no_step_follows(stack: Stack)
     messages = [said("user", some_words(41, 90))]
     async with stack.router() as router:
         await router.chat(messages, stack.block_tokens, max_tokens=2)
-        assert router.held(http(CHAT, messages=messages)).blocks > 0
+        await router.learns_of(http(CHAT, messages=messages))
         async with asyncio.timeout(DEADLINE_S):
             while not await stack.engine._engine.reset_prefix_cache():
                 await asyncio.sleep(0.01)  # vLLM frees the last request's blocks with its next turn
@@ -407,7 +413,7 @@ async def test_a_replica_that_slept_says_the_same_and_its_cache_is_empty(
     monkeypatch.setattr(stack.engine, "wake", wake_slowly)
     async with stack.router() as router:
         before = await router.chat(messages, stack.block_tokens, max_tokens=16)
-        assert router.held(asking).blocks > 0
+        await router.learns_of(asking)
         replica.sleep_when_idle(0.1, level)
         sleeper = replica.sleeper
         assert sleeper is not None

@@ -92,7 +92,10 @@ def test_each_clusters_files_and_ports_are_its_own(tmp_path: Path) -> None:
 
 
 def test_proxies_and_replicas_are_told_apart_by_the_names_of_their_processes() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", "print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # It bears its own name by now.
         name = Path(f"/proc/{process.pid}/comm").read_text().strip()
         assert process.pid in ray_serve._named("ray", os.getpid(), frozenset({name}))
         with pytest.raises(PeerError, match="has none of the processes ray::ProxyActor"):
