@@ -61,7 +61,7 @@ class Door(Generic[G]):
 
     def welcome(self, arrival: asyncio.Task[None]) -> bool:
         """Whether there is room for it."""
-        if self.reception.present >= self._limit:
+        if self.reception.present >= self._limit and not self.reception.make_room():
             self.refuse("too_many", "")
             return False
         return self.reception.expect(arrival)

@@ -48,7 +48,9 @@ TLS_CLOSE_S: Final = 2.0
 """The same over TLS, where there is no end that clients would answer by theirs."""
 GOODBYE_S: Final = 2.0
 """How long a client that broke the protocol may go on sending, unheard: a socket closed before that resets the
-connection, and the client may never read why."""
+connection, and the client may never read why. As all deadlines, it is noticed up to one sweep late."""
+UNHEARD_BYTES: Final = 4 << 20
+"""What is read of a client that has its last words, and thrown away: about what a window lets it have under way."""
 
 _HELD_MESSAGES: Final = 8  # How many of the largest messages one connection's requests may hold unread.
 _UNREAD_STREAMS: Final = 16  # How many full buffers of answers one connection may leave unread in all.
@@ -77,7 +79,10 @@ class Connection(asyncio.Protocol):
         self._held = 0
         self._draining = False
         self._closing = False
+        self._unheard_bytes = 0
         self._patience_s = CLOSE_S
+        self._owes_tls_end = False
+        self._last_stream = MAX_WINDOW  # The least that a GOAWAY of ours has named.
         self._made_at = self._heard_at = self._idle_since = loop.time()
         self._pinged_at = self._close_by = self._close_at_last = self._tell_at = self._drain_at = math.inf
 
@@ -100,9 +105,18 @@ class Connection(asyncio.Protocol):
         self._heard_at = self.loop.time()
         if self._closing:  # It reads what we have said last, and gets a little longer for that.
             self._close_by = min(self._heard_at + self._patience_s, self._close_at_last)
+            self._pass_over(len(data))
             return
         self._pinged_at = math.inf
         self._intake.feed(data)
+
+    def _pass_over(self, size: int) -> None:
+        """Counts what is thrown away; past the bound, the client's socket fills up instead, until the deadline."""
+        had, self._unheard_bytes = self._unheard_bytes, self._unheard_bytes + size
+        if had <= UNHEARD_BYTES < self._unheard_bytes:
+            assert self._transport is not None
+            if not self._transport.is_closing():
+                self._transport.pause_reading()
 
     def _failed(self, error: Exception) -> None:
         if isinstance(error, ProtocolError):
@@ -341,14 +355,20 @@ class Connection(asyncio.Protocol):
         self._drain_at = self.loop.time() + LAST_CALL_S
 
     def _ask_to_leave(self) -> None:
-        self.wire.write(h2_frames.goaway_frame(MAX_WINDOW, ErrorCodes.NO_ERROR))  # The greatest stream there can be.
+        self._send_goaway(MAX_WINDOW, ErrorCodes.NO_ERROR)  # The greatest stream there can be.
+
+    def _send_goaway(self, last_stream: int, code: int, text: bytes = b"") -> None:
+        """None names a higher stream than those before it (RFC 9113, 6.8): the client may have made that call again
+        elsewhere."""
+        self._last_stream = min(self._last_stream, last_stream)
+        self.wire.write(h2_frames.goaway_frame(self._last_stream, code, text))
 
     def retire(self) -> None:
         """No new calls: tells the client so, and closes when those in flight are over."""
         if self._draining or self._closing:
             return
         self._draining = True
-        self.wire.write(h2_frames.goaway_frame(self._judge.highest_inbound_stream_id, ErrorCodes.NO_ERROR))
+        self._send_goaway(self._judge.highest_inbound_stream_id, ErrorCodes.NO_ERROR)
         self._left()
 
     def stop_short(self) -> None:
@@ -365,10 +385,11 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _goodbye(self, code: int, text: bytes = b"") -> None:
-        self.wire.write(h2_frames.goaway_frame(self._judge.highest_inbound_stream_id, code, text))
+        self._send_goaway(self._judge.highest_inbound_stream_id, code, text)
+        self._close(GOODBYE_S)  # First: with its last call, a draining connection would be closed at its leisure.
+        self._site.dismiss(self)
         for stream in tuple(self.calls):
             self._give_up(stream)
-        self._close(GOODBYE_S)
 
     def _close(self, at_most_s: float | None = None) -> None:
         """Closes once the client has closed, too, that it may read it all, and `at_most_s` from now."""
@@ -377,9 +398,19 @@ class Connection(asyncio.Protocol):
             self._intake.stop()
             now = self.loop.time()
             if not self.wire.close():
-                self._patience_s = TLS_CLOSE_S
+                self._patience_s, self._owes_tls_end = TLS_CLOSE_S, True
             self._close_at_last = now + (self.options.read_timeout_s if at_most_s is None else at_most_s)
             self._close_by = min(now + self._patience_s, self._close_at_last)
+
+    def _end(self, now: float) -> None:
+        """Drops a connection whose time is over. Over TLS it says so first, lest the client take it for a truncation,
+        and is dropped by the next sweep."""
+        if self._owes_tls_end and self._transport is not None:
+            self._owes_tls_end = False
+            self._close_by = self._close_at_last = now
+            self._transport.close()
+        else:
+            self.abort()
 
     # -- deadlines
 
@@ -388,7 +419,7 @@ class Connection(asyncio.Protocol):
         options = self.options
         if self._closing:
             if now > self._close_by:
-                self.abort()
+                self._end(now)
             return
         if now > self._tell_at:
             self._tell_at = math.inf

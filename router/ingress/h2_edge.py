@@ -127,7 +127,12 @@ class H2Edge:
 
     def admit(self, connection: Connection) -> bool:
         """See `h2_site.Site`."""
-        return self._reception.admit(connection) <= self.options.max_connections
+        reception = self._reception
+        return reception.admit(connection) <= self.options.max_connections or reception.make_room()
+
+    def dismiss(self, connection: Connection) -> None:
+        """See `h2_site.Site`."""
+        self._reception.dismiss(connection)
 
     def leave(self, connection: Connection) -> None:
         """See `h2_site.Site`."""

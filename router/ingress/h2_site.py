@@ -27,6 +27,9 @@ class Site(Protocol[Guest]):
     def admit(self, connection: Guest) -> bool:
         """Counts the connection in, and says goodbye where none is wanted any more; False where there are too many."""
 
+    def dismiss(self, connection: Guest) -> None:
+        """The connection broke the protocol and has only its last words to read: where there are too many, it goes."""
+
     def leave(self, connection: Guest) -> None:
         """The connection is lost."""
 

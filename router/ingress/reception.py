@@ -48,6 +48,8 @@ class Reception(Generic[G]):
 
     def __init__(self, open_server: Callable[..., Awaitable[asyncio.Server]]) -> None:
         self.guests: set[G] = set()
+        self._dismissed: dict[G, None] = {}
+        """Those of the guests that are only there to read why they are sent away; the first to be so comes first."""
         self._open = open_server
         self._servers: dict[int, asyncio.Server] = {}
         """By the descriptor of the socket that was given; 0 where an address was."""
@@ -168,9 +170,23 @@ class Reception(Generic[G]):
             guest.notice(self._leaves_at - asyncio.get_running_loop().time())
         return len(self.guests)
 
+    def dismiss(self, guest: G) -> None:
+        """A guest is sent away for its own fault, and has only to read why."""
+        if guest in self.guests:
+            self._dismissed[guest] = None
+
+    def make_room(self) -> bool:
+        """Drops the guest that was dismissed first, for one that is too many; False where there is none."""
+        for guest in self._dismissed:
+            del self._dismissed[guest]
+            guest.abort()
+            return True
+        return False
+
     def leave(self, guest: G) -> None:
         """A guest has gone."""
         self.guests.discard(guest)
+        self._dismissed.pop(guest, None)
         if not self.present:
             self._empty.set()
 

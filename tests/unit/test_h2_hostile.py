@@ -261,34 +261,6 @@ async def test_headers_without_an_end_are_bounded(size: int) -> None:
         assert await client.end() in (PROTOCOL_ERROR, CALM)
 
 
-async def test_a_client_that_goes_on_sending_reads_why_it_is_sent_away() -> None:
-    async with serving(says("a")) as served, peer(served) as client:
-        client.stop_reading()
-        client.send(b"\xff\xff\xff\x00\x00\x00\x00\x00\x01")
-        await until(lambda: all(connection._closing for connection in connections(served)))
-        for _ in range(20):
-            client.send(ContinuationFrame(1, bytes(16384)))
-            await client.drain()
-            await asyncio.sleep(0.001)
-        client.go_on_reading()
-        assert await client.end() == FRAME_SIZE_ERROR
-        await until(lambda: not connections(served))
-
-
-async def test_a_client_that_was_sent_away_and_does_not_close_is_closed_in_time() -> None:
-    async with serving(says("a")) as served, peer(served) as client:
-        client.send(b"\xff\xff\xff\x00\x00\x00\x00\x00\x01")
-        await until(lambda: all(connection._closing for connection in connections(served)))
-        for _ in range(3):
-            client.send(PingFrame(0, opaque_data=bytes(8)))
-            await asyncio.sleep(0.01)
-        (connection,) = connections(served)
-        connection.sweep(asyncio.get_running_loop().time() + h2_connection.GOODBYE_S - 1)
-        assert connections(served)
-        connection.sweep(asyncio.get_running_loop().time() + h2_connection.GOODBYE_S)
-        await until(lambda: not connections(served))
-
-
 @pytest.mark.slow
 async def test_a_client_that_floods_and_reads_nothing_is_cut_off() -> None:
     async with serving(says("x" * 200)) as served, peer(served) as client:
