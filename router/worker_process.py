@@ -7,7 +7,7 @@ import enum
 import logging
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 import msgspec
 
@@ -122,7 +122,7 @@ class WorkerProcess:
                 self._heard(message)
         finally:
             # One that has closed the channel ends, or cannot be told anything any more.
-            status = await self._end()
+            status = await _to_its_end(self._end())
             await self._channel.close()
             for answer in self._answers.values():
                 answer.cancel()
@@ -200,6 +200,16 @@ class WorkerProcess:
             log.error("worker process %d did not stop in time and is killed", self.pid)
             self._process.kill()
             return await self._process.wait()
+
+
+async def _to_its_end(work: Coroutine[None, None, int]) -> int:
+    """Awaits it whole, also where the caller is cancelled meanwhile: who goes on takes the process for ended."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 async def _spawned(seat: Seat) -> asyncio.subprocess.Process:
