@@ -20,6 +20,7 @@ from tests.integration.ray_local import alive, wait_until
 
 START_DEADLINE_S = 300.0
 STOP_DEADLINE_S = 120.0
+_REPLICA = re.compile(r'^kvlane_replica_running\{[^}]*?replica="([^"]+)"', re.MULTILINE)
 _SAMPLE = re.compile(r"^(\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 _READY = re.compile(r"^ready http=(http://\S+) grpc=(\S+)$", re.MULTILINE)
 
@@ -51,11 +52,18 @@ class Stack:
 
     def metrics(self) -> dict[str, float]:
         """All metrics, the samples of each summed over its labels."""
-        self._scraper.request("GET", "/metrics")
         sums: dict[str, float] = defaultdict(float)
-        for name, value in _SAMPLE.findall(self._scraper.getresponse().read().decode()):
+        for name, value in _SAMPLE.findall(self._scraped()):
             sums[name] += float(value)
         return sums
+
+    def _scraped(self) -> str:
+        self._scraper.request("GET", "/metrics")
+        return self._scraper.getresponse().read().decode()
+
+    def replica_names(self) -> set[str]:
+        """The replicas that the router has a lane to, by the names that its answers bear."""
+        return set(_REPLICA.findall(self._scraped()))
 
     def in_engines(self) -> int:
         """How many requests the engines run or have waiting, as their last steps said."""
