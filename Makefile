@@ -14,11 +14,13 @@ digest = $(shell cat $(1) | sha256sum | cut -c1-16)
 RUNTIME_STAMP := $(RUNTIME_VENV)/.installed-$(VARIANT)-$(call digest,requirements/$(VARIANT).txt)
 DEV_STAMP := $(VENV)/.installed-dev-$(call digest,requirements/dev.txt)
 CPU_STAMP := $(VENV)/.installed-cpu-$(call digest,requirements/cpu.txt)
-# The project itself, editable; again only when the checkout or its metadata is another one.
-SOURCE := $(CURDIR) $(call digest,pyproject.toml)
+# The project itself, editable; again only when the checkout, its metadata or what is compiled of it is another one.
+SOURCE := $(CURDIR) $(call digest,pyproject.toml setup.py $(shell find router -name '*.p[yx][xd]' | sort))
 
-install_source = @[ "$$(cat $(1)/.source 2>/dev/null)" = "$(SOURCE)" ] || { \
-  $(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e . && echo "$(SOURCE)" > $(1)/.source; }
+# The stamp in build/ says that this very checkout has its compiled parts, which lie beside their sources.
+install_source = @[ "$$(cat $(1)/.source 2>/dev/null)" = "$(SOURCE)" ] && [ -e build/.installed ] || { \
+  find router -name '*.so' -delete && $(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e . && \
+  echo "$(SOURCE)" > $(1)/.source && mkdir -p build && touch build/.installed; }
 
 .PHONY: help
 help: ## list the targets
@@ -57,6 +59,10 @@ check: $(DEV_STAMP) ## format, lint, types, protobuf drift
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python protos/generate.py --check
+
+.PHONY: build
+build: $(DEV_STAMP) ## compile anew what there is as C too, after an edit of a .pyx file
+	KVLANE_COMPILED=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
 
 .PHONY: format
 format: $(DEV_STAMP) ## format and fix what can be fixed

@@ -1,12 +1,12 @@
 """What the prefix index costs: time per lookup, bytes per block, time of a report and of a slice of a replica's leave.
 
-`python -m loadtests.index_cost [--replicas 64] [--blocks 1000000] [--json FILE]`. The blocks are conversations: each
-begins with one of a few system prompts that all replicas hold, lives on one replica, and came there turn by turn, many
-conversations at the same time: `turns` looks each turn up, stores its prompt as one report and each block of the
-answer as one of its own, while the sweeps run; `whole` stores each prompt at once. Lookups take a random conversation
-each, with fresh hashes as a request brings them, so that the processor's caches hold as little of it as they would.
-Times are of the thread's CPU, per call, with nothing subtracted: other processes on the machine do not count, the cost
-of asking for the time does.
+`python -m loadtests.index_cost [--replicas 64] [--blocks 1000000] [--stores python,compiled] [--json FILE]`. The blocks
+are conversations: each begins with one of a few system prompts that all replicas hold, lives on one replica, and came
+there turn by turn, many conversations at the same time: `turns` looks each turn up, stores its prompt as one report and
+each block of the answer as one of its own, while the sweeps run; `whole` stores each prompt at once. Lookups take a
+random conversation each, with fresh hashes as a request brings them, so that the processor's caches hold as little of
+it as they would. Times are of the thread's CPU, per call, with nothing subtracted: other processes on the machine do
+not count, the cost of asking for the time does.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from pathlib import Path
 
 import msgspec
 
+from router.compiled import part
+from router.prefix.blocks import Blocks
 from router.prefix.index import PrefixIndex
 
 BLOCK_BYTES = 256
@@ -35,11 +37,14 @@ SYSTEMS = 8
 TURN_BLOCKS = 14
 ANSWER_BLOCKS = 6
 TOKENS = 64
+_HELD = ("none", "system", "half", "all")
 
 
 class Row(msgspec.Struct):
     """Lookups of one kind, in microseconds."""
 
+    store: str
+    """``python`` or ``compiled``."""
     stored: str
     prompt_kb: int
     held: str
@@ -53,6 +58,7 @@ class Row(msgspec.Struct):
 class Fixed(msgspec.Struct):
     """What does not depend on the prompt."""
 
+    store: str
     stored: str
     blocks: int
     bytes_per_block: float
@@ -81,17 +87,19 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=1_000_000)
     parser.add_argument("--lookups", type=int, default=2000, help="per row")
     parser.add_argument("--stored", default="whole,turns", help="ways of storing, by commas")
+    parser.add_argument("--stores", default="python,compiled", help="block stores to be measured, by commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the rows here as well")
     arguments = parser.parse_args()
     rows: list[Row] = []
     fixed: list[Fixed] = []
     for stored in arguments.stored.split(","):
-        # In a process of its own, since the one before it leaves memory behind that would be used again.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            lookups, one = pool.submit(measure, stored, arguments).result()
-        rows += lookups
-        fixed.append(one)
+        for store in arguments.stores.split(","):
+            # In a process of its own, since the one before it leaves memory behind that would be used again.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                lookups, one = pool.submit(measure, store, stored, arguments).result()
+            rows += lookups
+            fixed.append(one)
     print(markdown(rows, fixed))
     if arguments.json:
         results = msgspec.json.encode({"lookups": rows, "index": fixed})
@@ -99,16 +107,17 @@ def main() -> int:
     return 0
 
 
-def measure(stored: str, arguments: argparse.Namespace) -> tuple[list[Row], Fixed]:
-    """All figures for one way of storing."""
-    bench = Bench(stored, arguments.replicas, arguments.blocks, arguments.seed)
+def measure(store: str, stored: str, arguments: argparse.Namespace) -> tuple[list[Row], Fixed]:
+    """All figures for one store and one way of storing."""
+    bench = Bench(store, stored, arguments.replicas, arguments.blocks, arguments.seed)
     return bench.lookups(arguments.lookups), bench.fixed()
 
 
 class Bench:
     """An index full of conversations."""
 
-    def __init__(self, stored: str, replicas: int, blocks: int, seed: int) -> None:
+    def __init__(self, store: str, stored: str, replicas: int, blocks: int, seed: int) -> None:
+        self.store = store
         self.stored = stored
         self.random = random.Random(seed)
         self.names = [f"SERVE_REPLICA::llm#Llama#{i:08x}" for i in range(replicas)]
@@ -117,7 +126,7 @@ class Bench:
         reports = list(self._whole() if stored == "whole" else self._turns())
         gc.freeze()
         before = _resident()
-        self.index = PrefixIndex(2 * blocks)
+        self.index = _index(store, 2 * blocks)
         self.store_s = self._load(self.index, reports)
         self.bytes = (_resident() - before) / len(self.index)
 
@@ -191,7 +200,11 @@ class Bench:
             for held, cut in cuts.items():
                 times, holds = zip(*[self._ask(self.random.choice(talks), cut) for _ in range(count)], strict=True)
                 cuts_us = statistics.quantiles([1e6 * one for one in times], n=100)
-                rows.append(Row(self.stored, size_kb, held, cuts_us[49], cuts_us[98], 1e6 * statistics.median(holds)))
+                rows.append(
+                    Row(
+                        self.store, self.stored, size_kb, held, cuts_us[49], cuts_us[98], 1e6 * statistics.median(holds)
+                    )
+                )
         return rows
 
     def _ask(self, talk: Conversation, cut: Callable[[Conversation], int]) -> tuple[float, float]:
@@ -217,6 +230,7 @@ class Bench:
             more = self.index.sweep()
             slices.append(time.thread_time() - began)
         return Fixed(
+            self.store,
             self.stored,
             blocks,
             self.bytes,
@@ -228,6 +242,15 @@ class Bench:
         )
 
 
+def _index(store: str, max_blocks: int) -> PrefixIndex:
+    if store == "python":
+        return PrefixIndex(max_blocks, Blocks)
+    compiled = part("router.prefix._blocks")
+    if store != "compiled" or compiled is None:
+        raise SystemExit(f"there is no such store here: {store}")
+    return PrefixIndex(max_blocks, compiled.Blocks)
+
+
 def _resident() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -235,19 +258,20 @@ def _resident() -> int:
 
 def markdown(rows: list[Row], fixed: list[Fixed]) -> str:
     """The figures as two tables."""
-    lines = ["| stored | prompt | held | lookup p50 µs | p99 µs | hold + release µs |", "|---|---|---|---|---|---|"]
-    for row in rows:
+    lines = ["| stored | prompt | held | store | lookup p50 µs | p99 µs | hold + release µs |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in sorted(rows, key=lambda row: (row.stored, row.prompt_kb, _HELD.index(row.held))):
         times = f"{row.p50_us:.1f} | {row.p99_us:.1f} | {row.hold_us:.1f}"
-        lines.append(f"| {row.stored} | {row.prompt_kb} KB | {row.held} | {times} |")
+        lines.append(f"| {row.stored} | {row.prompt_kb} KB | {row.held} | {row.store} | {times} |")
     lines += [
         "",
-        "| stored | blocks | bytes/block | store µs/block | longest store ms | leave: slices, p50 ms, max ms |",
+        "| stored | store | blocks | bytes/block | store µs/block | longest store ms | leave: slices, p50 ms, max ms |",
     ]
-    lines.append("|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|")
     for one in fixed:
         store = f"{one.bytes_per_block:.0f} | {one.store_us_per_block:.2f} | {one.longest_store_ms:.1f}"
         leave = f"{one.leave_slices}, {one.leave_slice_p50_ms:.2f}, {one.leave_slice_max_ms:.2f}"
-        lines.append(f"| {one.stored} | {one.blocks} | {store} | {leave} |")
+        lines.append(f"| {one.stored} | {one.store} | {one.blocks} | {store} | {leave} |")
     return "\n".join(lines)
 
 

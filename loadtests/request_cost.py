@@ -31,7 +31,7 @@ from router.ingress.http import HttpIngress
 from router.ingress.http_connection import Connection
 from router.lane import frames
 from router.lane.frames import CacheReport, Head, Output, Step, Submit, Welcome
-from router.load.model import FleetModel
+from router.load.model import new_fleet
 from router.membership.base import ReplicaRecord
 from router.observe.metrics import Metrics
 from router.options import Config
@@ -124,7 +124,7 @@ class Router:
             caches=self.prefixes,
             foresee=lambda info: fleet.foresight(),
         )
-        fleet = FleetModel()
+        fleet = new_fleet()
         dispatcher = Dispatcher(
             Admission(config.limits.max_streams),
             registry.create(policy, {}, random.Random(1)),

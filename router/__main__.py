@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import inspect
+import logging
 import math
 import os
 import sys
@@ -14,8 +15,8 @@ from typing import Any
 
 import msgspec
 
+from router import compiled, keys
 from router import config as config_files
-from router import keys
 from router.errors import ConfigError
 from router.fields import expected
 from router.options import Config
@@ -131,6 +132,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     file = WatchedFile(arguments.config) if arguments.config is not None else None  # Before it is read.
     config = _load(arguments, _router_flags(arguments))
     workers.log_to_stderr(config)
+    compiled.note(logging.getLogger(__name__))
     return workers.serve(
         config, read_again=lambda: _load(arguments, _router_flags(arguments)), file=file, ready=workers.say
     )
@@ -194,6 +196,7 @@ def _list_keys(arguments: argparse.Namespace) -> int:
 
 def _version(_: argparse.Namespace) -> int:
     print(f"kvlane {version('kvlane')}")
+    print(compiled.told())
     return 0
 
 

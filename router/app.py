@@ -26,7 +26,7 @@ from router.ingress.grpc import GrpcIngress
 from router.ingress.http import HttpIngress
 from router.lane.carriers import Carrier, SocketCarrier
 from router.lane.tls import LaneTls, TlsFiles
-from router.load.model import FleetModel, ReplicaModel
+from router.load.model import FleetModel, ReplicaModel, new_fleet
 from router.membership.base import Membership
 from router.observe.metrics import Metrics
 from router.observe.routes import RouteLog
@@ -309,7 +309,7 @@ class _Foresights:
     def of(self, info: EngineInfo) -> ReplicaModel:
         """For a lane that opened."""
         base = next((card.name for card in info.models if not card.parent), "")
-        return self._fleets.setdefault(base, FleetModel()).foresight()
+        return self._fleets.setdefault(base, new_fleet()).foresight()
 
 
 def _guarded(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Policy:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 import tomli_w
 
-from router import schedule
+from router import compiled, schedule
 from router.errors import ConfigError
 from router.fields import Path, dotted, fields, from_text, item_type, nearest, problems, table_type, value_type
 from router.options import LANE_PORTS, AutoscalingOptions, Config
@@ -70,7 +70,7 @@ def load(
     *,
     env: Mapping[str, str] = os.environ,
     flags: Mapping[str, Any] = _NO_FLAGS,
-    other_env: Collection[str] = (),
+    other_env: Collection[str] = (compiled.VARIABLE,),
 ) -> Config:
     """The configuration in the TOML file at `path` (None: defaults alone), under `env`, under `flags`.
 

@@ -6,7 +6,7 @@ Imports nothing of ours. Everything here is a value: nothing in this module hold
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any, Final, Protocol
 
@@ -154,6 +154,7 @@ Terms = tuple[float, float, float, float, float, float, int, int, int, float, in
 """What a decision asks of each replica: free_at, sent_s, batch_s, step_s, token_s, pair_s, running, queue_depth,
 beyond, kv_usage, leases. *Beyond* is by how much the queue is longer than the largest batch, below 0 while there is
 room in it; a batch of unknown size has room always."""
+TERMS: Final = 11
 
 
 class ReplicaView(msgspec.Struct, frozen=True, gc=False):
@@ -364,11 +365,11 @@ class Snapshot(msgspec.Struct, frozen=True):
     places: Mapping[str, int] = {}
     """Where in `replicas` each one is, by name and in their order; worked out of them where it is not given or is of
     other replicas."""
-    pool: Columns | None = None
+    pool: Columns | Table | None = None
     """Kept up by the pool that made the snapshot, with `places`; of no use where it is of other replicas."""
 
     def __post_init__(self) -> None:
-        if self.pool is not None and self.pool.views is self.replicas:
+        if isinstance(self.pool, Columns) and self.pool.views is self.replicas:
             return
         names = [view.replica for view in self.replicas]
         if list(self.places) != names:
@@ -384,11 +385,86 @@ class Snapshot(msgspec.Struct, frozen=True):
         """The terms of all replicas, in the order of `Terms`. Read them at once: a pool has one set of them for all its
         snapshots."""
         pool = self.pool
-        return pool.values if pool is not None and pool.views is self.replicas else Columns(self.replicas).values
+        if isinstance(pool, Columns) and pool.views is self.replicas:
+            return pool.values
+        return Columns(self.replicas).values
 
     def view(self, replica: str) -> ReplicaView:
         """One replica of it. Raises `KeyError` where it is not there."""
         return self.replicas[self.places[replica]]
+
+
+given: Final[Callable[[Snapshot], Any]] = vars(Snapshot)["replicas"].__get__
+"""What a snapshot was made of: its `replicas`, or the rows of which these are yet to be made."""
+
+
+class Rows(Protocol):
+    """A pool's replicas at one moment, of which views are made when somebody asks for them (`router.load`)."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def views(self) -> tuple[ReplicaView, ...]:
+        """Made once."""
+
+    @property
+    def columns(self) -> tuple[list[Any], ...]:
+        """Their terms, transposed; made once."""
+
+    def view(self, place: int) -> ReplicaView:
+        """Of one replica; the same object as in `views`."""
+
+
+class Table(Protocol):
+    """A pool's replicas, kept up as long as the pool has the same ones (`router.load`)."""
+
+    @property
+    def rows(self) -> Rows:
+        """As they were when the last snapshot was made."""
+
+    @property
+    def numbers(self) -> bytearray | None:
+        """Their terms as C doubles, `TERMS` of each replica; None where some would not be exact."""
+
+
+class PoolSnapshot(Snapshot, frozen=True):
+    """A snapshot of rows: to make all views takes longer than most decisions, and most look at a few or none."""
+
+    def __post_init__(self) -> None:
+        if type(given(self)) is tuple:  # It was made of another one, with replicas of its own.
+            _set(self, "pool", None)
+            Snapshot.__post_init__(self)
+
+    @property  # type: ignore[misc]  # msgspec lets a property stand for an attribute.
+    def replicas(self) -> tuple[ReplicaView, ...]:
+        rows = given(self)
+        views: tuple[ReplicaView, ...] = rows if type(rows) is tuple else rows.views
+        return views
+
+    def columns(self) -> tuple[list[Any], ...]:
+        rows = given(self)
+        columns: tuple[list[Any], ...] = Columns(rows).values if type(rows) is tuple else rows.columns
+        return columns
+
+    def view(self, replica: str) -> ReplicaView:
+        rows, place = given(self), self.places[replica]
+        view: ReplicaView = rows[place] if type(rows) is tuple else rows.view(place)
+        return view
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Snapshot):
+            return NotImplemented
+        return _moment(self) == _moment(other)
+
+    __hash__ = None  # type: ignore[assignment]  # As of any snapshot: places are a dict.
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled and copied deeply, it is a snapshot of its views."""
+        return Snapshot, (self.model, self.replicas, self.prefix, self.now, dict(self.places))
+
+
+def _moment(snapshot: Snapshot) -> tuple[object, ...]:
+    return snapshot.model, snapshot.replicas, snapshot.prefix, snapshot.now, snapshot.places
 
 
 class Reason(enum.StrEnum):

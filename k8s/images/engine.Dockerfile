@@ -11,7 +11,7 @@ WORKDIR /src
 # The lock first: it changes more seldom than the code. What it leaves out stays out.
 COPY requirements/gpu.txt requirements/gpu.txt
 RUN /opt/kvlane/bin/pip install --no-deps -r requirements/gpu.txt
-COPY LICENSE README.md pyproject.toml ./
+COPY LICENSE README.md pyproject.toml setup.py ./
 COPY router router
 COPY engine engine
 COPY protos protos

@@ -6,12 +6,14 @@ ARG PYTHON=python:3.11.13-slim-bookworm
 
 FROM ${PYTHON} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# For the compiled parts of the hot path.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/kvlane
 WORKDIR /src
 # The lock first: it changes more seldom than the code. What it leaves out stays out.
 COPY requirements/router.txt requirements/router.txt
 RUN /opt/kvlane/bin/pip install --no-deps -r requirements/router.txt
-COPY LICENSE README.md pyproject.toml ./
+COPY LICENSE README.md pyproject.toml setup.py ./
 COPY router router
 COPY engine engine
 COPY protos protos

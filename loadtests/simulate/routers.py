@@ -12,10 +12,10 @@ import msgspec
 from engine.simulated_cache import CacheEvent, Evicted
 from loadtests.simulate.perf import KV_BLOCK_TOKENS, Profile
 from loadtests.simulate.traces import TraceRequest
-from router.load.account import Account, Foresight, News
-from router.load.model import FleetModel
+from router.load.account import Account, Foresight, News, new_account
+from router.load.model import new_fleet
 from router.policies.base import Policy
-from router.prefix.index import PrefixIndex
+from router.prefix.prefixes import new_index
 from router.types import CacheMode, Charge, EngineInfo, Load, Outlook, PrefixView, Request, Rpc, Snapshot
 
 MODEL = "simulated"
@@ -82,10 +82,10 @@ class SimRouter:
         self._model_errors = [random_.uniform(1 - model_error, 1 + model_error) for _ in range(3)]
         self._replica_error = replica_error
         self._token_error = token_error
-        self._model = FleetModel()
+        self._model = new_fleet()
         self._accounts: dict[str, Account] = {}
         self._streams: dict[str, int] = {}
-        self._index = PrefixIndex()
+        self._index = new_index()
         self._in_flight: dict[str, Counter[int]] = {}
         self._indexes = index
         options = profile.options
@@ -101,7 +101,7 @@ class SimRouter:
         foresight: Foresight = self._model.foresight()
         if any(each != 1.0 for each in factors):
             foresight = Mistaken(foresight, *factors)
-        account = self._accounts[replica] = Account(replica, self._info, Load(), foresight)
+        account = self._accounts[replica] = new_account(replica, self._info, Load(), foresight)
         account.caches(CacheMode.EXACT if self._info.prefix_caching else CacheMode.OFF)
         self._streams[replica] = 0
         self._in_flight[replica] = Counter()

@@ -16,6 +16,7 @@ import msgspec
 
 from router.errors import KvlaneError, MethodNotAllowed, ReplicaFailed
 from router.ingress import http_waiting, openai
+from router.lane.relay import Chunks
 from router.types import Headers, Receipt, Request
 
 _STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
@@ -155,7 +156,7 @@ def error_reply(error: KvlaneError, path: str, receipt: Receipt | None = None) -
     return Reply(error.http_status, "application/json", openai.error_body(error, path), "".join(lines))
 
 
-class Exchange:
+class Exchange(Chunks):
     """One relayed request's response; a `Sink`."""
 
     __slots__ = (
@@ -165,11 +166,9 @@ class Exchange:
         "_folded",
         "_head",
         "_left",
-        "_open",
         "_output",
         "_receipt",
         "_sse",
-        "_write",
         "done",
         "envelope",
         "started",
@@ -262,11 +261,9 @@ class Exchange:
         self._ending = _CHUNKED
         return "transfer-encoding: chunked\r\n"
 
-    def data(self, payload: bytes, tokens: int) -> None:
-        """Relays one payload. Raises `ClientTooSlow` and `ReplicaFailed`."""
-        if self._open and payload:
-            self._write(b"%x\r\n%b\r\n" % (len(payload), payload))
-        elif payload and not self.done:
+    def _slowly(self, payload: bytes) -> None:
+        """A payload while the short way is not open. Raises `ClientTooSlow` and `ReplicaFailed`."""
+        if payload and not self.done:
             self._data(payload)
 
     def last(self, payload: bytes, tokens: int) -> None:

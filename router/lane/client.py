@@ -34,8 +34,9 @@ from router.lane.frames import (
 )
 from router.lane.meter import SAMPLE, FrameMeter
 from router.lane.output import FrameOutput
+from router.lane.relay import Relay, Stream
 from router.lane.tls import explain
-from router.load.account import Account, Blind, Foresight
+from router.load.account import Account, Blind, Foresight, new_account
 from router.types import NO_CHARGE, Charge, EngineInfo, Request, Rpc, Sink
 
 log = logging.getLogger(__name__)
@@ -89,22 +90,7 @@ def _blind(info: EngineInfo) -> Foresight:
     return Blind()
 
 
-class _Stream:
-    __slots__ = ("began", "data", "done", "expected_s", "joins", "last", "sink")
-
-    def __init__(self, sink: Sink, done: asyncio.Future[End], began: float, expected_s: float, joins: bool) -> None:
-        self.sink = sink
-        self.joins = joins
-        """Whether its payloads may be joined."""
-        self.data = sink.data
-        self.last: Callable[[bytes, int], None] = getattr(sink, "last", sink.data)
-        self.done = done
-        self.began = began
-        """When it was submitted, in loop time; 0 once output came."""
-        self.expected_s = expected_s
-
-
-class Lane(asyncio.Protocol):
+class Lane(Relay, asyncio.Protocol):
     """One open lane; connect it to a carrier's transport."""
 
     account: Account
@@ -124,7 +110,6 @@ class Lane(asyncio.Protocol):
         self.welcome: Welcome | None = None
         self.steps = 0
         self.tokens = 0
-        """Tokens received, for metrics."""
         self.reached = False
         """Whether anybody took the connection."""
         self.silent = True
@@ -135,7 +120,7 @@ class Lane(asyncio.Protocol):
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._splitter = frames.FrameSplitter(limit=frames.MAX_FRAME_BYTES)
-        self._streams: dict[int, _Stream] = {}
+        self._streams = {}
         self._foresee = foresee
         self._meter = meter or FrameMeter()
         self._last_stream = 0
@@ -171,7 +156,7 @@ class Lane(asyncio.Protocol):
         self._last_stream = stream_id = self._last_stream + 1
         self.account.submitted(stream_id, charge)
         loop = self._loop
-        stream = self._streams[stream_id] = _Stream(
+        stream = self._streams[stream_id] = Stream(
             sink, loop.create_future(), loop.time(), expected_s, request.rpc == Rpc.HTTP
         )
         submit = Submit(
@@ -256,8 +241,8 @@ class Lane(asyncio.Protocol):
         if self._output is not None:
             self._output.resume()
 
-    def data_received(self, data: bytes) -> None:
-        self._heard = True
+    def _read(self, data: bytes) -> None:
+        """Whatever arrives, unless it is a plain step that the relay knows how to take."""
         if len(data) > PACED_BYTES and self._transport is not None:
             self._transport.pause_reading()
             self._loop.call_soon(self._read_on)
@@ -269,6 +254,10 @@ class Lane(asyncio.Protocol):
                 self._take(bodies)
         except FrameError as error:
             self._broken(error)
+
+    def _at_rest(self) -> bool:
+        """Whether a frame may begin with the next data, and nothing waits to be taken before it."""
+        return self._behind is None and self._splitter.empty
 
     def _read_on(self) -> None:
         if self._transport is not None and not self._transport.is_closing() and self._behind is None:
@@ -390,8 +379,7 @@ class Lane(asyncio.Protocol):
                     stream.sink.head(output.head.status, output.head.headers)
                 if output.payload:
                     if stream.began:
-                        self._listener.first_output(self._loop.time() - stream.began, stream.expected_s)
-                        stream.began = 0.0
+                        self._began(stream)
                     tokens += output.tokens
                     if large and len(output.payload) >= frames.LARGE_BYTES:
                         _hand_over(stream, output)
@@ -402,17 +390,19 @@ class Lane(asyncio.Protocol):
                             stream.data(payload, output.tokens)  # type: ignore[arg-type]
                         else:
                             stream.last(payload, output.tokens)  # type: ignore[arg-type]
-            except KvlaneError as error:
-                self._fail(stream, error)
             except Exception as error:
-                log.exception("a sink failed")
-                self._fail(stream, error)
+                self._failed(stream, error)
             else:
                 if output.end is not None:
                     del streams[output.stream]
                     if not stream.done.done():
                         stream.done.set_result(output.end)
         self.tokens += tokens
+
+    def _began(self, stream: Stream) -> None:
+        """Its first output is here."""
+        self._listener.first_output(self._loop.time() - stream.began, stream.expected_s)
+        stream.began = 0.0
 
     def _stepped(self, step: Step | LargeStep) -> None:
         """After a step's output: no token waits for it, and nobody asks before the loop goes on."""
@@ -432,10 +422,13 @@ class Lane(asyncio.Protocol):
             raise FrameError(f"a cache report that makes no sense: {error}") from error
         self._last_report = report.seq
 
-    def _fail(self, stream: _Stream, error: Exception) -> None:
+    def _failed(self, stream: Stream, error: Exception) -> None:
+        """Its sink did not take an output."""
+        if not isinstance(error, KvlaneError):
+            log.error("a sink failed", exc_info=error)
         if not stream.done.done():
             stream.done.set_exception(error)  # `run` still finds the stream in flight and aborts it
-        stream.sink, stream.data, stream.last = _DEAF, _DEAF.data, _DEAF.data
+        stream.deafen(_DEAF)
 
     def _challenged(self, challenge: frames.Challenge) -> None:
         self.silent = False
@@ -452,7 +445,8 @@ class Lane(asyncio.Protocol):
 
     def _welcomed(self, welcome: Welcome) -> None:
         self.welcome = welcome
-        self.account = Account(self.replica, welcome.info, welcome.load, self._foresee(welcome.info))
+        self.account = new_account(self.replica, welcome.info, welcome.load, self._foresee(welcome.info))
+        self._relays(self.account, self._loop.time)
         self._listener.lane_opened(self)
         if welcome.draining:
             self._listener.lane_draining(self)
@@ -475,7 +469,7 @@ class Lane(asyncio.Protocol):
             transport.abort()
 
 
-def _joined(steps: Sequence[Step], streams: Mapping[int, _Stream]) -> list[Output]:
+def _joined(steps: Sequence[Step], streams: Mapping[int, Stream]) -> list[Output]:
     """All outputs of these steps, those of an HTTP stream as one; the messages of a gRPC stream stay apart."""
     outputs: list[Output] = []
     latest: dict[int, Output] = {}
@@ -500,7 +494,7 @@ def _joined(steps: Sequence[Step], streams: Mapping[int, _Stream]) -> list[Outpu
     return outputs
 
 
-def _hand_over(stream: _Stream, output: Output | LargeOutput) -> None:
+def _hand_over(stream: Stream, output: Output | LargeOutput) -> None:
     """A large payload, without a copy where the sink can take it so."""
     large: Callable[[memoryview, int], None] | None = getattr(stream.sink, "large", None)
     if large is None:

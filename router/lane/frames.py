@@ -284,6 +284,11 @@ class FrameSplitter:
         """Longest body accepted, in bytes; raise it after the handshake."""
         self._rest = bytearray()
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left of a frame that has begun."""
+        return not self._rest
+
     def feed(self, data: bytes | bytearray) -> list[memoryview]:
         """The bodies that `data` completes, in order. Raises `FrameError` on one longer than `limit`."""
         if self._rest:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
+from router.compiled import part
 from router.types import NO_CHARGE, CacheMode, Charge, EngineInfo, Load, Outlook, ReplicaView
 
 
@@ -54,6 +55,13 @@ class Blind:
 _NOTHING = Outlook()
 
 
+def new_account(replica: str, info: EngineInfo, load: Load, foresight: Foresight | None = None) -> Account:
+    """A replica's account, compiled where that is there."""
+    compiled = part("router.load._outlooks")
+    kind = compiled.Account if compiled is not None else Account
+    return cast(Account, kind(replica, info, load, foresight))
+
+
 class Account:
     """One replica's load as this router knows it."""
 
@@ -65,7 +73,8 @@ class Account:
         self.cache = CacheMode.APPROXIMATE if info.prefix_caching else CacheMode.OFF
         self._foresight = foresight or Blind()
         self.news = self._foresight.news
-        self._max_num_seqs = info.max_num_seqs
+        self.max_num_seqs = info.max_num_seqs
+        """Most requests in its batch; 0 where it does not say."""
         self._kv_tokens = info.kv_blocks * info.kv_block_tokens
         self._charges: deque[tuple[int, Charge]] = deque()
         """Streams that no step has acknowledged, with what they cost."""
@@ -147,7 +156,7 @@ class Account:
                 self.load,
                 len(self._charges),
                 self.leases,
-                self._max_num_seqs,
+                self.max_num_seqs,
                 outlook,
                 self._tokens,
                 self._pairs,

@@ -13,8 +13,9 @@ weak guess stands in. `FleetModel` owns what was learned.
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, cast
 
+from router.compiled import part
 from router.types import Load, Outlook
 
 _UNITS: Final = (1.0, 1e3, 1e6, 1e5)
@@ -40,6 +41,8 @@ _FRESH_S: Final = 0.5
 """How old an idle replica's outlook may be; to make all of them anew takes as long as several decisions."""
 _FACTOR_S: Final = 0.25
 """How old its factor may be: evidence for it loses half of its weight in twenty times as long."""
+_MOST: Final = 1e100
+"""Of any figure: sums of the squares of larger ones may be no numbers any more."""
 _GUESS_TOKEN_MS: Final = 0.05
 """Before anything is known; the first steps override it."""
 _GUESS_BUDGET: Final = 2048.0
@@ -65,7 +68,8 @@ class StepFit:
         row = (1.0, tokens / _UNITS[1], pairs / _UNITS[2], context / _UNITS[3])
         products, targets = self._products, self._targets
         # Relative errors count, so that short steps weigh as much as long ones.
-        weight = 1.0 / max(ms, 1.0) ** 2
+        slow = max(ms, 1.0)
+        weight = 1.0 / (slow * slow)
         for i in range(4):
             scaled = row[i] * weight
             line = products[i]
@@ -89,7 +93,7 @@ class StepFit:
                 break
             free.pop(solution.index(min(solution)))
         values = [0.0] * 4
-        for i, value in zip(free, solution, strict=True):
+        for i, value in zip(free, solution, strict=False):  # Where all are negative, one is left that is not free.
             values[i] = value / _UNITS[i]
         self.coefficients = (values[0], values[1], values[2], values[3])
 
@@ -139,6 +143,12 @@ class Pace:
     def _left(self, now: float) -> float:
         passed = now - self._at
         return 0.5 ** (passed / _HALF_LIFE_S) if passed > 0.0 else 1.0
+
+
+def new_fleet() -> FleetModel:
+    """What is to be learned of one model's replicas, compiled where that is there."""
+    compiled = part("router.load._outlooks")
+    return cast(FleetModel, compiled.FleetModel()) if compiled is not None else FleetModel()
 
 
 class FleetModel:
@@ -196,7 +206,7 @@ class ReplicaModel:
         self._queued = load.queued_prefill_tokens > 0
         if silent or again:  # News in the middle of a step repeat what the last one did.
             return
-        if not (math.isfinite(load.step_ms) and math.isfinite(load.step_prefill_pairs)):
+        if not (abs(load.step_ms) < _MOST and abs(load.step_prefill_pairs) < _MOST):
             return  # Sums would never be rid of it.
         fleet = self._fleet
         if prompt > fleet.budget:
@@ -229,8 +239,9 @@ class ReplicaModel:
         batch, token, pair, read = fleet.prefill.coefficients
         step, one, _, each = fleet.decode.coefficients
         decodes, context = load.step_decodes, load.step_context_tokens
-        if decodes > load.running:  # What has ended since, and will not be in the next step.
-            decodes, context = load.running, context * load.running // decodes
+        running = max(load.running, 0)
+        if decodes > running:  # What has ended since, and will not be in the next step.
+            decodes, context = running, context * running // decodes
         beside = batch + token * decodes + read * context
         per_token = token + beside / fleet.budget
         return Outlook(

@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 
+from router.compiled import part
 from router.policies.queues import place_of
 from router.types import Decision, Held, Holders, Reason, Request, Snapshot
+
+if TYPE_CHECKING:
+    from router.policies._costs import Arithmetic
 
 _TIE: Final = 0.02
 _TIE_S: Final = 1e-4
@@ -69,12 +73,20 @@ class Cost:
         self._leaning: Mapping[str, int] = {}
         self._lean: list[float] = []
         """Of the replicas in `_leaning`, in their order; a pool has the same object as long as it has the same ones."""
+        compiled = part("router.policies._costs")
+        self._arithmetic: Arithmetic | None = None
+        if compiled is not None:
+            self._arithmetic = compiled.Arithmetic(options, self._leans, random)
 
     def choose(self, request: Request, snapshot: Snapshot) -> Decision:
+        if self._arithmetic is not None:
+            decision = self._arithmetic.choose(snapshot)
+            if decision is not None:
+                return decision
         replicas = snapshot.replicas
         if len(replicas) == 1:
             return Decision(replicas[0].replica, Reason.ONLY_REPLICA)
-        costs = self._costs(snapshot)
+        costs = self._plain_costs(snapshot)
         # Passes that run in C are cheaper than one with three cases in it.
         least = min(costs)
         best = costs.index(least)
@@ -97,6 +109,10 @@ class Cost:
         return {view.replica: cost for view, cost in zip(snapshot.replicas, self._costs(snapshot), strict=True)}
 
     def _costs(self, snapshot: Snapshot) -> list[float]:
+        costs = self._arithmetic.costs(snapshot) if self._arithmetic is not None else None
+        return self._plain_costs(snapshot) if costs is None else costs
+
+    def _plain_costs(self, snapshot: Snapshot) -> list[float]:
         options, prefix, now = self._options, snapshot.prefix, snapshot.now
         count = len(snapshot.replicas)
         frees, sents, batches, steps, tokens_s, pairs_s, running, depths, beyond, usages, leases = snapshot.columns()

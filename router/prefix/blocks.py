@@ -1,271 +1,281 @@
-"""The blocks that replicas store, laid out in pages.
+"""What replicas store and what requests in flight will bring them, and the look-up, in Python.
 
-Sans-IO. The rule: a block that any replica holds lies in exactly one page, and the table says in which; a block that
-nobody holds is in neither. Replicas are slots here, bits in the pages' masks. `PrefixIndex` owns it.
+Sans-IO. The rule: a look-up goes through a prompt page by page and drops replicas where they lack a block.
+`_blocks.pyx` does the same in C, with one cell per block instead of pages. `PrefixIndex` owns it.
 """
 
 from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
-from typing import Final
+from typing import Any, Final
 
-from router.prefix.pages import Page, new_page, ones, run_of_ones
+from router.prefix.base import Group
+from router.prefix.layout import LONG_BLOCKS, Layout, Slot
+from router.prefix.names import Names
+from router.prefix.pages import Page, ones
+from router.types import NO_HOLDERS, Held, Holders
 
-OWN_PAGE: Final = 16
-"""So many new blocks at once begin a page of their own, so that a prompt lies across few pages;
-fewer share the page in which the replica's last blocks lie, so that pages do not stay small."""
-SHARED_BLOCKS: Final = 64
-"""Most blocks in a page that is filled little by little."""
-LONG_BLOCKS: Final = 128
-"""Pieces of a chain that are as long stay where they are; shorter ones are joined when a lookup finds many of them."""
-PAGE_BLOCKS: Final = 256
-"""Most blocks in a page at all."""
+_TANGLED: Final = 64
+"""Most chains that wait to be laid side by side; one that finds no place comes again with its next lookup."""
+_CHUNK: Final = 64
 
-
-class Slot:
-    """One bit in the masks, and the pages in which it occurs."""
-
-    __slots__ = ("bit", "open", "pages")
-
-    def __init__(self, bit: int) -> None:
-        self.bit = bit
-        self.pages: set[Page] = set()
-        self.open: Page | None = None
-        """Where its next few blocks go."""
+_Found = tuple[int, int, int, int]
+"""Blocks, their tokens, how many of them are coming, and the mask of those who hold just that."""
 
 
 class Blocks:
-    """The table of blocks and their pages."""
+    """A `BlockStore`."""
 
     def __init__(self, max_blocks: int) -> None:
-        self.max_blocks = max_blocks
-        self.refused = 0
-        """Blocks that found no room, since the start."""
-        self.table: dict[int, Page] = {}
-        self.slots: dict[int, Slot] = {}
-        """By bit."""
-        self._shelf: Page | None = None
-        """Where the last blocks of pages that are given up go."""
+        self._layout = Layout(max_blocks)
+        self._names = Names()
+        self._soon: dict[int, int] = {}
+        """Block -> mask of the places that will hold it soon."""
+        self._tangled: deque[Sequence[int]] = deque()
+        """Chains that a lookup found scattered over many pages."""
 
-    # -- changes
+    def __len__(self) -> int:
+        return len(self._layout.table)
 
-    def store(self, slot: Slot, hashes: Sequence[int], depths: Sequence[int]) -> None:
-        """As `PrefixIndex.store`."""
-        blocks = list(hashes)
-        if OWN_PAGE <= len(blocks) <= PAGE_BLOCKS and self._takes_page(slot, blocks, depths):
-            return
-        if len(set(blocks)) < len(blocks):
-            last = dict(zip(blocks, depths, strict=True))
-            blocks, depths = list(last), list(last.values())
-        pages = list(map(self.table.get, blocks))
-        at, end = 0, len(blocks)
-        while at < end:
-            page = pages[at]
-            if page is None:
-                size = _nones(pages, at)
-                self._take(slot, blocks[at : at + size], depths[at : at + size])
-            else:
-                place = page.place(blocks[at])
-                size = page.agrees(place, blocks, at)
-                for i in range(size):
-                    page.depths[place + i] = depths[at + i]
-                self._mark(slot, page, ((1 << size) - 1) << place)
-            at += size
+    @property
+    def max_blocks(self) -> int:
+        return self._layout.max_blocks
 
-    def _takes_page(self, slot: Slot, blocks: list[int], depths: Sequence[int]) -> bool:
-        """Takes in what most reports have, a prompt whose blocks are all new and begin a page, in few steps. False
-        where they are something else, and nothing was done."""
-        table, size = self.table, len(blocks)
-        before, last = len(table), slot.open
-        if before + size > self.max_blocks or (last is not None and 0 < len(last.hashes) < OWN_PAGE):
-            return False
-        if not table.keys().isdisjoint(blocks):
-            return False
-        pattern = (1 << size) - 1
-        page = Page(array("Q", blocks), array("I", depths), {pattern: slot.bit}, pattern)
-        table.update(zip(blocks, repeat(page)))
-        if len(table) < before + size:  # Some came twice.
-            for block in set(blocks):
-                del table[block]
-            return False
-        slot.pages.add(page)
-        slot.open = page
-        return True
+    @property
+    def refused(self) -> int:
+        return self._layout.refused
 
-    def _take(self, slot: Slot, blocks: list[int], depths: Sequence[int]) -> None:
-        """Takes in blocks that nobody held."""
-        room = self.max_blocks - len(self.table)
-        if len(blocks) > room:
-            self.refused += len(blocks) - room
-            blocks = blocks[:room]
-        at, end = 0, len(blocks)
-        while at < end:
-            page = slot.open
-            filled = len(page.hashes) if page is not None else 0
-            if page is None or not filled or filled >= (OWN_PAGE if end - at >= OWN_PAGE else SHARED_BLOCKS):
-                page, filled = new_page(), 0
-                slot.open = page
-            size = min(end - at, PAGE_BLOCKS - filled if end - at >= OWN_PAGE else SHARED_BLOCKS - filled)
-            part = blocks[at : at + size]
-            self._mark(slot, page, page.append(part, depths[at : at + size]))
-            self.table.update(zip(part, repeat(page)))
-            at += size
+    @property
+    def coming(self) -> int:
+        return len(self._soon)
 
-    def _mark(self, slot: Slot, page: Page, pattern: int) -> None:
-        old = page.pattern_of(slot.bit)
-        page.move(slot.bit, old, old | pattern)
-        if not old:
-            slot.pages.add(page)
+    @property
+    def untidy(self) -> bool:
+        return bool(self._tangled)
 
-    def evict(self, slot: Slot, hashes: Iterable[int]) -> None:
-        """As `PrefixIndex.evict`."""
-        blocks = list(hashes)
-        pages = list(map(self.table.get, blocks))
-        gone: dict[Page, int] = {}
-        at, end = 0, len(blocks)
-        while at < end:
-            page, first = pages[at], at
-            at += 1
-            while at < end and pages[at] is page:
-                at += 1
-            if page is not None:
-                pattern = 1 << page.place(blocks[first]) if at - first == 1 else page.places(blocks[first:at])
-                gone[page] = gone.get(page, 0) | pattern
-        for page, pattern in gone.items():
-            self._unmark(slot, page, pattern)
+    def open(self, place: int, replica: str) -> None:
+        bit = 1 << place
+        self._layout.slots[bit] = Slot(bit)
+        self._names.open(place, replica)
 
-    def remove(self, slot: Slot, budget: int) -> int:
-        """Takes away what the slot holds, about `budget` blocks of it; returns how many."""
-        removed = 0
-        while slot.pages and removed < budget:
-            page = next(iter(slot.pages))
-            pattern = page.pattern_of(slot.bit)
-            removed += pattern.bit_count()
-            self._unmark(slot, page, pattern)
-        return removed
+    def retire(self, place: int) -> None:
+        self._names.retire(place)
 
-    def _unmark(self, slot: Slot, page: Page, pattern: int) -> None:
-        old = page.pattern_of(slot.bit)
-        if not old & pattern:
-            return
-        page.move(slot.bit, old, old & ~pattern)
-        if not old & ~pattern:
-            slot.pages.discard(page)
-        for block in page.unheld():
-            del self.table[block]
-        self._tidy(page)
+    def remove(self, place: int, budget: int) -> int:
+        return self._layout.remove(self._layout.slots[1 << place], budget)
 
-    # -- layout
+    def tidy(self, budget: int) -> int:
+        while budget > 0 and self._tangled:
+            budget -= self._layout.untangle(self._tangled.popleft(), budget) + 8
+        return budget
 
-    def _tidy(self, page: Page) -> None:
-        """Gives a page up that is full of holes: what is left goes to the shelf."""
-        if page.live.bit_count() * 2 >= len(page.hashes):
-            return
-        if page is self._shelf:
-            self._shelf = None
-        while page.live:
-            shelf = self._shelf
-            if shelf is None or not 0 < len(shelf.hashes) < SHARED_BLOCKS:
-                shelf = self._shelf = new_page()
-            place = (page.live & -page.live).bit_length() - 1
-            size = min(run_of_ones(page.live >> place), SHARED_BLOCKS - len(shelf.hashes))
-            self._carry(page, place, size, shelf)
+    def store(self, place: int, hashes: Sequence[int], depths: Sequence[int]) -> None:
+        self._layout.store(self._layout.slots[1 << place], hashes, depths)
 
-    def _carry(self, page: Page, place: int, size: int, target: Page) -> None:
-        """Moves blocks that lie side by side to the end of another page."""
-        end, first = place + size, len(target.hashes)
-        part = page.hashes[place:end]
-        target.append(part, page.depths[place:end])
-        self.table.update(zip(part, repeat(target)))
-        pattern = (1 << size) - 1
-        for held, mask in page.holders.items():
-            carried = (held >> place & pattern) << first
-            if carried:
-                for holder in ones(mask):
-                    self._mark(self.slots[1 << holder], target, carried)
-        for holder in ones(page.cut(pattern << place)):
-            self.slots[1 << holder].pages.discard(page)
+    def evict(self, place: int, hashes: Iterable[int]) -> None:
+        self._layout.evict(self._layout.slots[1 << place], hashes)
 
-    def untangle(self, chain: Sequence[int], budget: int) -> int:
-        """Lays the scattered blocks of a chain side by side, about `budget` of them; returns how many were moved.
+    def held(self, place: int) -> int:
+        slot = self._layout.slots[1 << place]
+        return sum(page.pattern_of(slot.bit).bit_count() for page in slot.pages)
 
-        An answer's blocks are stored one by one, among those of other answers. Each is moved two or three times until
-        it lies in a page that is long enough.
-        """
-        moved = at = 0
-        pieces: list[tuple[int, int]] = []
-        while at < len(chain) and moved < budget:
-            page = self.table.get(chain[at])
-            if page is None:
-                break
-            size = page.agrees(page.place(chain[at]), chain, at)
-            if size < LONG_BLOCKS:
-                pieces.append((at, size))
-            at += size
-            if size >= LONG_BLOCKS or at - pieces[0][0] >= PAGE_BLOCKS:
-                moved += self._join(chain, pieces)
-                pieces = []
-        return moved + self._join(chain, pieces)
+    def holds(self, place: int) -> bool:
+        return bool(self._layout.slots[1 << place].pages)
 
-    def _join(self, chain: Sequence[int], pieces: list[tuple[int, int]]) -> int:
-        if len(pieces) < 2:
+    def runs(self, place: int) -> Iterator[list[int]]:
+        slot = self._layout.slots[1 << place]
+        return _read([(page.hashes[:], page.pattern_of(slot.bit)) for page in slot.pages])
+
+    def first(self, place: int, chain: Sequence[int]) -> int:
+        if not chain or chain[0] not in self._layout.table:
             return 0
-        at, end = pieces[0][0], sum(pieces[-1])
-        moved, target = end - at, new_page()
-        while at < end:
-            if len(target.hashes) >= PAGE_BLOCKS:
-                target = new_page()
-            page = self.table[chain[at]]
-            place = page.place(chain[at])
-            size = min(page.agrees(place, chain, at), end - at, PAGE_BLOCKS - len(target.hashes))
-            self._carry(page, place, size, target)
-            self._tidy(page)
-            at += size
-        return moved
-
-    # -- questions
-
-    def first(self, slot: Slot, chain: Sequence[int]) -> int:
-        """How many of a chain's first blocks the slot holds."""
-        at = 0
-        while at < len(chain):
-            page = self.table.get(chain[at])
-            if page is None:
-                break
-            place = page.place(chain[at])
-            size = page.follows(place, chain, at)
-            run = run_of_ones(page.pattern_of(slot.bit) >> place)
-            if run < size:
-                return at + run
-            at += size
-        return at
-
-    def depth(self, block: int) -> int | None:
-        """The tokens up to a block's end, where anybody holds it."""
-        page = self.table.get(block)
-        return page.depths[page.place(block)] if page is not None else None
-
-    def holders(self, block: int) -> int:
-        """Mask of those who hold a block."""
-        page = self.table.get(block)
-        return page.holders_at(page.place(block)) if page is not None else 0
+        return self._layout.first(self._layout.slots[1 << place], chain)
 
     def bytes(self) -> int:
-        """Estimated size in memory; costs a walk over all pages."""
-        pages: set[Page] = set().union(*(slot.pages for slot in self.slots.values()))
-        total = sys.getsizeof(self.table) + len(self.table) * 48
-        for page in pages:
-            total += sys.getsizeof(page) + sys.getsizeof(page.hashes) + sys.getsizeof(page.depths)
-            total += sys.getsizeof(page.holders) + 96 * len(page.holders)
-        return total + sum(sys.getsizeof(slot.pages) for slot in self.slots.values())
+        return self._layout.bytes() + sys.getsizeof(self._soon)
+
+    # -- what requests in flight will bring
+
+    def enter(self, place: int, blocks: Sequence[int], again: dict[int, int]) -> None:
+        bit, soon = 1 << place, self._soon
+        if soon.keys().isdisjoint(blocks):
+            soon.update(zip(blocks, repeat(bit)))
+            return
+        for block, mask in zip(blocks, list(map(soon.get, blocks, repeat(0))), strict=True):
+            soon[block] = mask | bit
+            if mask & bit:
+                again[block] = again.get(block, 0) + 1
+
+    def withdraw(self, place: int, blocks: Sequence[int], again: dict[int, int]) -> None:
+        bit, soon = 1 << place, self._soon
+        if not again or again.keys().isdisjoint(blocks):
+            masks = list(map(soon.pop, blocks, repeat(0)))
+            if masks.count(bit) < len(blocks):
+                soon.update({block: mask & ~bit for block, mask in zip(blocks, masks, strict=True) if mask & ~bit})
+            return
+        for block in blocks:
+            more = again.get(block, 0)
+            if more > 1:
+                again[block] = more - 1
+            elif more:
+                del again[block]
+            else:
+                mask = soon.get(block, 0) & ~bit
+                if mask:
+                    soon[block] = mask
+                else:
+                    soon.pop(block, None)
+
+    # -- lookups
+
+    def match(self, chain: Sequence[int], tokens_per_block: float) -> Holders:
+        end = len(chain)
+        table, soon = self._layout.table, self._soon
+        if not end or (chain[0] not in table and chain[0] not in soon):
+            return NO_HOLDERS
+        found: list[_Found] = []
+        alive = self._names.live  # The replicas that hold all blocks up to here.
+        at = pages = 0
+        last: tuple[Page, int] | None = None  # Page and place of the block before `at`; its depth is seldom asked for.
+        while at < end and alive:
+            page = table.get(chain[at])
+            if page is None:
+                break
+            pages += 1
+            place = page.place(chain[at])
+            size = page.follows(place, chain, at)
+            stay = 0
+            for pattern, mask in page.holders.items():
+                mask &= alive
+                if mask:
+                    lacking = ~pattern >> place
+                    run = (lacking & -lacking).bit_length() - 1
+                    if run >= size:
+                        stay |= mask
+                    elif run:
+                        alive ^= mask
+                        stored = at + run, page.depths[place + run - 1]
+                        self._part(found, mask, stored, chain, tokens_per_block)
+            left = alive ^ stay
+            if left and (last or soon):
+                self._part(found, left, (at, _depth(last)), chain, tokens_per_block)
+            alive = stay
+            last = page, place + size - 1
+            at += size
+        if alive and (last or soon):
+            self._part(found, alive, (at, _depth(last)), chain, tokens_per_block)
+        if pages > 4 + at // LONG_BLOCKS and len(self._tangled) < _TANGLED:
+            self._tangled.append(chain)
+        return self._names.holders(_joined(found)) if found else NO_HOLDERS
+
+    def _part(
+        self,
+        found: list[_Found],
+        mask: int,
+        stored: tuple[int, int],
+        chain: Sequence[int],
+        tokens_per_block: float,
+    ) -> None:
+        """The replicas in `mask` store so many (blocks, tokens) and not the next block; it may come with requests in
+        flight."""
+        at, tokens = stored
+        if self._soon and at < len(chain):
+            some = self._soon.get(chain[at], 0) & mask
+            if some:
+                self._go_on(found, some, chain, stored, tokens_per_block)
+                mask ^= some
+        if at and mask:
+            found.append((at, tokens, 0, mask))
+
+    def _go_on(
+        self,
+        found: list[_Found],
+        mask: int,
+        chain: Sequence[int],
+        stored: tuple[int, int],
+        tokens_per_block: float,
+    ) -> None:
+        """To the replicas in `mask` requests in flight will bring the block after the `stored` (blocks, tokens)."""
+        at, end = stored[0], len(chain)
+        already: dict[int, int] = {}  # How many of the blocks from there on a replica stores.
+        while mask:
+            both, here, size = self._coming(chain, at, mask) if at < end else (0, 0, 0)
+            left = mask & ~both
+            if left:
+                tokens = self._layout.depth(chain[at - 1])
+                if tokens is None:
+                    tokens = stored[1] + round((at - stored[0]) * tokens_per_block)
+                if already:
+                    for place in ones(left):
+                        found.append((at, tokens, at - stored[0] - already.get(place, 0), 1 << place))
+                else:
+                    found.append((at, tokens, at - stored[0], left))
+                mask &= both
+            if here:
+                for place in ones(here):
+                    already[place] = already.get(place, 0) + size
+            at += size
+
+    def _coming(self, chain: Sequence[int], at: int, mask: int) -> tuple[int, int, int]:
+        """Of the replicas in `mask`, those that hold a block now or soon, and those that hold it now, and for how many
+        blocks from there on both are the same."""
+        page = self._layout.table.get(chain[at])
+        here = 0
+        if page is None:
+            part = chain[at : at + _CHUNK]
+            size = _equal(list(map(self._layout.table.get, part)))
+        else:
+            place = page.place(chain[at])
+            size = page.follows(place, chain, at)
+            for pattern, holders in page.holders.items():
+                holders &= mask
+                if holders:
+                    held = pattern >> place
+                    if held & 1:
+                        here |= holders
+                        held = ~held
+                    if held:
+                        size = min(size, (held & -held).bit_length() - 1)
+        coming = list(map(self._soon.get, chain[at : at + size], repeat(0)))
+        return coming[0] & mask | here, here, _equal(coming)
 
 
-def _nones(pages: list[Page | None], at: int) -> int:
-    """How many None there are from `at` on."""
-    end = at + 1
-    while end < len(pages) and pages[end] is None:
-        end += 1
-    return end - at
+def _joined(found: list[_Found]) -> list[Group]:
+    """In order, and those that hold the same together."""
+    if len(found) > 1:
+        found.sort()
+        joined = [found[0]]
+        for blocks, tokens, soon, mask in found[1:]:
+            last = joined[-1]
+            if last[:3] == (blocks, tokens, soon):
+                joined[-1] = (blocks, tokens, soon, last[3] | mask)
+            else:
+                joined.append((blocks, tokens, soon, mask))
+        found = joined
+    return [(mask, Held(blocks, tokens, soon)) for blocks, tokens, soon, mask in found]
+
+
+def _read(pages: list[tuple[array[int], int]]) -> Iterator[list[int]]:
+    while pages:
+        hashes, pattern = pages.pop()
+        whole = pattern.bit_count() == len(hashes)
+        yield hashes.tolist() if whole else [hashes[place] for place in ones(pattern)]
+
+
+def _equal(items: list[Any]) -> int:
+    """How many of the first ones are the same."""
+    first, size = items[0], len(items)
+    if items.count(first) == size:
+        return size
+    at = 1
+    while items[at] == first:
+        at += 1
+    return at
+
+
+def _depth(last: tuple[Page, int] | None) -> int:
+    return last[0].depths[last[1]] if last is not None else 0

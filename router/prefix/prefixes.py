@@ -16,8 +16,10 @@ from typing import Final
 
 import msgspec
 
+from router.compiled import part
 from router.lane.frames import CacheReport
 from router.options import PrefixOptions
+from router.prefix.blocks import Blocks
 from router.prefix.hashing import Hasher
 from router.prefix.index import Hold, PrefixIndex
 from router.prefix.mirror import LruMirror
@@ -134,7 +136,7 @@ class Prefixes:
         self._hold_timeout_s = options.hold_timeout_s
         self._clock = clock
         self._hasher = Hasher(options.block_bytes, options.max_prompt_bytes)
-        self._index = PrefixIndex(options.max_blocks)
+        self._index = new_index(options.max_blocks)
         self._replicas: dict[str, _Replica] = {}
         self._ratios: dict[str, Ratio] = {}
         self._bases: dict[str, str] = {}
@@ -416,7 +418,7 @@ class Prefixes:
         done = 0
         for blocks in state.known:
             self._index.evict(replica, mirror.known(blocks))
-            done += len(blocks)
+            done += len(blocks) + 16  # To look for them is work too.
             if done >= SLICE_BLOCKS:
                 return True
         self._index.evict(replica, mirror.trim(SLICE_BLOCKS - done))
@@ -438,6 +440,12 @@ class Prefixes:
             off=self._off,
             tokens_per_byte={base: ratio.tokens_per_byte for base, ratio in self._ratios.items()},
         )
+
+
+def new_index(max_blocks: int = 2_000_000) -> PrefixIndex:
+    """With the compiled store, where there is one."""
+    compiled = part("router.prefix._blocks")
+    return PrefixIndex(max_blocks, compiled.Blocks if compiled is not None else Blocks)
 
 
 def _slices(change: Change) -> Iterator[Change]:

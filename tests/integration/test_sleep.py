@@ -15,6 +15,7 @@ import pytest
 from engine.replica import Replica
 from engine.simulated import SimulatedEngine
 from router.app import App
+from router.load.account import Foresight
 from router.options import (
     Config,
     GrpcOptions,
@@ -24,7 +25,7 @@ from router.options import (
     PolicyOptions,
     StaticReplica,
 )
-from router.types import Reason, Receipt, Request, Rpc
+from router.types import Load, Reason, Receipt, Request, Rpc
 from tests.fakes import DEADLINE_S, SECRET, RecordingSink, eventually
 
 pytestmark = [pytest.mark.timeout(120)]
@@ -231,10 +232,18 @@ async def test_what_is_learned_of_steps_does_not_hold_the_time_to_wake(tmp_path:
 def watch_steps(running: Dormitory, tell: Callable[[float], None]) -> None:
     """Tells of every step's duration in milliseconds that the load model gets to know."""
     for lane in running.app.replicas.lanes():
-        observe = lane.account._foresight.observe
+        lane.account._foresight = Watched(lane.account._foresight, tell)
 
-        def observed(load: Any, now: float, observe: Any = observe) -> None:
-            tell(load.step_ms)
-            observe(load, now)
 
-        lane.account._foresight.observe = observed  # type: ignore[method-assign]
+class Watched:
+    """A foresight that tells of each step before it learns."""
+
+    def __init__(self, foresight: Foresight, tell: Callable[[float], None]) -> None:
+        self.news = foresight.news
+        self.outlook = foresight.outlook
+        self._learn = foresight.observe
+        self._tell = tell
+
+    def observe(self, load: Load, now: float) -> None:
+        self._tell(load.step_ms)
+        self._learn(load, now)

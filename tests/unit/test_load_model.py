@@ -8,9 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from router.load.account import Account
-from router.load.model import FleetModel
+from router.load.account import new_account
+from router.load.model import new_fleet
 from router.types import CacheMode, Charge, EngineInfo, Load
+from tests.twins import twins
+
+both = twins("router.load._outlooks")
 
 INFO = EngineInfo("sim", (), max_num_seqs=8, kv_blocks=100, kv_block_tokens=16)
 
@@ -40,7 +43,7 @@ def steps(count: int, *, seed: int = 1, noise: float = 0.05) -> Iterator[Load]:
 
 
 def test_a_long_prompts_time_is_learned_within_a_tenth() -> None:
-    replica = FleetModel().foresight()
+    replica = new_fleet().foresight()
     for load in steps(1000):
         replica.observe(load, 0.0)
     outlook = replica.outlook(Load(), 0, 0.0, 0)
@@ -55,7 +58,7 @@ def test_a_long_prompts_time_is_learned_within_a_tenth() -> None:
 
 
 def test_the_time_of_an_undisturbed_output_token_is_learned() -> None:
-    replica = FleetModel().foresight()
+    replica = new_fleet().foresight()
     for load in steps(1000):
         replica.observe(load, 0.0)
     outlook = replica.outlook(Load(running=40, step_decodes=40, step_context_tokens=400_000), 0, 0.0, 0)
@@ -63,7 +66,7 @@ def test_the_time_of_an_undisturbed_output_token_is_learned() -> None:
 
 
 def test_a_slow_replica_is_told_apart_and_does_not_spoil_the_others() -> None:
-    fleet = FleetModel()
+    fleet = new_fleet()
     replicas = [fleet.foresight() for _ in range(4)]
     for index, load in enumerate(steps(4000)):
         slow = 2.0 if index % 4 == 3 else 1.0
@@ -74,7 +77,7 @@ def test_a_slow_replica_is_told_apart_and_does_not_spoil_the_others() -> None:
 
 
 def test_a_replica_that_was_slow_once_is_like_the_others_after_it_had_nothing_to_do_for_a_while() -> None:
-    fleet = FleetModel()
+    fleet = new_fleet()
     replicas = [fleet.foresight() for _ in range(4)]
     now = 0.0
     for index, load in enumerate(steps(4000)):
@@ -92,7 +95,7 @@ def test_a_replica_that_was_slow_once_is_like_the_others_after_it_had_nothing_to
 
 
 def test_a_pause_of_the_machine_does_not_ruin_what_was_learned() -> None:
-    replica = FleetModel().foresight()
+    replica = new_fleet().foresight()
     for index, load in enumerate(steps(1000)):
         replica.observe(_slower(load, 1000.0) if index == 900 else load, 0.0)
     truth = h200_ms(8_000, 3.2e7, 0, 0) / 1e3
@@ -101,7 +104,7 @@ def test_a_pause_of_the_machine_does_not_ruin_what_was_learned() -> None:
 
 def test_coefficients_are_never_negative_whatever_the_steps_say() -> None:
     chance = random.Random(3)
-    fleet = FleetModel()
+    fleet = new_fleet()
     replica = fleet.foresight()
     for _ in range(2000):
         prompt = chance.choice([0, chance.randrange(1, 9000)])
@@ -120,7 +123,7 @@ def test_coefficients_are_never_negative_whatever_the_steps_say() -> None:
 
 
 def test_an_engine_that_says_nothing_of_its_steps_teaches_nothing() -> None:
-    fleet = FleetModel()
+    fleet = new_fleet()
     before = fleet.prefill.coefficients, fleet.decode.coefficients
     fleet.foresight().observe(Load(running=3, step_ms=20.0), 0.0)
     assert (fleet.prefill.coefficients, fleet.decode.coefficients) == before
@@ -128,7 +131,7 @@ def test_an_engine_that_says_nothing_of_its_steps_teaches_nothing() -> None:
 
 def test_requests_that_have_ended_are_not_in_the_next_step() -> None:
     """An idle replica steps no more, so the figures of its last step stay with its load."""
-    replica = FleetModel().foresight()
+    replica = new_fleet().foresight()
     for load in steps(500):
         replica.observe(load, 0.0)
     after = Load(running=0, step_decodes=64, step_context_tokens=600_000)
@@ -137,7 +140,7 @@ def test_requests_that_have_ended_are_not_in_the_next_step() -> None:
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf, -math.inf])
 def test_figures_that_are_no_numbers_teach_nothing(figure: float) -> None:
-    fleet = FleetModel()
+    fleet = new_fleet()
     broken, sound = fleet.foresight(), fleet.foresight()
     for load in steps(500):
         broken.observe(Load(step_ms=figure, step_prefill_tokens=10, step_prefill_pairs=figure), 0.0)
@@ -149,7 +152,7 @@ def test_figures_that_are_no_numbers_teach_nothing(figure: float) -> None:
 
 
 def test_small_prompts_do_not_make_long_ones_look_as_if_they_took_a_step_per_token() -> None:
-    fleet = FleetModel()
+    fleet = new_fleet()
     replica = fleet.foresight()
     for tokens in range(1, 300):
         replica.observe(Load(step_ms=20.0 + tokens * 1e-3, step_prefill_tokens=1 + tokens % 20), float(tokens))
@@ -158,7 +161,7 @@ def test_small_prompts_do_not_make_long_ones_look_as_if_they_took_a_step_per_tok
 
 
 def test_a_queue_is_worked_on_from_the_last_step_and_not_from_news_in_between() -> None:
-    replica = FleetModel().foresight()
+    replica = new_fleet().foresight()
     step = Load(running=1, queued_prefill_tokens=8_000, step_ms=100.0, step_prefill_tokens=2_000)
     replica.observe(step, 1.0)
     replica.observe(step, 1.5)
@@ -166,7 +169,7 @@ def test_a_queue_is_worked_on_from_the_last_step_and_not_from_news_in_between() 
 
 
 def test_an_engine_without_step_figures_is_as_busy_as_it_last_said() -> None:
-    replica = FleetModel().foresight()
+    replica = new_fleet().foresight()
     for now in (1.0, 50.0, 100.0):
         load = Load(running=1, queued_prefill_tokens=100_000)
         replica.observe(load, now)
@@ -175,7 +178,7 @@ def test_an_engine_without_step_figures_is_as_busy_as_it_last_said() -> None:
 
 
 def test_queued_work_makes_for_the_wait() -> None:
-    replica = FleetModel().foresight()
+    replica = new_fleet().foresight()
     for load in steps(500):
         replica.observe(load, 0.0)
     idle = replica.outlook(Load(), 0, 0.0, 0)
@@ -186,7 +189,7 @@ def test_queued_work_makes_for_the_wait() -> None:
 
 
 def test_a_submit_is_charged_until_a_step_counts_it() -> None:
-    account = Account("a", INFO, Load())
+    account = new_account("a", INFO, Load())
     account.submitted(1, Charge(100, 5_000.0))
     account.submitted(2, Charge(10, 50.0))
     view = account.view()
@@ -200,7 +203,7 @@ def test_a_submit_is_charged_until_a_step_counts_it() -> None:
 
 
 def test_a_view_is_made_once_and_anew_after_a_change() -> None:
-    account = Account("a", INFO, Load())
+    account = new_account("a", INFO, Load())
     view = account.view()
     assert account.view() is view
     account.leased(1)

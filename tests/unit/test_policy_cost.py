@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Mapping
 
 import msgspec
 import pytest
 
-from router.load.account import Account
-from router.load.model import FleetModel
+from router.load.account import new_account
+from router.load.model import new_fleet
 from router.policies.cost import Cost
 from router.testing import make_prefix, make_replica, make_request
 from router.types import NO_PREFIX, Charge, EngineInfo, Held, Holders, Load, Outlook, PrefixView, ReplicaView, Snapshot
+from tests.twins import twins
+
+both = twins("router.policies._costs", "router.load._outlooks")
 
 
-def costs(options: Cost.Options, snapshot: Snapshot) -> dict[str, float]:
-    """One replica after the other, term by term; crowded ones at a million seconds more."""
+def costs(options: Cost.Options, snapshot: Snapshot, known: Mapping[str, float]) -> dict[str, float]:
+    """One replica after the other, term by term; crowded ones at a million seconds more.
+
+    `known` is how much the router leans away from each, between 0 and 1.
+    """
     views, prefix, now = snapshot.replicas, snapshot.prefix, snapshot.now
     waits = [view.outlook.begins_s(now) for view in views]
     requests = [view.load.running + view.load.waiting + view.unacked for view in views]
@@ -23,6 +31,7 @@ def costs(options: Cost.Options, snapshot: Snapshot) -> dict[str, float]:
     pressure = sum(view.load.kv_usage for view in views) / len(views)
     price = options.price + options.queue_price * mean_wait
     crowd = (options.crowd_factor + 2 * mean_wait) * sum(requests) / len(views) + options.crowd_slack
+    lean_s = options.lean_s * others_share(snapshot) * min(sum(requests) / (len(views) * options.lean_requests), 1)
     found = {}
     for view, wait, there in zip(views, waits, requests, strict=True):
         held = prefix.held.get(view.replica, Held(0, 0))
@@ -32,12 +41,27 @@ def costs(options: Cost.Options, snapshot: Snapshot) -> dict[str, float]:
         if batch and there >= batch:  # One of `batch` ends every `place_tokens / batch` steps.
             own += (there - batch + 1) * options.place_tokens * view.outlook.step_s / batch
         others = options.interference * (view.load.running + view.unacked) * pressure**4
-        found[view.replica] = own + prefill * (1 + price + others) + (1e6 if there > crowd else 0.0)
+        lean = known[view.replica] * lean_s
+        found[view.replica] = own + prefill * (1 + price + others) + lean + (1e6 if there > crowd else 0.0)
     return found
 
 
+def others_share(snapshot: Snapshot) -> float:
+    """Of the requests that are there; none up to a tenth."""
+    requests = sum(view.load.running + view.load.waiting + view.unacked for view in snapshot.replicas)
+    share = 1 - sum(view.leases for view in snapshot.replicas) / requests if requests else 0.0
+    return share if share > 0.1 else 0.0
+
+
+def drawn(snapshot: Snapshot, seed: int) -> dict[str, float]:
+    """What a router with that source of chance leans by, whose first snapshot this is."""
+    chance = random.Random(seed)
+    return {view.replica: chance.random() for view in snapshot.replicas}
+
+
 def a_snapshot(chance: random.Random) -> Snapshot:
-    views = tuple(a_replica(f"replica-{i}", chance) for i in range(chance.randrange(2, 40)))
+    mine = chance.choice([0.0, chance.random(), 1.0, 1.2])
+    views = tuple(a_replica(f"replica-{i}", chance, mine) for i in range(chance.randrange(2, 40)))
     some = chance.sample(views, chance.randrange(len(views) + 1))
     shared = chance.randrange(1, 17)
     held = {view.replica: chance.choice([shared, shared, chance.randrange(1, 17)]) for view in some}
@@ -57,7 +81,8 @@ def in_groups(prefix: PrefixView, views: tuple[ReplicaView, ...]) -> PrefixView:
     return PrefixView(prefix.chain, prefix.tokens, Holders(groups, most, tuple(view.replica for view in views)))
 
 
-def a_replica(name: str, chance: random.Random) -> ReplicaView:
+def a_replica(name: str, chance: random.Random, mine: float) -> ReplicaView:
+    """About that share of its requests are the router's own; more than all, where some have just ended."""
     outlook = Outlook(
         wait_s=chance.random(),
         step_s=chance.random() * 0.02,
@@ -72,6 +97,7 @@ def a_replica(name: str, chance: random.Random) -> ReplicaView:
         name,
         depth,
         unacked=chance.randrange(3),
+        leases=round(depth * mine) + chance.randrange(2),
         max_num_seqs=chance.choice([0, 16, 256]),
         kv_usage=chance.random(),
         outlook=chance.choice([outlook, Outlook()]),
@@ -80,14 +106,60 @@ def a_replica(name: str, chance: random.Random) -> ReplicaView:
 
 def test_costs_are_those_of_the_formula() -> None:
     chance = random.Random(11)
-    crowded = 0
-    for _ in range(500):
-        options = Cost.Options(price=chance.random(), interference=chance.random() * 10, lean_s=0.0)
+    crowded, leaning = 0, Counter[str]()
+    for seed in range(800):
+        options = Cost.Options(
+            price=chance.random(),
+            interference=chance.random() * 10,
+            lean_s=chance.choice([0.0, chance.random(), chance.random()]),
+            lean_requests=chance.choice([0.5, 3.0, 40 * chance.random() + 0.1]),
+        )
         snapshot = a_snapshot(chance)
-        expected = costs(options, snapshot)
+        expected = costs(options, snapshot, drawn(snapshot, seed))
         crowded += max(expected.values()) > 1e6
-        assert Cost(options, chance).explain(make_request(), snapshot) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+        leaning[lean_kind(options, snapshot)] += 1
+        found = Cost(options, random.Random(seed)).explain(make_request(), snapshot)
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert crowded > 50
+    assert len(leaning) == 4
+    assert min(leaning.values()) > 30
+
+
+def lean_kind(options: Cost.Options, snapshot: Snapshot) -> str:
+    if options.lean_s == 0:
+        return "none"
+    if others_share(snapshot) == 0:
+        return "alone"
+    depth = sum(view.queue_depth for view in snapshot.replicas) / len(snapshot.replicas)
+    return "full" if depth >= options.lean_requests else "in part"
+
+
+@pytest.mark.parametrize(
+    ("depths", "leases", "most_s"),
+    [
+        ((0, 0, 0), (0, 0, 0), 0.0),  # Nothing is there that others could have sent.
+        ((0, 0, 0), (1, 2, 0), 0.0),  # Its own have just ended.
+        ((9, 0, 0), (9, 3, 0), 0.0),  # More of its own than there are.
+        ((5, 5, 0), (4, 5, 0), 0.0),  # A tenth may just be ending.
+        ((5, 6, 0), (4, 5, 0), 0.4 * (2 / 11)),
+        ((9, 0, 0), (0, 0, 0), 0.4),  # Three per replica in the mean, wherever they are.
+        ((2, 1, 0), (0, 0, 0), 0.4 / 3),
+        ((2, 1, 0), (1, 0, 0), 0.4 * (2 / 3) / 3),
+        ((60, 0, 0), (15, 0, 0), 0.3),
+    ],
+)
+def test_a_router_leans_by_the_share_and_the_number_of_others_requests(
+    depths: tuple[int, ...], leases: tuple[int, ...], most_s: float
+) -> None:
+    pairs = enumerate(zip(depths, leases, strict=True))
+    views = tuple(make_replica(f"replica-{i}", depth, leases=mine) for i, (depth, mine) in pairs)
+    snapshot = Snapshot("model", views)
+    leaning, upright = (
+        Cost(Cost.Options(lean_s=lean_s), random.Random(20)).explain(make_request(), snapshot) for lean_s in (0.4, 0.0)
+    )
+    known = drawn(snapshot, 20)
+    for name in known:
+        assert leaning[name] - upright[name] == pytest.approx(known[name] * most_s, abs=1e-9)
 
 
 def test_the_least_cost_wins_and_the_next_one_stands_by() -> None:
@@ -168,7 +240,7 @@ def test_a_snapshot_of_other_replicas_does_not_keep_their_places() -> None:
         assert snapshot.view("replica-3") is views[3]
 
 
-def test_a_router_that_is_alone_does_not_lean() -> None:
+def test_a_router_whose_requests_are_all_there_are_does_not_lean() -> None:
     policy = Cost(Cost.Options(), random.Random(15))
     assert len({policy.choose(make_request(), four(leases=4)).replica for _ in range(100)}) == 4
 
@@ -192,8 +264,8 @@ def test_forty_requests_at_once_with_one_prefix_do_not_all_follow_it() -> None:
     """No step comes in between; the router's own charges are all that changes."""
     chance = random.Random(17)
     policy = Cost(Cost.Options(), chance)
-    fleet = FleetModel()
-    accounts = {name: Account(name, EngineInfo("sim", ()), Load(), fleet.foresight()) for name in "abcd"}
+    fleet = new_fleet()
+    accounts = {name: new_account(name, EngineInfo("sim", ()), Load(), fleet.foresight()) for name in "abcd"}
     holders: set[str] = set()
     for stream in range(1, 41):
         held = {name: Held(16, 1000, 16) for name in holders}

@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.lane.client import Lane
-from router.load.account import Account
-from router.load.model import FleetModel
+from router.load.account import Account, new_account
+from router.load.model import FleetModel, new_fleet
 from router.pool import Pool
 from router.types import CacheMode, Charge, Columns, EngineInfo, Load, ModelCard, Snapshot
+from tests.twins import twins
+
+both = twins("router.load._outlooks")
 
 INFO = EngineInfo("x", (ModelCard("m"),), (), 8, 1000, 16)
 
@@ -25,7 +28,7 @@ class FakeLane:
 
 
 def lanes(count: int, fleet: FleetModel) -> list[Lane]:
-    made = [FakeLane(f"r{i}", Account(f"r{i}", INFO, Load(), fleet.foresight())) for i in range(count)]
+    made = [FakeLane(f"r{i}", new_account(f"r{i}", INFO, Load(), fleet.foresight())) for i in range(count)]
     return [cast(Lane, lane) for lane in made]
 
 
@@ -51,7 +54,7 @@ def check(pool: Pool, now: float) -> None:
 @settings(deadline=None)
 @given(CHANGES)
 def test_a_snapshot_shows_every_change_to_every_pool_that_has_the_replica(changes: list[Change]) -> None:
-    fleet = FleetModel()
+    fleet = new_fleet()
     all_lanes = lanes(5, fleet)
     pools = {"large": Pool(all_lanes), "small": Pool(all_lanes[1:3])}
     for pool in pools.values():
@@ -79,7 +82,7 @@ def test_a_snapshot_shows_every_change_to_every_pool_that_has_the_replica(change
 
 
 def test_a_pool_without_some_replicas_takes_nothing_from_the_one_that_has_them() -> None:
-    all_lanes = lanes(3, FleetModel())
+    all_lanes = lanes(3, new_fleet())
     whole = Pool(all_lanes)
     whole.watch()
     all_lanes[1].account.leased(1)
@@ -89,7 +92,7 @@ def test_a_pool_without_some_replicas_takes_nothing_from_the_one_that_has_them()
 
 
 def test_a_replica_that_nobody_watches_costs_no_pool_anything() -> None:
-    (lane,) = lanes(1, FleetModel())
+    (lane,) = lanes(1, new_fleet())
     pool = Pool([lane])
     pool.watch()
     lane.account.unwatch()
@@ -98,7 +101,7 @@ def test_a_replica_that_nobody_watches_costs_no_pool_anything() -> None:
 
 
 def test_a_snapshot_of_other_replicas_than_its_pools_works_everything_out_anew() -> None:
-    pool = Pool(lanes(3, FleetModel()))
+    pool = Pool(lanes(3, new_fleet()))
     snapshot = pool.snapshot("m", 1.0)
     fewer: Snapshot = msgspec.structs.replace(snapshot, replicas=snapshot.replicas[1:])
     assert list(fewer.places.items()) == [("r1", 0), ("r2", 1)]

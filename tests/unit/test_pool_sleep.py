@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.lane.client import Lane
-from router.load.account import Account
+from router.load.account import Account, new_account
 from router.pool import WAKE_INTERVAL_S, Pool
 from router.types import EngineInfo, Load, ModelCard
+from tests.twins import twins
+
+both = twins("router.load._outlooks")
 
 BATCH = 10
 INFO = EngineInfo("x", (ModelCard("m"),), max_num_seqs=BATCH)
@@ -38,7 +41,7 @@ class Fleet:
         self.lanes: list[FakeLane] = []
         for at, depth in enumerate(depths):
             load = Load(running=depth, asleep=at >= len(depths) - asleep)
-            self.lanes.append(FakeLane(f"r{at:02}", Account(f"r{at:02}", info, load)))
+            self.lanes.append(FakeLane(f"r{at:02}", new_account(f"r{at:02}", info, load)))
         self.pool = Pool([cast(Lane, lane) for lane in self.lanes])
         self.pool.watch()
 

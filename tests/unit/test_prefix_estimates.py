@@ -13,6 +13,8 @@ from router.testing import make_replica, make_request
 from router.types import NO_PREFIX, Charge, EngineInfo, Held, Holders, ModelCard, Outlook, Request, Rpc, Snapshot
 from tests.unit.prefix_stage import INFO, TOKENS, Stage, chain, exact, report
 
+pytestmark = pytest.mark.usefixtures("block_store")
+
 
 def test_a_request_in_flight_counts_as_soon_cached_until_it_ends() -> None:
     stage = exact(1, 2)

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.prefix.blocks import Blocks, Slot
+from router.compiled import part
+from router.prefix.base import BlockStore
+from router.prefix.blocks import Blocks
 from router.prefix.index import Hold, PrefixIndex
+from router.prefix.layout import Layout, Slot
 from router.types import Held
 
 PER_BLOCK = 10
 REPLICAS = ("a", "b", "c", "d", "e")
+Store = Callable[[int], BlockStore]
+
+
+@pytest.fixture(scope="module", params=["python", "compiled"])
+def store(request: pytest.FixtureRequest) -> Store:
+    """Each of the two that an index can be given."""
+    if request.param == "python":
+        return Blocks
+    compiled = part("router.prefix._blocks")
+    if compiled is None:
+        pytest.skip("router.prefix._blocks is not compiled, or left out by KVLANE_COMPILED")
+    return compiled.Blocks  # type: ignore[no-any-return]
 
 
 def family(length: int = 150) -> list[list[int]]:
@@ -86,8 +102,8 @@ MOVES = st.builds(
 class Pair:
     """The index and its model, moved alike."""
 
-    def __init__(self) -> None:
-        self.index = PrefixIndex()
+    def __init__(self, store: Store) -> None:
+        self.index = PrefixIndex(store=store)
         self.model = Model()
         self.holds: list[tuple[Hold, tuple[str, set[int]] | None]] = []
         for name in REPLICAS:
@@ -159,8 +175,8 @@ class Pair:
 
 @settings(derandomize=True, max_examples=150, deadline=None)
 @given(st.lists(MOVES, max_size=40))
-def test_the_index_answers_as_a_brute_force_model_does(moves: list[Move]) -> None:
-    pair = Pair()
+def test_the_index_answers_as_a_brute_force_model_does(store: Store, moves: list[Move]) -> None:
+    pair = Pair(store)
     for move in moves:
         pair.move(move)
         chain = CHAINS[move.chain]
@@ -182,8 +198,10 @@ def test_the_index_answers_as_a_brute_force_model_does(moves: list[Move]) -> Non
 
 @settings(derandomize=True, max_examples=60, deadline=None)
 @given(st.lists(MOVES.filter(lambda move: move.kind in ("store", "evict")), max_size=30), st.integers(1, 200))
-def test_a_full_index_never_grows_and_never_claims_what_is_not_held(moves: list[Move], limit: int) -> None:
-    index, stored = PrefixIndex(limit), {name: set[int]() for name in REPLICAS}
+def test_a_full_index_never_grows_and_never_claims_what_is_not_held(
+    store: Store, moves: list[Move], limit: int
+) -> None:
+    index, stored = PrefixIndex(limit, store), {name: set[int]() for name in REPLICAS}
     for name in REPLICAS:
         index.join(name)
     for move in moves:
@@ -199,15 +217,15 @@ def test_a_full_index_never_grows_and_never_claims_what_is_not_held(moves: list[
         assert set(index.blocks(name)) <= stored[name]
 
 
-def joined(*names: str, max_blocks: int = 1000) -> PrefixIndex:
-    index = PrefixIndex(max_blocks)
+def joined(store: Store, *names: str, max_blocks: int = 1000) -> PrefixIndex:
+    index = PrefixIndex(max_blocks, store)
     for name in names:
         index.join(name)
     return index
 
 
-def test_a_full_index_refuses_the_last_blocks_and_counts_them() -> None:
-    index, chain = joined("a", "b", max_blocks=10), CHAINS[0]
+def test_a_full_index_refuses_the_last_blocks_and_counts_them(store: Store) -> None:
+    index, chain = joined(store, "a", "b", max_blocks=10), CHAINS[0]
     index.store("a", chain[:15], depths(chain[:15]))
     assert index.match(chain)["a"] == Held(10, 100)
     assert index.refused == 5
@@ -220,8 +238,8 @@ def test_a_full_index_refuses_the_last_blocks_and_counts_them() -> None:
     assert index.match(chain) == {"a": Held(9, 90), "b": Held(8, 80)}
 
 
-def test_a_hole_ends_the_match_until_it_is_filled() -> None:
-    index, chain = joined("a"), CHAINS[0]
+def test_a_hole_ends_the_match_until_it_is_filled(store: Store) -> None:
+    index, chain = joined(store, "a"), CHAINS[0]
     index.store("a", chain, depths(chain))
     index.evict("a", [chain[70]])
     assert index.match(chain)["a"] == Held(70, 700)
@@ -229,8 +247,8 @@ def test_a_hole_ends_the_match_until_it_is_filled() -> None:
     assert index.match(chain)["a"] == Held(150, 1500)
 
 
-def test_a_replica_that_left_matches_nothing_from_that_moment_on() -> None:
-    index, chain = joined("a", "b"), CHAINS[0]
+def test_a_replica_that_left_matches_nothing_from_that_moment_on(store: Store) -> None:
+    index, chain = joined(store, "a", "b"), CHAINS[0]
     for name in ("a", "b"):
         index.store(name, chain, depths(chain))
     index.hold("a", CHAINS[1])
@@ -243,8 +261,8 @@ def test_a_replica_that_left_matches_nothing_from_that_moment_on() -> None:
     assert index.match(chain) == {"b": Held(150, 1500)}
 
 
-def test_leaving_takes_work_for_the_own_blocks_only() -> None:
-    index = joined("a", "b", max_blocks=10_000)
+def test_leaving_takes_work_for_the_own_blocks_only(store: Store) -> None:
+    index = joined(store, "a", "b", max_blocks=10_000)
     source = random.Random(3)
     many = [source.getrandbits(64) for _ in range(5000)]
     index.store("b", many, range(5000))
@@ -257,8 +275,8 @@ def test_leaving_takes_work_for_the_own_blocks_only() -> None:
     assert len(index) == 5000
 
 
-def test_a_bit_is_not_given_to_another_replica_before_it_is_swept() -> None:
-    index, chain = joined("a"), CHAINS[0]
+def test_a_bit_is_not_given_to_another_replica_before_it_is_swept(store: Store) -> None:
+    index, chain = joined(store, "a"), CHAINS[0]
     for other in CHAINS:
         index.store("a", other, depths(other))
     index.leave("a")
@@ -274,16 +292,16 @@ def test_a_bit_is_not_given_to_another_replica_before_it_is_swept() -> None:
     assert len(index) == 0
 
 
-def test_more_replicas_than_a_machine_word_has_bits_are_told_apart() -> None:
+def test_more_replicas_than_a_machine_word_has_bits_are_told_apart(store: Store) -> None:
     names = [f"r{i}" for i in range(200)]
-    index, chain = joined(*names), CHAINS[0]
+    index, chain = joined(store, *names), CHAINS[0]
     for at, name in enumerate(names):
         index.store(name, chain[: at % 150 + 1], depths(chain[: at % 150 + 1]))
     assert index.match(chain) == {name: Held(at % 150 + 1, (at % 150 + 1) * 10) for at, name in enumerate(names)}
 
 
-def test_clearing_a_replica_keeps_what_is_held_for_requests_in_flight() -> None:
-    index, chain = joined("a"), CHAINS[0]
+def test_clearing_a_replica_keeps_what_is_held_for_requests_in_flight(store: Store) -> None:
+    index, chain = joined(store, "a"), CHAINS[0]
     index.store("a", chain[:5], depths(chain[:5]))
     hold = index.hold("a", chain[:8])
     index.clear("a")
@@ -294,8 +312,8 @@ def test_clearing_a_replica_keeps_what_is_held_for_requests_in_flight() -> None:
     assert index.match(chain) == {"a": Held(5, 50)}
 
 
-def test_clearing_a_replica_with_many_requests_in_flight_moves_their_blocks_in_slices() -> None:
-    index = joined("a", "b")
+def test_clearing_a_replica_with_many_requests_in_flight_moves_their_blocks_in_slices(store: Store) -> None:
+    index = joined(store, "a", "b")
     index.store("a", [1], [10])
     prompts = [[10_000 * n + i for i in range(1, 801)] for n in range(1, 31)]
     holds = [index.hold("a", prompt) for prompt in prompts]
@@ -315,8 +333,8 @@ def test_clearing_a_replica_with_many_requests_in_flight_moves_their_blocks_in_s
 
 
 @pytest.mark.parametrize("then", ["release", "leave", "clear"])
-def test_blocks_that_wait_to_be_moved_end_with_their_request_or_replica(then: str) -> None:
-    index = joined("a")
+def test_blocks_that_wait_to_be_moved_end_with_their_request_or_replica(store: Store, then: str) -> None:
+    index = joined(store, "a")
     index.store("a", [1], [10])
     prompts = [[10_000 * n + i for i in range(1, 801)] for n in range(1, 6)]
     holds = [index.hold("a", prompt) for prompt in prompts]
@@ -335,11 +353,11 @@ def test_blocks_that_wait_to_be_moved_end_with_their_request_or_replica(then: st
     assert [prompt for prompt in prompts if "a" in index.match(prompt)] == expected
     index.release(holds[0])
     assert index.match(prompts[0]) == {}
-    assert not index._soon
+    assert not index.coming
 
 
-def test_two_holds_of_one_block_end_with_the_second() -> None:
-    index, chain = joined("a"), CHAINS[0]
+def test_two_holds_of_one_block_end_with_the_second(store: Store) -> None:
+    index, chain = joined(store, "a"), CHAINS[0]
     first, second = index.hold("a", chain[:4]), index.hold("a", chain[:2])
     index.release(first)
     index.release(first)
@@ -348,8 +366,8 @@ def test_two_holds_of_one_block_end_with_the_second() -> None:
     assert index.match(chain, 10) == {}
 
 
-def test_tokens_of_blocks_to_come_are_estimated_from_the_last_known_depth() -> None:
-    index, chain = joined("a", "b"), CHAINS[0]
+def test_tokens_of_blocks_to_come_are_estimated_from_the_last_known_depth(store: Store) -> None:
+    index, chain = joined(store, "a", "b"), CHAINS[0]
     index.store("a", chain[:2], [100, 110])
     index.hold("a", chain[:6])
     assert index.match(chain, 7.0)["a"] == Held(6, 110 + 28, 4)
@@ -357,22 +375,22 @@ def test_tokens_of_blocks_to_come_are_estimated_from_the_last_known_depth() -> N
     assert index.match(chain, 7.0)["a"] == Held(6, 140, 4)
 
 
-def test_the_last_reported_depth_counts() -> None:
-    index, chain = joined("a", "b"), CHAINS[0]
+def test_the_last_reported_depth_counts(store: Store) -> None:
+    index, chain = joined(store, "a", "b"), CHAINS[0]
     index.store("a", chain[:2], [10, 20])
     index.store("b", chain[:2], [11, 21])
     assert index.match(chain) == dict.fromkeys("ab", Held(2, 21))
 
 
-def test_a_block_given_twice_in_one_report_is_stored_once() -> None:
-    index, chain = joined("a"), CHAINS[0]
+def test_a_block_given_twice_in_one_report_is_stored_once(store: Store) -> None:
+    index, chain = joined(store, "a"), CHAINS[0]
     index.store("a", [*chain[:3], *chain[:3]], [1, 2, 3, 10, 20, 30])
     assert index.match(chain) == {"a": Held(3, 30)}
     assert len(index) == 3
 
 
-def test_blocks_given_twice_in_a_long_report_are_stored_once_with_the_last_depth() -> None:
-    index, chain = joined("a"), CHAINS[0][:40]
+def test_blocks_given_twice_in_a_long_report_are_stored_once_with_the_last_depth(store: Store) -> None:
+    index, chain = joined(store, "a"), CHAINS[0][:40]
     index.store("a", CHAINS[1][:3], depths(CHAINS[1][:3]))
     index.store("a", [*chain, *chain], [*range(40), *depths(chain)])
     assert index.match(chain) == {"a": Held(40, 400)}
@@ -382,8 +400,8 @@ def test_blocks_given_twice_in_a_long_report_are_stored_once_with_the_last_depth
     assert len(index) == 0
 
 
-def test_memory_does_not_grow_while_blocks_come_and_go() -> None:
-    index, source = joined("a", "b", max_blocks=100_000), random.Random(5)
+def test_memory_does_not_grow_while_blocks_come_and_go(store: Store) -> None:
+    index, source = joined(store, "a", "b", max_blocks=100_000), random.Random(5)
     held: list[list[int]] = []
     sizes = []
     for turn in range(600):
@@ -403,8 +421,8 @@ def test_memory_does_not_grow_while_blocks_come_and_go() -> None:
 
 
 @pytest.mark.parametrize("act", ["store", "evict", "clear"])
-def test_a_replica_that_did_not_join_is_an_error(act: str) -> None:
-    index = PrefixIndex()
+def test_a_replica_that_did_not_join_is_an_error(store: Store, act: str) -> None:
+    index = PrefixIndex(store=store)
     with pytest.raises(KeyError):
         {
             "store": lambda: index.store("x", [1], [1]),
@@ -413,8 +431,8 @@ def test_a_replica_that_did_not_join_is_an_error(act: str) -> None:
         }[act]()
 
 
-def test_a_hold_at_a_replica_that_left_holds_nothing() -> None:
-    index = joined("a")
+def test_a_hold_at_a_replica_that_left_holds_nothing(store: Store) -> None:
+    index = joined(store, "a")
     index.leave("a")
     hold = index.hold("a", CHAINS[0])
     index.join("a")
@@ -422,9 +440,9 @@ def test_a_hold_at_a_replica_that_left_holds_nothing() -> None:
     index.release(hold)
 
 
-def scattered() -> tuple[PrefixIndex, dict[str, int]]:
+def scattered(store: Store) -> tuple[PrefixIndex, dict[str, int]]:
     """Chains that were stored block by block in turn, so that each lies among all others, and how much who holds."""
-    index = joined("a", "b")
+    index = joined(store, "a", "b")
     for at in range(90):
         for chain in CHAINS[:4]:
             index.store("a", chain[at : at + 1], [DEPTHS[chain[at]]])
@@ -433,8 +451,8 @@ def scattered() -> tuple[PrefixIndex, dict[str, int]]:
     return index, {"a": 90, "b": 60}
 
 
-def test_joining_scattered_blocks_changes_no_answer() -> None:
-    index, lengths = scattered()
+def test_joining_scattered_blocks_changes_no_answer(store: Store) -> None:
+    index, lengths = scattered(store)
     blocks = {name: sorted(index.blocks(name)) for name in lengths}
     answers = [index.match(chain) for chain in CHAINS]
     while index.sweep(50):
@@ -452,7 +470,7 @@ def test_joining_scattered_blocks_changes_no_answer() -> None:
 
 
 def test_scattered_blocks_are_joined_once_and_then_left_alone() -> None:
-    blocks, slot, chain = Blocks(10_000), Slot(1), CHAINS[0] + list(range(1, 701))
+    blocks, slot, chain = Layout(10_000), Slot(1), CHAINS[0] + list(range(1, 701))
     blocks.slots[1] = slot
     for at, block in enumerate(chain):
         blocks.store(slot, [block], [at])

@@ -10,6 +10,8 @@ from router.lane.frames import CacheReport
 from router.types import CacheMode, EngineInfo, Held, ModelCard
 from tests.unit.prefix_stage import INFO, Stage, chain, report
 
+pytestmark = pytest.mark.usefixtures("block_store")
+
 
 def test_a_long_report_is_taken_in_by_sweeps_and_those_after_it_wait_for_it() -> None:
     stage, many = Stage(), range(1, 5001)

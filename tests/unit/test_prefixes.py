@@ -10,6 +10,8 @@ from router.lane.frames import CacheReport
 from router.types import CacheMode, EngineInfo, Held, ModelCard
 from tests.unit.prefix_stage import INFO, TOKENS, Stage, chain, exact, report
 
+pytestmark = pytest.mark.usefixtures("block_store")
+
 
 def test_a_replica_is_exact_from_its_first_snapshot_on() -> None:
     stage = Stage()

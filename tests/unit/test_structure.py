@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"router": ROOT / "router", "engine": ROOT / "engine", "kvlane": ROOT / "protos" / "kvlane"}
 
-WORDS = {"router.types", "router.errors", "router.options"}
+WORDS = {"router.types", "router.errors", "router.options", "router.compiled"}
 SEAMS = {
     "router.ingress.base",
     "router.policies.base",
@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "router.types": set(),
     "router.errors": set(),
     "router.options": set(),
+    "router.compiled": {"router.errors"},
     "router.fields": set(),
     "router.turns": set(),
     "router.protobuf": set(),
@@ -51,14 +52,16 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(STAGES, WORDS | SEAMS),
     "router.ingress": WORDS
     | SEAMS
-    | {"router.keys", "router.turns", "router.protobuf", "kvlane.v1"},  # gRPC's messages.
+    | {"router.keys", "router.turns", "router.protobuf", "kvlane.v1"}  # gRPC's messages.
+    | {"router.lane.relay"},  # The short way of a step, from the lane to the client.
     "router.prefix": WORDS | SEAMS | {"router.protobuf", "kvlane.v1"},  # gRPC's prompts.
     "router.policies": WORDS | SEAMS | {"router.fields"},  # The registry checks options.
     "router.policies.ray_policy": WORDS | SEAMS | {"router.ray_driver"},
     "router.membership": WORDS | SEAMS | {"router.ray_private"},
     "router.lane": WORDS
     | SEAMS
-    | {"router.ray_private", "router.load.account"},  # The actor carrier calls replicas through Ray.
+    | {"router.ray_private"}  # The actor carrier calls replicas through Ray.
+    | {"router.load.account"},
     "router.observe": WORDS
     | SEAMS
     | {
@@ -70,7 +73,7 @@ ALLOWED: dict[str, set[str]] = {
     },  # It reads their figures.
     # Where stages meet.
     "router.replica_life": set(),
-    "router.pool": WORDS | SEAMS | {"router.lane.client"},
+    "router.pool": WORDS | SEAMS | {"router.lane.client", "router.load"},
     "router.replicas": WORDS
     | SEAMS
     | {"router.lane.client", "router.lane.meter", "router.lane.troubles", "router.load", "router.pool"}

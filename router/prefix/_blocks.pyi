@@ -1,0 +1,2 @@
+# The same as in Python.
+from router.prefix.blocks import Blocks as Blocks
