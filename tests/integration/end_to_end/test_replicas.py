@@ -24,8 +24,8 @@ REPLACED_DEADLINE_S = 180.0
 
 
 async def test_both_replicas_serve_and_the_router_is_ready(stack: Stack) -> None:
-    assert httpx.get(f"{stack.http}/readyz").json()["models"] == {MODEL: 2}
     async with httpx.AsyncClient(timeout=DEADLINE_S) as http:
+        assert (await http.get(f"{stack.http}/readyz")).json()["models"] == {MODEL: 2}
         # At once: one after another they may all go to the replica whose steps are the shorter.
         answers = await asyncio.gather(*(ask(http, stack.http, MODEL, 1, stream=True) for _ in range(3 * PLACES)))
     assert {outcome for _, outcome in answers} == {WHOLE}
