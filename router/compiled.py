@@ -17,6 +17,7 @@ from router.errors import ConfigError
 VARIABLE: Final = "KVLANE_COMPILED"
 PARTS: Final = (
     "router.prefix._blocks",
+    "router.prefix._chats",
     "router.policies._costs",
     "router.load._outlooks",
     "router.load._steps",

@@ -23,10 +23,12 @@ from router.prefix.prefixes import Prefixes
 from router.receipts import Explainer, make_receipt
 from router.replicas import Replicas
 from router.turns import in_turns
-from router.types import Chain, Charge, Decision, Reason, Receipt, Request, Sink, Snapshot
+from router.types import Chain, Charge, Decision, Held, Reason, Receipt, Request, Sink, Snapshot
 
 EXPLAIN_HEADER: Final = ("x-kvlane-explain", "1")
 """A request that carries it is told of every replica that it could have gone to."""
+TIMED: Final = 7
+"""Of so many prompts that are not large, one is timed: to time each costs a twentieth of a decision."""
 
 
 class Observer(Protocol):
@@ -42,10 +44,10 @@ class Observer(Protocol):
         """A request goes to another replica."""
 
     def hashed(self, seconds: float) -> None:
-        """A prompt was read and hashed."""
+        """A prompt was read and hashed; of short ones, one in `TIMED`."""
 
     def looked_up(self, seconds: float) -> None:
-        """It was looked up who holds how much of a prompt."""
+        """It was looked up who holds how much of a prompt; one look-up in `TIMED`."""
 
     def routed(self, request: Request, receipt: Receipt) -> None:
         """A replica was chosen; once per try."""
@@ -82,6 +84,7 @@ class Dispatcher:
         self._clock = clock
         self._explainer = explainer
         self._record = record
+        self._hashings = self._look_ups = 0
 
     async def run(self, request: Request, sink: Sink) -> End:
         """Routes `request` and streams its output into `sink`; raises a `KvlaneError` if it does not end whole."""
@@ -135,13 +138,13 @@ class Dispatcher:
                 raise lost from None  # what happened to the request says more than that nobody else is there
             snapshot = self._looked_up(pool, chain, request)
             decision = self._choose(request, snapshot, fallbacks)
-            charge = self._prefixes.charge(snapshot.prefix, decision.replica)
             held = snapshot.prefix.at(decision.replica)
+            charge = self._prefixes.charge(snapshot.prefix, held)
             with (
                 self._replicas.lease(decision.replica) as lane,
                 self._prefixes.hold(decision.replica, chain, held),
             ):
-                receipt = self._receipt(request, snapshot, decision, charge, retry=bool(tried))
+                receipt = self._receipt(request, snapshot, decision, held, charge, retry=bool(tried))
                 sink.routed(receipt)
                 try:
                     return await lane.run(request, sink, charge, receipt.expected_s)
@@ -195,6 +198,9 @@ class Dispatcher:
         """The prompt's hashes; None without reading the body where no replica of the model reuses prefixes."""
         if not self._replicas.caching(request.model):
             return None
+        timed, self._hashings = self._hashings % TIMED == 0, self._hashings + 1
+        if not timed:
+            return self._prefixes.chain(request)
         began = self._clock()
         chain = self._prefixes.chain(request)
         self._observer.hashed(self._clock() - began)
@@ -220,6 +226,9 @@ class Dispatcher:
         """The pool, and who of it holds how much of the prompt now; without a chain only how long it may be."""
         if chain is None:
             return pool.looked_up(self._prefixes.unhashed(request))
+        timed, self._look_ups = self._look_ups % TIMED == 0, self._look_ups + 1
+        if not timed:
+            return pool.looked_up(self._prefixes.view(pool.model, chain))
         began = self._clock()
         prefix = self._prefixes.view(pool.model, chain)
         self._observer.looked_up(self._clock() - began)
@@ -234,9 +243,16 @@ class Dispatcher:
         return self._policy.choose(request, snapshot)
 
     def _receipt(
-        self, request: Request, snapshot: Snapshot, decision: Decision, charge: Charge, *, retry: bool
+        self,
+        request: Request,
+        snapshot: Snapshot,
+        decision: Decision,
+        held: Held | None,
+        charge: Charge,
+        *,
+        retry: bool,
     ) -> Receipt:
-        receipt = make_receipt(request, snapshot, decision, charge, self._policy_name, retry=retry)
+        receipt = make_receipt(request, snapshot, decision, held, charge, self._policy_name, retry=retry)
         asked = self._explainer.for_clients and EXPLAIN_HEADER in request.headers
         if self._record is not None or asked:
             candidates = self._explainer.candidates(request, snapshot, decision.replica)

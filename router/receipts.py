@@ -11,7 +11,19 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
-from router.types import Candidate, Charge, Decision, Held, PrefixView, Reason, Receipt, ReplicaView, Request, Snapshot
+from router.types import (
+    Brief,
+    Candidate,
+    Charge,
+    Decision,
+    Held,
+    PrefixView,
+    Reason,
+    Receipt,
+    ReplicaView,
+    Request,
+    Snapshot,
+)
 
 log = logging.getLogger(__name__)
 
@@ -20,24 +32,31 @@ Explain = Callable[[Request, Snapshot], Mapping[str, float]]
 
 
 def make_receipt(
-    request: Request, snapshot: Snapshot, decision: Decision, charge: Charge, policy: str, *, retry: bool
+    request: Request,
+    snapshot: Snapshot,
+    decision: Decision,
+    held: Held | None,
+    charge: Charge,
+    policy: str,
+    *,
+    retry: bool,
 ) -> Receipt:
-    """Of a decision for one of the snapshot's replicas, without candidates."""
+    """Of a decision for one of the snapshot's replicas, without candidates; `held` is what it holds of the prompt."""
     prefix = snapshot.prefix
-    view = snapshot.view(decision.replica)
+    brief = snapshot.brief(decision.replica)
     return Receipt(
         request.request_id,
         decision.replica,
         policy,
         Reason.RETRY if retry else decision.reason,
-        view.queue_depth,
+        brief.queue_depth,
         charge.matched,
         len(prefix.chain.blocks) if prefix.chain is not None else 0,
         prefix.tokens - charge.tokens,
         prefix.tokens,
-        _expected_s(view, prefix, prefix.at(view.replica), snapshot.now),
+        _expected_s(brief, prefix, held, snapshot.now),
         decision.score,
-        asleep=view.load.asleep,
+        asleep=brief.asleep,
     )
 
 
@@ -116,13 +135,6 @@ def _candidate(view: ReplicaView, snapshot: Snapshot, score: float | None) -> Ca
     return Candidate(view.replica, view.queue_depth, held.blocks, cached_tokens, expected_s, score, view.load.asleep)
 
 
-def _expected_s(view: ReplicaView, prefix: PrefixView, held: Held | None, now: float) -> float:
-    """From the submit until the first output: what is left of the queue, the step that computes the prompt, and the
-    part of the prompt that is not held there. 0 where the prompt's length or the replica's speed is not known, or where
-    it has to wake first."""
-    tokens, outlook = prefix.tokens, view.outlook
-    if not tokens or not outlook.token_s or view.load.asleep:
-        return 0.0
+def _expected_s(brief: Brief, prefix: PrefixView, held: Held | None, now: float) -> float:
     # Both are estimates, from different sources: what is held may seem to be more than there is.
-    cached = min(held.tokens, tokens) if held is not None else 0
-    return outlook.begins_s(now) + outlook.batch_s + outlook.prefill_s(tokens, cached)
+    return brief.expects_s(now, prefix.tokens, min(held.tokens, prefix.tokens) if held is not None else 0)

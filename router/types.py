@@ -207,6 +207,33 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
         )
         _set(self, "terms", terms)
 
+    @property
+    def asleep(self) -> bool:
+        """Whether its engine sleeps."""
+        return self.load.asleep
+
+    def expects_s(self, now: float, tokens: int, cached: int) -> float:
+        """From a submit at `now` until the first output for a prompt of which so much is cached there: what is left of
+        the queue, the step that computes the prompt, and the rest of the prompt. 0 where the prompt's length or the
+        replica's speed is not known, or where it has to wake first."""
+        outlook = self.outlook
+        if not tokens or not outlook.token_s or self.load.asleep:
+            return 0.0
+        return outlook.begins_s(now) + outlook.batch_s + outlook.prefill_s(tokens, cached)
+
+
+class Brief(Protocol):
+    """Of a replica, what a receipt tells: a view, or what views are made of."""
+
+    @property
+    def queue_depth(self) -> int: ...
+
+    @property
+    def asleep(self) -> bool: ...
+
+    def expects_s(self, now: float, tokens: int, cached: int) -> float:
+        """As `ReplicaView.expects_s`."""
+
 
 class Chain(msgspec.Struct, frozen=True, gc=False):
     """A prompt as chained hashes of its prefix blocks; each hash stands for its block and all before it."""
@@ -393,6 +420,10 @@ class Snapshot(msgspec.Struct, frozen=True):
         """One replica of it. Raises `KeyError` where it is not there."""
         return self.replicas[self.places[replica]]
 
+    def brief(self, replica: str) -> Brief:
+        """The same for who asks for little. Raises `KeyError` where it is not there."""
+        return self.view(replica)
+
 
 given: Final[Callable[[Snapshot], Any]] = vars(Snapshot)["replicas"].__get__
 """What a snapshot was made of: its `replicas`, or the rows of which these are yet to be made."""
@@ -413,6 +444,9 @@ class Rows(Protocol):
 
     def view(self, place: int) -> ReplicaView:
         """Of one replica; the same object as in `views`."""
+
+    def brief(self, place: int) -> Brief:
+        """Of one replica; no view is made for it."""
 
 
 class Table(Protocol):
@@ -450,6 +484,11 @@ class PoolSnapshot(Snapshot, frozen=True):
         rows, place = given(self), self.places[replica]
         view: ReplicaView = rows[place] if type(rows) is tuple else rows.view(place)
         return view
+
+    def brief(self, replica: str) -> Brief:
+        rows, place = given(self), self.places[replica]
+        brief: Brief = rows[place] if type(rows) is tuple else rows.brief(place)
+        return brief
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Snapshot):

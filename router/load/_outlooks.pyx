@@ -344,14 +344,8 @@ cdef class ReplicaModel:
         return outlook_of(&expected)
 
     cdef int expect(self, load, unacked_tokens, unacked_pairs, unacked, Expected* made) except -1:
-        cdef FleetModel fleet = self.fleet
-        cdef StepFit prefill = fleet.prefill
-        cdef StepFit decode = fleet.decode
-        cdef double scale, beside, per_token, ahead, both, read, pair = prefill.guess[2]
+        cdef double ahead, both, read
         cdef long long running, here, tokens, others
-        if fleet.now >= self.factor_until:
-            self.compare()
-        scale = self.factor * 1e-3
         there, decodes, context = field(load, RUNNING), field(load, STEP_DECODES), field(load, STEP_CONTEXT)
         if small(there, &running) and small(decodes, &here) and small(context, &tokens) and small(unacked, &others):
             if here > running:
@@ -364,21 +358,68 @@ cdef class ReplicaModel:
                 decodes, context = there, context * there // decodes
             ahead, both = PyFloat_AsDouble(decodes), PyFloat_AsDouble(decodes + unacked)
             read = PyFloat_AsDouble(context)
+        self.work_out(
+            ahead,
+            both,
+            read,
+            PyFloat_AsDouble(field(load, QUEUED_TOKENS)),
+            PyFloat_AsDouble(field(load, QUEUED_PAIRS)),
+            PyFloat_AsDouble(unacked_tokens),
+            PyFloat_AsDouble(unacked_pairs),
+            made,
+        )
+        return 0
+
+    cdef bint expect_plainly(
+        self, const Numbers* load, unacked_tokens, unacked_pairs, Py_ssize_t unacked, Expected* made
+    ) except -1:
+        """The same of a load in numbers; False where some are too large for C's."""
+        cdef long long here = load.step_decodes, tokens = load.step_context_tokens
+        if not (0 <= load.running < SMALL and 0 <= here < SMALL and 0 <= tokens < SMALL and unacked < SMALL):
+            return False
+        if here > load.running:
+            tokens = tokens * load.running // here
+            here = load.running
+        self.work_out(
+            <double>here,
+            <double>(here + unacked),
+            <double>tokens,
+            <double>load.queued_prefill_tokens,
+            load.queued_prefill_pairs,
+            PyFloat_AsDouble(unacked_tokens),
+            PyFloat_AsDouble(unacked_pairs),
+            made,
+        )
+        return True
+
+    cdef void work_out(
+        self,
+        double ahead,
+        double both,
+        double read,
+        double queued_tokens,
+        double queued_pairs,
+        double sent_tokens,
+        double sent_pairs,
+        Expected* made,
+    ) noexcept:
+        """Of so many decodes in the next step, as it is and with the requests on their way, that read so much."""
+        cdef FleetModel fleet = self.fleet
+        cdef StepFit prefill = fleet.prefill
+        cdef StepFit decode = fleet.decode
+        cdef double scale, beside, per_token, pair = prefill.guess[2]
+        if fleet.now >= self.factor_until:
+            self.compare()
+        scale = self.factor * 1e-3
         beside = prefill.guess[0] + prefill.guess[1] * ahead + prefill.guess[3] * read
         per_token = prefill.guess[1] + beside / fleet.budget
-        made.wait_s = (
-            per_token * PyFloat_AsDouble(field(load, QUEUED_TOKENS))
-            + pair * PyFloat_AsDouble(field(load, QUEUED_PAIRS))
-        ) * scale
+        made.wait_s = (per_token * queued_tokens + pair * queued_pairs) * scale
         made.step_s = (decode.guess[0] + decode.guess[1] * both + decode.guess[3] * read) * scale
         made.token_s = per_token * scale
         made.pair_s = pair * scale
         made.batch_s = beside * scale
         made.as_of = self.as_of
-        made.sent_s = (
-            per_token * PyFloat_AsDouble(unacked_tokens) + pair * PyFloat_AsDouble(unacked_pairs)
-        ) * scale
-        return 0
+        made.sent_s = (per_token * sent_tokens + pair * sent_pairs) * scale
 
     cdef void compare(self) noexcept:
         cdef double now = self.fleet.now
@@ -417,16 +458,52 @@ cdef class Row:
     """One replica at one moment."""
 
     cdef readonly object replica
-    cdef object load, leases, max_num_seqs, outlook, tokens, pairs, kv_tokens, cache, made
+    cdef object last, leases, max_num_seqs, outlook, tokens, pairs, kv_tokens, cache, made
     cdef Py_ssize_t unacked
     cdef Expected expected
+    cdef Numbers numbers  # The load, where `last` is None.
+
+    cdef object load(self):
+        if self.last is None:
+            self.last = load_of(&self.numbers)
+        return self.last
+
+    @property
+    def queue_depth(self):
+        """As of its view."""
+        if self.last is None:
+            return self.numbers.running + self.unacked + self.numbers.waiting
+        return field(self.last, RUNNING) + self.unacked + field(self.last, WAITING)
+
+    @property
+    def asleep(self):
+        """As of its view."""
+        return bool(self.numbers.asleep) if self.last is None else self.last.asleep
+
+    def expects_s(self, now, tokens, cached):
+        """As of its view."""
+        cdef const Expected* expected = &self.expected
+        cdef double wait, new, had
+        cdef long long whole, known
+        if self.outlook is not None or not (small(tokens, &whole) and small(cached, &known)):
+            return self.view().expects_s(now, tokens, cached)
+        if not whole or expected.token_s == 0.0 or self.asleep:
+            return 0.0
+        wait = expected.wait_s - (<double>now - expected.as_of)
+        new, had = <double>(whole - known), <double>known
+        return (
+            (wait if wait > 0.0 else 0.0)
+            + expected.sent_s
+            + expected.batch_s
+            + (new * expected.token_s + new * (had + new * 0.5) * expected.pair_s)
+        )
 
     cdef object view(self):
         if self.made is None:
             outlook = outlook_of(&self.expected) if self.outlook is None else self.outlook
             self.made = ReplicaView(
                 self.replica,
-                self.load,
+                self.load(),
                 self.unacked,
                 self.leases,
                 self.max_num_seqs,
@@ -442,14 +519,20 @@ cdef class Row:
         """Whether all its terms are exact as numbers, and are in `terms` now."""
         cdef Expected* expected = &self.expected
         cdef long long running, waiting, most, leases
-        usage = field(self.load, KV_USAGE)
-        if not (
-            PyFloat_CheckExact(usage)
-            and counted(field(self.load, RUNNING), &running)
-            and counted(field(self.load, WAITING), &waiting)
-            and counted(self.max_num_seqs, &most)
-            and counted(self.leases, &leases)
-        ):
+        if self.last is None:
+            terms[9] = self.numbers.kv_usage
+            running, waiting = self.numbers.running, self.numbers.waiting
+            if not (-MOST <= running <= MOST and -MOST <= waiting <= MOST):
+                return False
+        else:
+            usage = field(self.last, KV_USAGE)
+            if not (
+                is_float(usage, &terms[9])
+                and counted(field(self.last, RUNNING), &running)
+                and counted(field(self.last, WAITING), &waiting)
+            ):
+                return False
+        if not (counted(self.max_num_seqs, &most) and counted(self.leases, &leases)):
             return False
         if self.outlook is not None and not taken_apart(self.outlook, expected):
             return False
@@ -467,7 +550,6 @@ cdef class Row:
         terms[6] = <double>running
         terms[7] = <double>waiting
         terms[BEYOND] = <double>most
-        terms[9] = PyFloat_AS_DOUBLE(usage)
         terms[10] = <double>leases
         return True
 
@@ -641,7 +723,9 @@ cdef class Account(Taker):
         if row is None:
             row = Row.__new__(Row)
             row.replica = self.replica
-            row.load = self.load
+            row.last = self.last
+            if self.last is None:
+                row.numbers = self.numbers
             row.unacked = len(self.charges)
             row.leases = self.leases
             row.max_num_seqs = self.max_num_seqs
@@ -673,9 +757,12 @@ cdef class Account(Taker):
         foresight = self._foresight
         if type(foresight) is ReplicaModel:
             self.outlook = None
-            (<ReplicaModel>foresight).expect(
-                self.load, self.tokens, self.pairs, len(self.charges), &self.expected
-            )
+            if self.last is not None or not (<ReplicaModel>foresight).expect_plainly(
+                &self.numbers, self.tokens, self.pairs, len(self.charges), &self.expected
+            ):
+                (<ReplicaModel>foresight).expect(
+                    self.load, self.tokens, self.pairs, len(self.charges), &self.expected
+                )
         else:
             self.outlook = foresight.outlook(self.load, self.tokens, self.pairs, len(self.charges))
         self.foreseen = True
@@ -730,6 +817,10 @@ cdef class Rows:
         if not 0 <= place < len(self.rows):
             raise IndexError(place)
         return (<Row>self.rows[place]).view()
+
+    def brief(self, Py_ssize_t place):
+        """The same, of which only little is asked."""
+        return self[place]
 
     def __repr__(self):
         return repr(self.views)

@@ -59,8 +59,14 @@ class PrefixMetrics(Collector):
         tokens[1] += receipt.cached_tokens
 
     def collect(self) -> Iterator[Metric]:
-        yield _summary("kvlane_prefix_hash_seconds", "Reading and hashing prompts.", self.hashing)
-        yield _summary("kvlane_prefix_lookup_seconds", "Looking up who holds a prompt's prefix.", self.lookup)
+        yield _summary(
+            "kvlane_prefix_hash_seconds",
+            "Reading and hashing prompts; of short ones, one of seven counts.",
+            self.hashing,
+        )
+        yield _summary(
+            "kvlane_prefix_lookup_seconds", "Looking up who holds a prompt's prefix; one of seven counts.", self.lookup
+        )
         prompt = CounterMetricFamily("kvlane_prompt_tokens", "Estimated tokens of prompts.", labels=["model"])
         matched = CounterMetricFamily(
             "kvlane_prefix_matched_tokens",

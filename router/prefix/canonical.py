@@ -98,7 +98,7 @@ def read(rpc: Rpc, path: str, body: bytes, max_bytes: int) -> Draft | None:
         if rpc is Rpc.GRPC:
             return grpc_prompts.read(path, body, max_bytes)
         return http_prompts.read(path, body, max_bytes)
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
 
 
@@ -108,13 +108,13 @@ def read_in_slices(rpc: Rpc, path: str, body: bytes, max_bytes: int) -> Generato
         if len(body) >= _LARGE_BYTES[rpc]:
             return (yield from _LARGE[rpc](path, body, max_bytes))
         return read(rpc, path, body, max_bytes)
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
 
 
 _LARGE: Final = {Rpc.GRPC: grpc_large.read, Rpc.HTTP: http_large.read}
 _LARGE_BYTES: Final = {Rpc.GRPC: grpc_large.LARGE_BYTES, Rpc.HTTP: http_large.LARGE_BYTES}
-_UNREADABLE: Final = (msgspec.MsgspecError, DecodeError, ValueError, OverflowError, RecursionError)
+UNREADABLE: Final = (msgspec.MsgspecError, DecodeError, ValueError, OverflowError, RecursionError)
 
 
 def data_of(draft: Draft) -> bytes:
@@ -131,7 +131,7 @@ def namespace_of(
         words = [kind.encode(), model.encode(), cache_salt.encode(), tenant.encode()]
         for name, value in draft.shape:
             words += (name.encode(), _shape_hash(name, value, {} if memo is None else memo))
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
     # 0xFF is in no UTF-8 text, so nobody can write himself into another's namespace.
     return b"\xff".join(words)

@@ -11,13 +11,19 @@ from collections.abc import Generator, Iterable
 from functools import lru_cache
 from itertools import chain as joined
 from struct import Struct
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_intdigest
 
+from router.compiled import part
 from router.prefix.canonical import Canonical, data_of, namespace_of, read, read_in_slices
 from router.prefix.draft import Draft
-from router.types import Chain, Request
+from router.prefix.http_prompts import CHAT_PATH
+from router.prefix.window import LARGE_BYTES
+from router.types import Chain, Request, Rpc
+
+if TYPE_CHECKING:
+    from router.prefix._chats import Chats
 
 _AT_ONCE: Final = 64
 _SEEDS: Final = 1024
@@ -36,9 +42,15 @@ class Hasher:
         """What is known of tools and the like."""
         self._seeds: dict[tuple[str, str, str, str], int] = {}
         """Of namespaces without any."""
+        compiled = part("router.prefix._chats")
+        self._chats: Chats | None = None
+        if compiled is not None:
+            self._chats = compiled.Chats(self._hashed, self._seeds, block_bytes, max_prompt_bytes)
 
     def chain(self, request: Request) -> Chain | None:
         """The chain of a request's prompt; None where it has none. Never raises, whatever the body."""
+        if self._chats is not None and request.path == CHAT_PATH and _is_short_post(request):
+            return self._chats.chain(request)
         draft = self._read(request)
         return None if draft is None else self._hashed(draft, request)
 
@@ -83,6 +95,10 @@ class Hasher:
         model = request.lora or request.model
         namespace = namespace_of(draft, model, request.cache_salt, memo=self._shapes)
         return None if namespace is None else xxh3_64_intdigest(namespace)
+
+
+def _is_short_post(request: Request) -> bool:
+    return request.rpc is Rpc.HTTP and request.method == "POST" and len(request.body) <= LARGE_BYTES
 
 
 def chain_of(prompt: Canonical, block_bytes: int, max_bytes: int) -> Chain:

@@ -46,6 +46,7 @@ from router.prefix.window import decode
 
 T = TypeVar("T")
 
+CHAT_PATH: Final = "/v1/chat/completions"
 _BILLING: Final = "x-anthropic-billing-header"
 """Changes with each request; vLLM takes such texts out."""
 
@@ -85,7 +86,7 @@ class _ChatBody(Shape, gc=False):
 
 
 chat_body: Final = msgspec.json.Decoder(_ChatBody)
-_BARE_CHAT: Final = _ChatBody()
+BARE_CHAT: Final = _ChatBody()
 CHAT_ENDS: Final = (b'"}]}', b'"}]}]}')
 
 
@@ -99,7 +100,7 @@ def chat_draft(draft: Draft, found: _ChatBody, unread_bytes: int) -> Draft | Non
     if not messages and not draft.parts:
         return None
     _read_rest(draft, add_messages, messages or [], unread_bytes)
-    if found != _BARE_CHAT:  # As it is for most; comparing all fields at once takes a quarter of looking at each.
+    if found != BARE_CHAT:  # As it is for most; comparing all fields at once takes a quarter of looking at each.
         draft.shape = shape_of(found)
         if messages and bytes(found.continue_final_message) == b"true":
             draft.answer = _continued(draft, messages[-1])
@@ -443,7 +444,7 @@ def _add_result(block: Part, add: Add) -> None:
 
 
 READERS: Final[dict[str, Callable[[bytes, int], Draft | None]]] = {
-    "/v1/chat/completions": _chat,
+    CHAT_PATH: _chat,
     "/v1/completions": _completion,
     "/inference/v1/generate": _generate,
     "/v1/responses": _responses,

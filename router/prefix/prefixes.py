@@ -185,9 +185,9 @@ class Prefixes:
         tokens = round(size * self._ratio(request.model))
         return PrefixView(None, min(tokens, PROMPT_TOKENS_UNREAD) if is_form(request.body) else tokens)
 
-    def charge(self, prefix: PrefixView, replica: str) -> Charge:
-        """What the prompt will cost `replica`. The last token of a prompt is computed in any case."""
-        held = prefix.at(replica)
+    def charge(self, prefix: PrefixView, held: Held | None) -> Charge:
+        """What the prompt will cost a replica that holds so much of it. The last token of a prompt is computed in any
+        case."""
         cached, matched = (held.tokens, held.blocks) if held is not None else (0, 0)
         new = max(prefix.tokens - cached, 1) if prefix.tokens else 0
         return Charge(new, new * (cached + new * 0.5), prefix.chain, matched)

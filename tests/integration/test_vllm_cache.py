@@ -67,7 +67,7 @@ class Router:
     async def send(self, request: Request) -> RecordingSink:
         """Sends a request as dispatch does."""
         prefix = self.prefixes.view(MODEL, self.prefixes.chain(request))
-        charge, sink = self.prefixes.charge(prefix, "a"), RecordingSink()
+        charge, sink = self.prefixes.charge(prefix, prefix.at("a")), RecordingSink()
         async with asyncio.timeout(DEADLINE_S):
             with self.replicas.lease("a") as lane, self.prefixes.hold("a", prefix.chain):
                 await lane.run(request, sink, charge)

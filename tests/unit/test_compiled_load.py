@@ -186,12 +186,25 @@ def test_pools_of_both_show_the_same(infos: list[EngineInfo], changed: list[Chan
                 assert account.view() is account.view()
         if kind == "snapshot":
             first, second = (pool.snapshot("m", now) for pool, _ in pools)
+            assert briefs(first, size) == briefs(second, size)
             assert told(first) == told(second)
             assert pools[0][0].room() == pools[1][0].room()
             numbers(second)
             kept.append((pools[1][0].snapshot("m", now), told(first)))
     for snapshot, before in kept:  # Its views are made only now, and yet as they were.
         assert told(snapshot) == before
+
+
+def briefs(snapshot: Snapshot, size: int) -> list[tuple[str, ...]]:
+    """What receipts tell of each replica."""
+    return [
+        (
+            repr(brief.queue_depth),
+            repr(brief.asleep),
+            outcome(brief.expects_s, snapshot.now, 100 * size, 64 * size),
+        )
+        for brief in map(snapshot.brief, snapshot.places)
+    ]
 
 
 def numbers(snapshot: Snapshot) -> None:
@@ -237,6 +250,8 @@ def test_what_is_asked_of_no_replica_is_refused() -> None:
             rows[place]
         with pytest.raises((IndexError, OverflowError)):
             rows.view(place)
+        with pytest.raises((IndexError, OverflowError)):
+            rows.brief(place)
         table = compiled.Table(accounts)
         table.stale.add(place)
         with pytest.raises((IndexError, OverflowError)):

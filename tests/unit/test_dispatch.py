@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 import pytest
 
 from engine.base import StreamOut
+from router import dispatch
 from router.admission import Admission
 from router.dispatch import Dispatcher
 from router.errors import (
@@ -371,7 +372,10 @@ async def test_however_a_request_ends_nothing_is_held_for_it_any_more(router: Ro
     assert (router.prefixes.view("m", chain).held, router.prefixes.status().holds) == ({}, 0)
 
 
-async def test_another_try_looks_the_prompt_up_anew_without_hashing_it_again(router: Router) -> None:
+async def test_another_try_looks_the_prompt_up_anew_without_hashing_it_again(
+    router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "TIMED", 1)
     await router.replicas("a", "b")
     holds(router, "b", 4)
     router.fleet.engines["a"].respond = lambda call, out: out.fail(ReplicaLost("gone"))
@@ -381,6 +385,15 @@ async def test_another_try_looks_the_prompt_up_anew_without_hashing_it_again(rou
     assert [(one.replica, one.matched) for one in sink.receipts] == [("a", 0), ("b", 4)]
     assert (router.notes.hashes, router.notes.lookups) == (1, 2)
     assert router.fleet.engines["b"].calls[0].matched == 4
+
+
+async def test_of_short_prompts_one_in_seven_is_timed_the_first_one_among_them(router: Router) -> None:
+    await router.replicas("a")
+    holds(router, "a", 0)
+    router.fleet.engines["a"].respond = answer
+    for count in (1, *[1] * 6, 2):
+        await router.dispatcher.run(prompt_request(), RecordingSink())
+        assert (router.notes.hashes, router.notes.lookups) == (count, count)
 
 
 async def test_where_no_replica_reuses_prefixes_the_prompt_is_not_even_read(router: Router) -> None:

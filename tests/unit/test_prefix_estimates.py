@@ -122,19 +122,20 @@ def test_the_charge_is_for_what_the_replica_does_not_hold() -> None:
     stage = exact(1, 2)
     prompt = chain(1, 2, 3)
     view = stage.prefixes.view("llama", prompt)
-    assert stage.prefixes.charge(view, "a") == Charge(64, 64 * (120 + 32), prompt, 2)
-    assert stage.prefixes.charge(view, "b") == Charge(184, 184 * 92, prompt, 0)
+    assert stage.prefixes.charge(view, view.at("a")) == Charge(64, 64 * (120 + 32), prompt, 2)
+    assert stage.prefixes.charge(view, view.at("b")) == Charge(184, 184 * 92, prompt, 0)
 
 
 def test_a_prompt_that_is_held_whole_still_costs_its_last_token() -> None:
     stage = exact(1)
-    assert stage.prefixes.charge(stage.prefixes.view("llama", chain(1)), "a").tokens == 1
+    view = stage.prefixes.view("llama", chain(1))
+    assert stage.prefixes.charge(view, view.at("a")).tokens == 1
 
 
 def test_a_request_without_a_prompt_costs_and_holds_nothing() -> None:
     stage = exact(1)
     assert stage.prefixes.view("llama", None) is NO_PREFIX
-    assert stage.prefixes.charge(NO_PREFIX, "a") == Charge()
+    assert stage.prefixes.charge(NO_PREFIX, None) == Charge()
     with stage.prefixes.hold("a", None):
         assert stage.prefixes.status().holds == 0
 
@@ -173,7 +174,7 @@ def test_a_prompt_that_is_not_hashed_is_estimated_by_the_body(asked: Request, to
     view = exact().prefixes.unhashed(asked)
     assert (view.chain, dict(view.held)) == (None, {})
     assert view.tokens == pytest.approx(tokens, abs=15)
-    charge = exact().prefixes.charge(view, "a")
+    charge = exact().prefixes.charge(view, view.at("a"))
     assert (charge.tokens, charge.pairs) == (view.tokens, view.tokens**2 / 2)
 
 

@@ -39,7 +39,8 @@ def views(*names: str, outlook: Outlook = OUTLOOK) -> tuple[ReplicaView, ...]:
 
 def receipt(snapshot: Snapshot, replica: str, charge: Charge, **fields: Any) -> Receipt:
     decision = Decision(replica, Reason.LEAST_COST, (), 0.75)
-    return make_receipt(REQUEST, snapshot, decision, charge, "cost", **{"retry": False, **fields})
+    held = snapshot.prefix.at(replica)
+    return make_receipt(REQUEST, snapshot, decision, held, charge, "cost", **{"retry": False, **fields})
 
 
 def test_a_receipt_says_what_was_held_and_what_is_expected() -> None:

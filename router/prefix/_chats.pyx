@@ -1,0 +1,127 @@
+"""The chain of a plain chat, compiled: from the request's body to its hashes in one go (`router.prefix.hashing`).
+
+The rule: the same chain as the Python makes, for whatever body. A chat is plain where all its contents are texts and
+nothing shapes the prompt but them; with any other this goes on in Python behind the decoding. It owns no state.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.object cimport Py_TYPE, PyTypeObject
+from libc.string cimport memcpy
+
+from xxhash import xxh3_64_intdigest
+
+from router.prefix.canonical import UNREADABLE
+from router.prefix.draft import ASSISTANT, HEADS, Draft
+from router.prefix.http_parts import Message
+from router.prefix.http_prompts import BARE_CHAT, chat_body, chat_draft
+from router.types import Chain
+
+cdef extern from "Python.h":
+    const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) except NULL
+
+cdef enum:
+    MOST_MESSAGES = 256
+
+# The fields of a message, as what gets them out of it: by name each is a look-up in its class first.
+cdef object ROLE = Message.role
+cdef object CONTENT = Message.content
+cdef object NAME = Message.name
+cdef object CALL_ID = Message.tool_call_id
+cdef object CALLS = Message.tool_calls
+
+cdef dict HEAD_BYTES = {role: head.encode("latin-1") for role, head in HEADS.items()}
+
+
+cdef inline object field(message, getter):
+    return (<PyTypeObject*>Py_TYPE(getter)).tp_descr_get(getter, message, Message)
+
+
+cdef struct Piece:
+    const char *at
+    Py_ssize_t size
+
+
+cdef class Chats:
+    """What a `Hasher` asks of chats; `hashed` makes a draft's chain, `seeds` are those that it knows."""
+
+    cdef object hashed
+    cdef dict seeds
+    cdef Py_ssize_t block_bytes, max_bytes
+
+    def __init__(self, hashed, dict seeds not None, Py_ssize_t block_bytes, Py_ssize_t max_bytes):
+        if block_bytes < 1:
+            raise ValueError("blocks without bytes")
+        self.hashed = hashed
+        self.seeds = seeds
+        self.block_bytes = block_bytes
+        self.max_bytes = max_bytes
+
+    def chain(self, request):
+        """The chain of a chat's prompt, which is not large; None where it has none."""
+        try:
+            found = chat_body.decode(request.body)
+            data = plain(found)
+        except UNREADABLE:
+            return None
+        if data is not None:
+            seed = self.seeds.get(("chat", request.model, request.lora, request.cache_salt))
+            if seed is not None:
+                return self.chained(seed, data)
+        try:
+            draft = chat_draft(Draft("chat", ASSISTANT), found, 0)
+        except UNREADABLE:
+            return None
+        return None if draft is None else self.hashed(draft, request)
+
+    cdef object chained(self, seed, bytes data):
+        cdef const char *at = PyBytes_AS_STRING(data)
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(data), i, count = min(size, self.max_bytes) // self.block_bytes
+        cdef list hashes = []
+        last = seed
+        for i in range(count):
+            last = xxh3_64_intdigest(PyBytes_FromStringAndSize(at + i * self.block_bytes, self.block_bytes), last) or 1
+            hashes.append(last)
+        return Chain(self.block_bytes, seed, tuple(hashes), size)
+
+
+cdef bytes plain(found):
+    """The canonical bytes; None where the chat is not plain, which then is as it was."""
+    cdef Piece pieces[2 * MOST_MESSAGES]
+    cdef Piece *piece = pieces
+    cdef Py_ssize_t total = 0, i, count
+    cdef bytes data
+    cdef char *to
+    messages = found.messages
+    if type(messages) is not list or not 0 < len(<list>messages) <= MOST_MESSAGES:
+        return None
+    for message in <list>messages:
+        if type(message) is not Message:
+            return None
+        head = HEAD_BYTES.get(field(message, ROLE))
+        content = field(message, CONTENT)
+        if head is None or type(content) is not str:
+            return None
+        if (
+            field(message, NAME) is not None
+            or field(message, CALL_ID) is not None
+            or field(message, CALLS) is not None
+        ):
+            return None
+        piece.at, piece.size = PyBytes_AS_STRING(head), PyBytes_GET_SIZE(head)
+        total += piece.size
+        piece += 1
+        piece.at = PyUnicode_AsUTF8AndSize(content, &piece.size)
+        total += piece.size
+        piece += 1
+    found.messages = None
+    shaped = found != BARE_CHAT
+    found.messages = messages
+    if shaped:
+        return None
+    count = piece - pieces
+    data = PyBytes_FromStringAndSize(NULL, total)
+    to = PyBytes_AS_STRING(data)
+    for i in range(count):
+        memcpy(to, pieces[i].at, pieces[i].size)
+        to += pieces[i].size
+    return data

@@ -1,0 +1,142 @@
+"""The compiled way of plain chats beside the Python one: the same chain of whatever body."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from router.compiled import VARIABLE
+from router.prefix.hashing import Hasher
+from router.prefix.http_prompts import CHAT_PATH
+from router.prefix.window import LARGE_BYTES
+from router.types import Request, Rpc
+from tests.twins import built
+
+CHATS = "router.prefix._chats"
+
+
+def hashers(block_bytes: int = 8, max_bytes: int = 1 << 20) -> tuple[Hasher, Hasher]:
+    """One in Python, one compiled."""
+    built(CHATS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "0")
+        python = Hasher(block_bytes, max_bytes)
+    compiled = Hasher(block_bytes, max_bytes)
+    assert python._chats is None
+    assert compiled._chats is not None
+    return python, compiled
+
+
+def chat(body: bytes | dict[str, Any], **fields: Any) -> Request:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return Request("r", "m", Rpc.HTTP, CHAT_PATH, raw, **fields)
+
+
+texts = st.text(max_size=40) | st.text("abc ", max_size=80) | st.sampled_from(["\ud800", "\x00", "é" * 20, ""])
+roles = st.sampled_from(["system", "user", "assistant", "tool", "developer", "function", "critic", "", "ü"])
+parts = st.lists(
+    st.fixed_dictionaries({"type": st.just("text"), "text": texts})
+    | texts
+    | st.fixed_dictionaries({"type": st.just("image_url"), "image_url": st.fixed_dictionaries({"url": texts})}),
+    max_size=3,
+)
+calls = st.lists(
+    st.fixed_dictionaries({"id": texts, "function": st.fixed_dictionaries({"name": texts, "arguments": texts})}),
+    max_size=2,
+)
+messages = st.fixed_dictionaries(
+    {"role": roles},
+    optional={"content": texts | parts | st.none() | st.integers(), "name": texts, "tool_call_id": texts | st.none()}
+    | {"tool_calls": calls | st.none(), "reasoning": texts},
+)
+plain = st.fixed_dictionaries({"role": roles, "content": texts})
+bodies = st.fixed_dictionaries(
+    {"messages": st.lists(plain, max_size=6) | st.lists(messages, max_size=4) | st.none()},
+    optional={
+        "model": texts,
+        "stream": st.booleans(),
+        "tools": st.lists(st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": texts})}), max_size=2),
+        "continue_final_message": st.booleans(),
+        "chat_template": texts,
+        "documents": st.none() | st.lists(texts, max_size=1),
+    },
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(bodies, st.integers(0, 40), st.sampled_from(["", "s"]), st.sampled_from(["", "l"])), max_size=6),
+    st.sampled_from([1, 8, 100]),
+    st.sampled_from([0, 20, 1 << 20]),
+)
+@example([({"messages": [{"role": "user", "content": "x" * 30}]}, 0, "", "")] * 3, 8, 1 << 20)
+def test_both_make_the_same_chain_of_any_chat(
+    asked: list[tuple[dict[str, Any], int, str, str]], block_bytes: int, max_bytes: int
+) -> None:
+    python, compiled = hashers(block_bytes, max_bytes)
+    for body, cut, salt, lora in asked:
+        for ascii_only in (True, False):
+            raw = json.dumps(body, ensure_ascii=ascii_only).encode(errors="surrogatepass")
+            for part in (raw, raw[: len(raw) - cut]):  # The second time a seed is known.
+                request = chat(part, cache_salt=salt, lora=lora)
+                assert repr(compiled.chain(request)) == repr(python.chain(request))
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+@example(b"")
+@example(b"null")
+@example(b'{"messages": [{"role": "user", "content": "\xff"}]}')
+def test_both_make_the_same_of_bytes_that_are_no_chat(body: bytes) -> None:
+    python, compiled = hashers()
+    for request in (chat(body), chat(b'{"messages": [' + body)):
+        assert repr(compiled.chain(request)) == repr(python.chain(request))
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 9000])
+def test_both_make_the_same_of_many_messages(count: int) -> None:
+    python, compiled = hashers()
+    said = [{"role": "user", "content": f"number {number}"} for number in range(count)]
+    for request in (chat({"messages": said}), chat({"messages": said, "tools": []})):
+        chain = compiled.chain(request)
+        assert chain is not None
+        assert chain.blocks
+        assert chain == python.chain(request)
+
+
+def test_what_is_no_short_post_is_left_to_the_python() -> None:
+    python, compiled = hashers()
+    body = {"messages": [{"role": "user", "content": "x" * LARGE_BYTES}]}
+    for request in (
+        chat(body),
+        chat({"messages": [{"role": "user", "content": "x" * 50}]}, method="GET"),
+        Request("r", "m", Rpc.GRPC, CHAT_PATH, b""),
+        Request("r", "m", Rpc.HTTP, f"{CHAT_PATH}?a=b", b'{"messages": [{"role": "user", "content": "xxxxxxxx"}]}'),
+    ):
+        assert compiled.chain(request) == python.chain(request)
+
+
+def test_a_hundred_thousand_chats_keep_no_memory() -> None:
+    _, compiled = hashers()
+    kinds = [
+        chat({"messages": [{"role": "user", "content": "x" * 500}, {"role": "assistant", "content": "é" * 100}]}),
+        chat({"messages": [{"role": "user", "content": "x" * 500}], "tools": [{"function": {"name": "f"}}]}),
+        chat(b'{"messages": [{"role": "user", "content": "xx'),
+        chat(b'{"messages": [{"role": "user", "content": ["\xc3\xa9"], "name": "n"}]}'),
+    ]
+
+    def run(rounds: int) -> int:
+        for number in range(rounds):
+            compiled.chain(kinds[number % len(kinds)])
+        gc.collect()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    sizes = [run(rounds) for rounds in (10_000, 30_000, 60_000)]
+    assert max(after - before for before, after in pairwise(sizes)) < 4096  # kB
