@@ -43,11 +43,11 @@ class Observer(Protocol):
     def retried(self, error: KvlaneError) -> None:
         """A request goes to another replica."""
 
-    def hashed(self, seconds: float) -> None:
-        """A prompt was read and hashed; of short ones, one in `TIMED`."""
+    def hashed(self, seconds: float, times: int = 1) -> None:
+        """A prompt was read and hashed, in that time; it stands for so many of them."""
 
-    def looked_up(self, seconds: float) -> None:
-        """It was looked up who holds how much of a prompt; one look-up in `TIMED`."""
+    def looked_up(self, seconds: float, times: int = 1) -> None:
+        """It was looked up who holds how much of a prompt; that stands for so many look-ups."""
 
     def routed(self, request: Request, receipt: Receipt) -> None:
         """A replica was chosen; once per try."""
@@ -198,12 +198,13 @@ class Dispatcher:
         """The prompt's hashes; None without reading the body where no replica of the model reuses prefixes."""
         if not self._replicas.caching(request.model):
             return None
-        timed, self._hashings = self._hashings % TIMED == 0, self._hashings + 1
-        if not timed:
+        number = self._hashings
+        self._hashings = number + 1
+        if number % TIMED:
             return self._prefixes.chain(request)
         began = self._clock()
         chain = self._prefixes.chain(request)
-        self._observer.hashed(self._clock() - began)
+        self._observer.hashed(self._clock() - began, TIMED)
         return chain
 
     def _chain_in_slices(self, request: Request) -> Generator[None, None, Chain | None]:
@@ -226,12 +227,13 @@ class Dispatcher:
         """The pool, and who of it holds how much of the prompt now; without a chain only how long it may be."""
         if chain is None:
             return pool.looked_up(self._prefixes.unhashed(request))
-        timed, self._look_ups = self._look_ups % TIMED == 0, self._look_ups + 1
-        if not timed:
+        number = self._look_ups
+        self._look_ups = number + 1
+        if number % TIMED:
             return pool.looked_up(self._prefixes.view(pool.model, chain))
         began = self._clock()
         prefix = self._prefixes.view(pool.model, chain)
-        self._observer.looked_up(self._clock() - began)
+        self._observer.looked_up(self._clock() - began, TIMED)
         return pool.looked_up(prefix)
 
     def _choose(self, request: Request, snapshot: Snapshot, fallbacks: tuple[str, ...]) -> Decision:

@@ -1,19 +1,35 @@
 """The words that all stages share: requests, replicas as a policy sees them, loads, decisions, receipts.
 
-Imports nothing of ours. Everything here is a value: nothing in this module holds state or does I/O.
+Everything here is a value: nothing in this module holds state or does I/O. What is known of replicas and of prompts has
+modules of its own, which import nothing of ours, and is here as well.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any, Final, Protocol
 
 import msgspec
 
+from router.prefix_view import NO_CHARGE as NO_CHARGE
+from router.prefix_view import NO_HOLDERS as NO_HOLDERS
+from router.prefix_view import NO_PREFIX as NO_PREFIX
+from router.prefix_view import Chain as Chain
+from router.prefix_view import Charge as Charge
+from router.prefix_view import Held as Held
+from router.prefix_view import Holders as Holders
+from router.prefix_view import PrefixView as PrefixView
+from router.replica_view import TERMS as TERMS
+from router.replica_view import Brief as Brief
+from router.replica_view import CacheMode as CacheMode
+from router.replica_view import Load as Load
+from router.replica_view import Outlook as Outlook
+from router.replica_view import ReplicaView as ReplicaView
+from router.replica_view import Terms as Terms
+
 _set: Final = msgspec.structs.force_setattr
-_UNBOUNDED: Final = 1 << 30
 
 Headers = Sequence[tuple[str, str]]
 """Header names (lower case) and values, in order; a name may come more than once."""
@@ -24,34 +40,6 @@ class Rpc(enum.IntEnum):
 
     HTTP = 0
     GRPC = 1
-
-
-class Load(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """A replica's load after its last engine step, all routers together."""
-
-    running: int = 0
-    """Requests in the engine's batch."""
-    waiting: int = 0
-    """Requests accepted but not in the batch."""
-    queued_prefill_tokens: int = 0
-    """Prompt tokens still to be computed, those found in the KV cache left out."""
-    kv_usage: float = 0.0
-    """Share of the KV blocks in use, 0 to 1."""
-    step_ms: float = 0.0
-    """Duration of the last engine step in milliseconds."""
-    queued_prefill_pairs: float = 0.0
-    """Attention's part of the queued prefill: pairs of a token to be computed and a token before it in its own prompt;
-    n uncached tokens behind c cached ones make n * c + n * n / 2. 0 where the engine cannot say."""
-    step_prefill_tokens: int = 0
-    """Prompt tokens that the last step computed."""
-    step_prefill_pairs: float = 0.0
-    """Attention pairs of those tokens; 0 where the engine cannot say."""
-    step_decodes: int = 0
-    """Requests that the last step advanced by an output token without computing any of their prompt."""
-    step_context_tokens: int = 0
-    """Tokens in the KV cache that those requests' attention read."""
-    asleep: bool = False
-    """The engine sleeps, or is about to, or wakes: what is sent there waits until it is awake."""
 
 
 class ModelCard(msgspec.Struct, frozen=True, array_like=True):
@@ -108,258 +96,6 @@ class Request(msgspec.Struct, frozen=True):
     """Whose API key it came with; empty where none is asked for. Stays in the router."""
     streamed: bool = False
     """The body of an HTTP request asks for a stream of events."""
-
-
-class CacheMode(enum.StrEnum):
-    """What the router knows of a replica's KV cache."""
-
-    EXACT = "exact"
-    """The replica reports what it stores and evicts."""
-    APPROXIMATE = "approximate"
-    """No usable reports: the router remembers what it sent there, as much as fits into the replica's KV cache."""
-    OFF = "off"
-    """The engine reuses no prefixes."""
-
-
-class Outlook(msgspec.Struct, frozen=True, gc=False):
-    """What the load model expects of a replica; learned from its steps, in seconds."""
-
-    wait_s: float = 0.0
-    """Prompt work that was queued there at `as_of`; it has been worked on since."""
-    step_s: float = 0.0
-    """A step with the present batch and no prompt in it: the time per output token when nobody disturbs."""
-    token_s: float = 0.0
-    """Per uncached prompt token."""
-    pair_s: float = 0.0
-    """Per attention pair of prompt tokens (see `Load.queued_prefill_pairs`)."""
-    batch_s: float = 0.0
-    """What a step with prompt tokens takes beside them: the least that any prompt waits for its first token."""
-    as_of: float = 0.0
-    """When the step under way began, or else when the load was reported, on the router's clock."""
-    sent_s: float = 0.0
-    """Prompt work of requests that are on their way there, or that the load does not count yet."""
-
-    def begins_s(self, now: float) -> float:
-        """From `now` until the engine would begin to compute the prompt of a request that is sent now."""
-        wait = self.wait_s - (now - self.as_of)
-        return (wait if wait > 0.0 else 0.0) + self.sent_s
-
-    def prefill_s(self, tokens: float, cached: float) -> float:
-        """Time to compute a prompt of `tokens` tokens whose first `cached` ones are in the KV cache."""
-        new = tokens - cached
-        return new * self.token_s + new * (cached + new * 0.5) * self.pair_s
-
-
-Terms = tuple[float, float, float, float, float, float, int, int, int, float, int]
-"""What a decision asks of each replica: free_at, sent_s, batch_s, step_s, token_s, pair_s, running, queue_depth,
-beyond, kv_usage, leases. *Beyond* is by how much the queue is longer than the largest batch, below 0 while there is
-room in it; a batch of unknown size has room always."""
-TERMS: Final = 11
-
-
-class ReplicaView(msgspec.Struct, frozen=True, gc=False):
-    """One ready replica as a policy sees it."""
-
-    replica: str
-    load: Load
-    unacked: int
-    """Requests that this router sent and that ``load`` does not count yet."""
-    leases: int
-    """This router's own requests in flight there."""
-    max_num_seqs: int = 0
-    outlook: Outlook = Outlook()
-    unacked_tokens: int = 0
-    """Uncached prompt tokens of the `unacked` requests, as estimated when they were routed."""
-    unacked_pairs: float = 0.0
-    """Their attention pairs."""
-    kv_tokens: int = 0
-    """Size of its KV cache in tokens; 0 where it does not say."""
-    cache: CacheMode = CacheMode.OFF
-    # Worked out of the others, once, since every decision reads them of every replica; what is given here is ignored.
-    running: int = 0
-    """Requests in its batch, those on their way included."""
-    queue_depth: int = 0
-    """Requests running or waiting there, those on their way included."""
-    free_at: float = 0.0
-    """When the prompt work that was queued there will be done, on the clock of `Outlook.as_of`."""
-    terms: Terms = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0, 0.0, 0)
-
-    def __post_init__(self) -> None:
-        load, outlook = self.load, self.outlook
-        running = load.running + self.unacked
-        depth = running + load.waiting
-        free_at = outlook.as_of + outlook.wait_s
-        _set(self, "running", running)
-        _set(self, "queue_depth", depth)
-        _set(self, "free_at", free_at)
-        terms = (
-            free_at,
-            outlook.sent_s,
-            outlook.batch_s,
-            outlook.step_s,
-            outlook.token_s,
-            outlook.pair_s,
-            running,
-            depth,
-            depth - (self.max_num_seqs or _UNBOUNDED),
-            load.kv_usage,
-            self.leases,
-        )
-        _set(self, "terms", terms)
-
-    @property
-    def asleep(self) -> bool:
-        """Whether its engine sleeps."""
-        return self.load.asleep
-
-    def expects_s(self, now: float, tokens: int, cached: int) -> float:
-        """From a submit at `now` until the first output for a prompt of which so much is cached there: what is left of
-        the queue, the step that computes the prompt, and the rest of the prompt. 0 where the prompt's length or the
-        replica's speed is not known, or where it has to wake first."""
-        outlook = self.outlook
-        if not tokens or not outlook.token_s or self.load.asleep:
-            return 0.0
-        return outlook.begins_s(now) + outlook.batch_s + outlook.prefill_s(tokens, cached)
-
-
-class Brief(Protocol):
-    """Of a replica, what a receipt tells: a view, or what views are made of."""
-
-    @property
-    def queue_depth(self) -> int: ...
-
-    @property
-    def asleep(self) -> bool: ...
-
-    def expects_s(self, now: float, tokens: int, cached: int) -> float:
-        """As `ReplicaView.expects_s`."""
-
-
-class Chain(msgspec.Struct, frozen=True, gc=False):
-    """A prompt as chained hashes of its prefix blocks; each hash stands for its block and all before it."""
-
-    block_bytes: int
-    """Size of a prefix block in canonical prompt bytes."""
-    seed: int
-    """Hash of the namespace: model, LoRA adapter, cache salt, tools. 64 bits, as all hashes here."""
-    blocks: tuple[int, ...]
-    """Of the full blocks; the prompt's last `prompt_bytes % block_bytes` bytes are in none."""
-    prompt_bytes: int
-
-
-class Held(msgspec.Struct, frozen=True, gc=False):
-    """What one replica holds of a prompt."""
-
-    blocks: int
-    """Prefix blocks from the prompt's beginning, without a gap."""
-    tokens: int
-    """KV-cached tokens that these blocks stand for."""
-    soon: int = 0
-    """How many of `blocks` are not computed yet, but will be by a request that was sent there before."""
-
-
-class Holders(Mapping[str, Held]):
-    """Who holds how much of a prompt: a mapping from replicas to what they hold, kept by groups.
-
-    Replicas mostly hold one of a few things: nothing, a system prompt, or a conversation. Who goes through the groups
-    takes a few steps where one who asks for each replica takes as many as there are.
-    """
-
-    __slots__ = ("_all", "groups", "most", "names")
-
-    def __init__(
-        self,
-        groups: Sequence[tuple[Held | None, tuple[str, ...]]],
-        most: Held | None = None,
-        names: tuple[str, ...] = (),
-    ) -> None:
-        """`most` is what all hold that are in no group, and `names` who may be meant; no replica is in two groups. A
-        group of those who hold nothing sets them apart from the most."""
-        self.groups = groups
-        self.most = most
-        self.names = names
-        self._all: dict[str, Held] | None = None
-
-    def _found(self) -> dict[str, Held]:
-        found = self._all
-        if found is None:
-            found = dict.fromkeys(self.names, self.most) if self.most is not None else {}
-            for held, names in self.groups:
-                for name in names:
-                    if held is not None:
-                        found[name] = held
-                    else:
-                        found.pop(name, None)
-            self._all = found
-        return found
-
-    def __getitem__(self, replica: str) -> Held:
-        return self._found()[replica]
-
-    def __contains__(self, replica: object) -> bool:
-        return replica in self._found()
-
-    # What `Mapping` makes of `__getitem__` raises an error for each replica that holds nothing.
-    def get(self, replica: str, default: Any = None) -> Any:
-        return self._found().get(replica, default)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found())
-
-    def __len__(self) -> int:
-        return len(self._found())
-
-    def __repr__(self) -> str:
-        return f"Holders({self._found()!r})"
-
-    def at(self, replica: str) -> Held | None:
-        """What one replica holds, without going through all."""
-        for held, names in self.groups:
-            if replica in names:
-                return held
-        return self.most if self.most is not None and replica in self.names else None
-
-    @classmethod
-    def of(cls, held: Mapping[str, Held]) -> Holders:
-        """From any mapping."""
-        return held if isinstance(held, cls) else cls([(one, (name,)) for name, one in held.items()])
-
-
-NO_HOLDERS: Final = Holders(())
-
-
-class PrefixView(msgspec.Struct, frozen=True):
-    """A prompt, and who holds how much of it."""
-
-    chain: Chain | None = None
-    """None for requests without a prompt that could be hashed."""
-    tokens: int = 0
-    """Estimated length of the prompt in tokens."""
-    held: Mapping[str, Held] = NO_HOLDERS
-    """Replicas that hold at least one of its blocks; `Holders` where the index says it."""
-
-    def at(self, replica: str) -> Held | None:
-        """What one replica holds."""
-        held = self.held
-        return held.at(replica) if type(held) is Holders else held.get(replica)
-
-
-NO_PREFIX: Final = PrefixView()
-
-
-class Charge(msgspec.Struct, frozen=True, gc=False):
-    """What a request is expected to cost its replica."""
-
-    tokens: int = 0
-    """Uncached prompt tokens."""
-    pairs: float = 0.0
-    """Their attention pairs."""
-    chain: Chain | None = None
-    matched: int = 0
-    """Prefix blocks that the router believes to be held there."""
-
-
-NO_CHARGE: Final = Charge()
 
 
 class Columns:
@@ -446,7 +182,7 @@ class Rows(Protocol):
         """Of one replica; the same object as in `views`."""
 
     def brief(self, place: int) -> Brief:
-        """Of one replica; no view is made for it."""
+        """Of one replica; it makes a view only where that is needed."""
 
 
 class Table(Protocol):

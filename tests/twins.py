@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,12 @@ def built(name: str) -> Any:
     if part is None:
         pytest.skip(f"{name} is turned off" if os.environ.get(compiled.VARIABLE) == "0" else f"{name} is not compiled")
     return part
+
+
+def resident_kb() -> int:
+    """This process's memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() // 1024
 
 
 def twins(*names: str) -> Callable[..., Any]:

@@ -346,6 +346,7 @@ cdef class ReplicaModel:
     cdef int expect(self, load, unacked_tokens, unacked_pairs, unacked, Expected* made) except -1:
         cdef double ahead, both, read
         cdef long long running, here, tokens, others
+        self.compare_again()
         there, decodes, context = field(load, RUNNING), field(load, STEP_DECODES), field(load, STEP_CONTEXT)
         if small(there, &running) and small(decodes, &here) and small(context, &tokens) and small(unacked, &others):
             if here > running:
@@ -377,6 +378,7 @@ cdef class ReplicaModel:
         cdef long long here = load.step_decodes, tokens = load.step_context_tokens
         if not (0 <= load.running < SMALL and 0 <= here < SMALL and 0 <= tokens < SMALL and unacked < SMALL):
             return False
+        self.compare_again()
         if here > load.running:
             tokens = tokens * load.running // here
             here = load.running
@@ -408,8 +410,6 @@ cdef class ReplicaModel:
         cdef StepFit prefill = fleet.prefill
         cdef StepFit decode = fleet.decode
         cdef double scale, beside, per_token, pair = prefill.guess[2]
-        if fleet.now >= self.factor_until:
-            self.compare()
         scale = self.factor * 1e-3
         beside = prefill.guess[0] + prefill.guess[1] * ahead + prefill.guess[3] * read
         per_token = prefill.guess[1] + beside / fleet.budget
@@ -420,6 +420,10 @@ cdef class ReplicaModel:
         made.batch_s = beside * scale
         made.as_of = self.as_of
         made.sent_s = (per_token * sent_tokens + pair * sent_pairs) * scale
+
+    cdef void compare_again(self) noexcept:
+        if self.fleet.now >= self.factor_until:
+            self.compare()
 
     cdef void compare(self) noexcept:
         cdef double now = self.fleet.now
@@ -792,7 +796,7 @@ cdef class Rows:
         return len(self.rows)
 
     def __getitem__(self, Py_ssize_t place):
-        """A replica, of which nothing is told but its name."""
+        """One replica's row (`router.types.Brief`)."""
         if not 0 <= place < len(self.rows):
             raise IndexError(place)
         return self.rows[place]
@@ -819,7 +823,7 @@ cdef class Rows:
         return (<Row>self.rows[place]).view()
 
     def brief(self, Py_ssize_t place):
-        """The same, of which only little is asked."""
+        """One replica's row; it makes a view only where its outlook is not the load model's."""
         return self[place]
 
     def __repr__(self):

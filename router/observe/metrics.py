@@ -155,13 +155,13 @@ class Metrics:
         elif told:
             self._wakes.labels("ahead").inc()
 
-    def hashed(self, seconds: float) -> None:
-        """A prompt was read and hashed."""
-        self._prefixes.hashing.add(seconds)
+    def hashed(self, seconds: float, times: int = 1) -> None:
+        """A prompt was read and hashed, in that time; it stands for so many of them."""
+        self._prefixes.hashing.add(seconds, times)
 
-    def looked_up(self, seconds: float) -> None:
-        """It was looked up who holds how much of a prompt."""
-        self._prefixes.lookup.add(seconds)
+    def looked_up(self, seconds: float, times: int = 1) -> None:
+        """It was looked up who holds how much of a prompt; that stands for so many look-ups."""
+        self._prefixes.lookup.add(seconds, times)
 
     def routed(self, request: Request, receipt: Receipt) -> None:
         """A replica was chosen; once per try."""

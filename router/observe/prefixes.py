@@ -7,7 +7,6 @@ once a replica announced them, so clients cannot make up new ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
@@ -16,13 +15,9 @@ from router.prefix.prefixes import Prefixes
 from router.replicas import Replicas
 from router.types import Receipt
 
-_BLOCK_BYTES: Final = 120
-"""Of memory per indexed block, all told, rounded up from what `loadtests.index_cost` measures; to count anew at each
-scrape would hold up the loop for tens of milliseconds."""
-
 
 class Took:
-    """How often something was done, and how long it took in all."""
+    """How often something was done, and how long it took in all; where not each time was taken, an estimate."""
 
     __slots__ = ("count", "seconds")
 
@@ -30,10 +25,10 @@ class Took:
         self.count = 0
         self.seconds = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Once more."""
-        self.count += 1
-        self.seconds += seconds
+    def add(self, seconds: float, times: int = 1) -> None:
+        """So many times more, each as long as the one that was timed."""
+        self.count += times
+        self.seconds += seconds * times
 
 
 class PrefixMetrics(Collector):
@@ -61,11 +56,11 @@ class PrefixMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         yield _summary(
             "kvlane_prefix_hash_seconds",
-            "Reading and hashing prompts; of short ones, one of seven counts.",
+            "Reading and hashing prompts; where they are short, judged by samples.",
             self.hashing,
         )
         yield _summary(
-            "kvlane_prefix_lookup_seconds", "Looking up who holds a prompt's prefix; one of seven counts.", self.lookup
+            "kvlane_prefix_lookup_seconds", "Looking up who holds a prompt's prefix, judged by samples.", self.lookup
         )
         prompt = CounterMetricFamily("kvlane_prompt_tokens", "Estimated tokens of prompts.", labels=["model"])
         matched = CounterMetricFamily(
@@ -106,7 +101,7 @@ def _index(prefixes: Prefixes) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "kvlane_prefix_late_replicas", "Replicas whose cache reports are still being taken in.", status.late
     )
-    yield GaugeMetricFamily("kvlane_prefix_index_bytes", "Estimated memory of the index.", status.blocks * _BLOCK_BYTES)
+    yield GaugeMetricFamily("kvlane_prefix_index_bytes", "Estimated memory of the index.", status.bytes)
     yield CounterMetricFamily("kvlane_cache_gaps", "Times that cache reports were missed.", status.gaps)
     yield CounterMetricFamily("kvlane_cache_gaps_healed", "Those of them that a snapshot made good for.", status.healed)
     yield CounterMetricFamily(

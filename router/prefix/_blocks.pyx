@@ -415,6 +415,9 @@ cdef class Blocks:
         cdef u64 finds = self.founds_room * (sizeof(Found) + self.words * sizeof(u64))
         return self.stored.size() + self.soon.size() + self.places * per_place + look_up + finds
 
+    def roughly_bytes(self):
+        return self.bytes()
+
     # -- memory
 
     cdef int make_places(self, Py_ssize_t places) except -1:

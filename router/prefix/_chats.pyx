@@ -36,7 +36,7 @@ cdef inline object field(message, getter):
     return (<PyTypeObject*>Py_TYPE(getter)).tp_descr_get(getter, message, Message)
 
 
-cdef struct Piece:
+cdef struct Span:
     const char *at
     Py_ssize_t size
 
@@ -60,20 +60,20 @@ cdef class Chats:
         """The chain of a chat's prompt, which is not large; None where it has none."""
         try:
             found = chat_body.decode(request.body)
-            data = plain(found)
+            data = plain_bytes(found)
         except UNREADABLE:
             return None
         if data is not None:
             seed = self.seeds.get(("chat", request.model, request.lora, request.cache_salt))
             if seed is not None:
-                return self.chained(seed, data)
+                return self.chain_of(seed, data)
         try:
             draft = chat_draft(Draft("chat", ASSISTANT), found, 0)
         except UNREADABLE:
             return None
         return None if draft is None else self.hashed(draft, request)
 
-    cdef object chained(self, seed, bytes data):
+    cdef object chain_of(self, seed, bytes data):
         cdef const char *at = PyBytes_AS_STRING(data)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data), i, count = min(size, self.max_bytes) // self.block_bytes
         cdef list hashes = []
@@ -84,10 +84,10 @@ cdef class Chats:
         return Chain(self.block_bytes, seed, tuple(hashes), size)
 
 
-cdef bytes plain(found):
+cdef bytes plain_bytes(found):
     """The canonical bytes; None where the chat is not plain, which then is as it was."""
-    cdef Piece pieces[2 * MOST_MESSAGES]
-    cdef Piece *piece = pieces
+    cdef Span spans[2 * MOST_MESSAGES]
+    cdef Span *span = spans
     cdef Py_ssize_t total = 0, i, count
     cdef bytes data
     cdef char *to
@@ -107,21 +107,21 @@ cdef bytes plain(found):
             or field(message, CALLS) is not None
         ):
             return None
-        piece.at, piece.size = PyBytes_AS_STRING(head), PyBytes_GET_SIZE(head)
-        total += piece.size
-        piece += 1
-        piece.at = PyUnicode_AsUTF8AndSize(content, &piece.size)
-        total += piece.size
-        piece += 1
+        span.at, span.size = PyBytes_AS_STRING(head), PyBytes_GET_SIZE(head)
+        total += span.size
+        span += 1
+        span.at = PyUnicode_AsUTF8AndSize(content, &span.size)
+        total += span.size
+        span += 1
     found.messages = None
     shaped = found != BARE_CHAT
     found.messages = messages
     if shaped:
         return None
-    count = piece - pieces
+    count = span - spans
     data = PyBytes_FromStringAndSize(NULL, total)
     to = PyBytes_AS_STRING(data)
     for i in range(count):
-        memcpy(to, pieces[i].at, pieces[i].size)
-        to += pieces[i].size
+        memcpy(to, spans[i].at, spans[i].size)
+        to += spans[i].size
     return data

@@ -92,5 +92,9 @@ class BlockStore(Protocol):
         ...
 
     def bytes(self) -> int:
-        """Estimated size in memory."""
+        """Estimated size in memory; may cost a walk over all of it."""
+        ...
+
+    def roughly_bytes(self) -> int:
+        """The same at once, less exactly."""
         ...

@@ -19,6 +19,9 @@ from router.prefix.names import Names
 from router.prefix.pages import Page, ones
 from router.types import NO_HOLDERS, Held, Holders
 
+_BLOCK_BYTES: Final = 120
+"""Of memory per block, all told, rounded up from what `loadtests.index_cost` measures; to count anew takes tens of
+milliseconds."""
 _TANGLED: Final = 64
 """Most chains that wait to be laid side by side; one that finds no place comes again with its next lookup."""
 _CHUNK: Final = 64
@@ -97,6 +100,9 @@ class Blocks:
 
     def bytes(self) -> int:
         return self._layout.bytes() + sys.getsizeof(self._soon)
+
+    def roughly_bytes(self) -> int:
+        return len(self) * _BLOCK_BYTES
 
     # -- what requests in flight will bring
 

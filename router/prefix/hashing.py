@@ -7,6 +7,7 @@ which the index uses for what is not there: 1 stands in for it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterable
 from functools import lru_cache
 from itertools import chain as joined
@@ -45,7 +46,7 @@ class Hasher:
         compiled = part("router.prefix._chats")
         self._chats: Chats | None = None
         if compiled is not None:
-            self._chats = compiled.Chats(self._hashed, self._seeds, block_bytes, max_prompt_bytes)
+            self._chats = compiled.Chats(self._hashed, self._seeds, block_bytes, min(max_prompt_bytes, sys.maxsize))
 
     def chain(self, request: Request) -> Chain | None:
         """The chain of a request's prompt; None where it has none. Never raises, whatever the body."""

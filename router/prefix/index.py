@@ -241,3 +241,7 @@ class PrefixIndex:
     def bytes(self) -> int:
         """Estimated size in memory; may cost a walk over all of it."""
         return self._blocks.bytes()
+
+    def roughly_bytes(self) -> int:
+        """The same at once, less exactly."""
+        return self._blocks.roughly_bytes()

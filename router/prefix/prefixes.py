@@ -56,6 +56,8 @@ class PrefixStatus(msgspec.Struct, frozen=True):
     replicas: Mapping[str, CacheStatus]
     blocks: int
     """Prefix blocks in the index."""
+    bytes: int
+    """Of memory that they take, roughly."""
     max_blocks: int
     refused: int
     """Blocks that did not fit into the index."""
@@ -429,6 +431,7 @@ class Prefixes:
         return PrefixStatus(
             replicas={name: CacheStatus(state.mode, state.cause) for name, state in self._replicas.items()},
             blocks=len(self._index),
+            bytes=self._index.roughly_bytes(),
             max_blocks=self._index.max_blocks,
             refused=self._index.refused,
             late=len(self._late),

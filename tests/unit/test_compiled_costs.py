@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import random
-import resource
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, cast
@@ -32,7 +31,7 @@ from router.types import (
     ReplicaView,
     Snapshot,
 )
-from tests.twins import built
+from tests.twins import built, resident_kb
 from tests.unit.test_compiled_load import ODD_COUNTS, ODD_FIGURES, FakeLane, any_load, outcome
 
 COSTS = "router.policies._costs"
@@ -236,7 +235,7 @@ def test_millions_of_decisions_keep_no_memory() -> None:
             policy.choose(request, snapshot)
             policy.choose(request, by_hand)
         gc.collect()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resident_kb()
 
     found = [run(rounds) for rounds in (20_000, 50_000, 100_000)]
     assert max(after - before for before, after in pairwise(found)) < 4096  # kB

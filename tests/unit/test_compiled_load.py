@@ -7,7 +7,6 @@ import gc
 import math
 import pickle
 import random
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,7 +25,7 @@ from router.load.account import Account, new_account
 from router.load.model import new_fleet
 from router.pool import Pool, Views
 from router.types import CacheMode, Charge, EngineInfo, Load, PoolSnapshot, Snapshot
-from tests.twins import built
+from tests.twins import built, resident_kb
 
 OUTLOOKS = "router.load._outlooks"
 ODD_COUNTS = (-1, -(1 << 63), 1 << 31, (1 << 40) + 1, (1 << 53) + 1, (1 << 64) - 1, 1 << 70)
@@ -280,7 +279,7 @@ def test_millions_of_steps_and_snapshots_keep_no_memory() -> None:
             if number % 16 == 0:
                 assert snapshot.replicas
         gc.collect()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resident_kb()
 
     sizes = [run(rounds) for rounds in (100_000, 300_000, 600_000)]
     assert max(after - before for before, after in pairwise(sizes)) < 4096  # kB

@@ -60,10 +60,10 @@ class Notes:
     def retried(self, error: KvlaneError) -> None:
         self.retries.append(error.name)
 
-    def hashed(self, seconds: float) -> None:
+    def hashed(self, seconds: float, times: int = 1) -> None:
         self.hashes += 1
 
-    def looked_up(self, seconds: float) -> None:
+    def looked_up(self, seconds: float, times: int = 1) -> None:
         self.lookups += 1
 
     def routed(self, request: Request, receipt: Receipt) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +24,9 @@ from router.lane import client, frames
 from router.lane.frames import CacheReport, End, Head, Output, Step
 from router.lane.meter import FrameMeter
 from router.load import model
+from router.pool import Pool
 from router.types import Charge, EngineInfo, Headers, Load, Receipt, Request, Rpc
+from tests.twins import resident_kb
 from tests.unit.pythonic import pythonic
 
 pytestmark = pytest.mark.skipif(
@@ -144,6 +145,8 @@ class World:
                 self.lanes.append(lane)
 
         self.loop.run_until_complete(opened())
+        self.pool = Pool(self.lanes)
+        self.pool.watch()
         for lane in (0, 1):
             for kind in KINDS:
                 self.submit(lane, kind)
@@ -193,8 +196,16 @@ class World:
 
     def look(self, lane: int) -> str:
         """What a decision would see."""
-        account = self.lanes[lane].account
-        return repr((self.fleet.version, account.view(), account.load, account.unacked))
+        account, snapshot = self.lanes[lane].account, self.pool.snapshot("m", self.loop.now)
+        # First what needs no views, then these.
+        briefs = [
+            (one.queue_depth, one.asleep, one.expects_s(snapshot.now, 100, 30)) for one in map(snapshot.brief, "ab")
+        ]
+        numbers = getattr(snapshot.pool, "numbers", None)
+        told = None if numbers is None else list(memoryview(numbers).cast("d"))
+        room, terms = self.pool.room(), [float(term) for view in snapshot.replicas for term in view.terms]
+        assert told is None or repr(told) == repr(terms)
+        return repr((self.fleet.version, briefs, room, terms, account.view(), account.load, account.unacked))
 
     def everything(self) -> str:
         """All that was done and learned."""
@@ -492,12 +503,12 @@ def test_streams_and_loads_leave_nothing_behind() -> None:
     for _ in range(2000):
         lane.data_received(frame)
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_kb()
     for number in range(400_000):
         lane.data_received(frame)
         if not number % 1000:
             lane.account.view()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB.
+    assert resident_kb() - before < 4096  # KiB.
     world.close()
 
 

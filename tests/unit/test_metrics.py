@@ -107,14 +107,16 @@ async def test_a_scrape_shows_what_is_known_of_kv_caches() -> None:
 async def test_what_prompts_cost_and_what_of_them_was_held_is_added_up_by_model() -> None:
     metrics = Metrics()
     receipt = Receipt("r1", "a", "cost", Reason.LEAST_COST, 0, 2, 3, 60, 100)
+    metrics.hashed(0.25, 7)
+    metrics.looked_up(0.5, 7)
     for model in ("m", "m", "other"):
         metrics.hashed(0.25)
         metrics.looked_up(0.5)
         metrics.routed(make_request(model=model), receipt)
     metrics.routed(make_request(model="unhashed"), Receipt("r1", "a", "cost", Reason.LEAST_COST, 0))
     found = await samples(metrics)
-    assert (found["kvlane_prefix_hash_seconds_count"], found["kvlane_prefix_hash_seconds_sum"]) == (3, 0.75)
-    assert (found["kvlane_prefix_lookup_seconds_count"], found["kvlane_prefix_lookup_seconds_sum"]) == (3, 1.5)
+    assert (found["kvlane_prefix_hash_seconds_count"], found["kvlane_prefix_hash_seconds_sum"]) == (10, 2.5)
+    assert (found["kvlane_prefix_lookup_seconds_count"], found["kvlane_prefix_lookup_seconds_sum"]) == (10, 5.0)
     assert found['kvlane_prompt_tokens_total{model="m"}'] == 200
     assert found['kvlane_prefix_matched_tokens_total{model="m"}'] == 120
     assert found['kvlane_prefix_matched_tokens_total{model="other"}'] == 60

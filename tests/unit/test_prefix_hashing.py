@@ -16,6 +16,9 @@ from kvlane.v1 import inference_pb2 as pb
 from router.prefix.canonical import MAX_PROMPT_BYTES, Canonical, canonical
 from router.prefix.hashing import Hasher, chain_of, extend
 from router.types import Chain, Request, Rpc
+from tests.twins import twins
+
+both = twins("router.prefix._chats")
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -38,7 +38,9 @@ SUPERVISION = {"router.control", "router.listeners", "router.observe.merge", "ro
 # for all that is in it.
 ALLOWED: dict[str, set[str]] = {
     # Shared words and what checks them.
-    "router.types": set(),
+    "router.types": {"router.replica_view", "router.prefix_view"},
+    "router.replica_view": set(),
+    "router.prefix_view": set(),
     "router.errors": set(),
     "router.options": set(),
     "router.compiled": {"router.errors"},
