@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import signal
+import subprocess
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import ray
@@ -23,16 +27,49 @@ DEADLINE_S = 90.0
 def cluster(cpus: int = 8) -> Iterator[str]:
     """Starts a cluster, yields its address, and sees to it that none of its processes is left."""
     before = set(descendants(os.getpid()))
-    context = ray.init(
-        "local", num_cpus=cpus, include_dashboard=False, namespace=NAMESPACE, log_to_driver=False, logging_level="error"
-    )
+    address = _started(cpus) or _started(cpus, again=True)
     try:
-        yield context.address_info["gcs_address"]
+        yield address
     finally:
         started = set(descendants(os.getpid())) - before
         serve.shutdown()
         ray.shutdown()
         wait_until(lambda: not any(map(alive, started)), "the cluster's processes have ended")
+
+
+def _started(cpus: int, *, again: bool = False) -> str:
+    """The address of a cluster that was started; empty where Ray could not, unless that was the second time: a node
+    gets 30 s to start, which on a machine that vLLM's tests keep busy may not do."""
+    before = set(descendants(os.getpid()))
+    try:
+        context = ray.init(
+            "local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level="error",
+        )
+    except Exception:
+        _end(set(descendants(os.getpid())) - before)  # While the exception keeps Ray's own notes of them.
+        if again:
+            raise
+        traceback.print_exc()
+        return ""
+    address: str = context.address_info["gcs_address"]
+    return address
+
+
+def _end(processes: set[int]) -> None:
+    """Ends what is left of a cluster that did not start."""
+    ray.shutdown()
+    for pid in processes:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(map(alive, processes)), "what had been started of the cluster has ended")
+    for each in gc.get_objects():  # Who is not waited for would be a warning in some later test.
+        if issubclass(type(each), subprocess.Popen) and each.pid in processes:
+            each.wait()
 
 
 def alive(pid: int) -> bool:
