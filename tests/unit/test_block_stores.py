@@ -97,6 +97,7 @@ def test_both_stores_tell_the_same(
     twins.compare(tokens_per_block)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [3, 200])
 def test_blocks_stay_what_they_are_while_the_table_grows_and_shrinks(replicas: int) -> None:
     """Replicas come one by one, so that masks grow as well; each stores, and then evicts in another order."""

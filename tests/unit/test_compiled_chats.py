@@ -144,6 +144,7 @@ def test_no_block_has_the_hash_0(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(chain.blocks) == {1, 2}
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_chats_keep_no_memory() -> None:
     _, compiled = hashers()
     kinds = [

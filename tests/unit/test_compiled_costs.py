@@ -219,6 +219,7 @@ def test_chance_that_is_none_ends_as_in_python(drawn: Any) -> None:
         )
 
 
+@pytest.mark.slow
 def test_millions_of_decisions_keep_no_memory() -> None:
     _, policy = pair(Cost.Options(), 8)
     chance = random.Random(8)

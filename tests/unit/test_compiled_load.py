@@ -264,6 +264,7 @@ def test_what_is_asked_of_no_replica_is_refused() -> None:
         table.numbers.clear()
 
 
+@pytest.mark.slow
 def test_millions_of_steps_and_snapshots_keep_no_memory() -> None:
     compiled = built(OUTLOOKS)
     pool, accounts = a_pool(compiled, compiled.FleetModel(), INFOS)

@@ -512,6 +512,7 @@ def test_streams_and_loads_leave_nothing_behind() -> None:
     world.close()
 
 
+@pytest.mark.slow
 def test_a_lane_of_python_alone_stands_the_same_tests() -> None:
     files = [f"tests/unit/test_lane_{name}.py" for name in ("client", "ends", "slices", "stream")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "tests/unit/test_lane.py"]
