@@ -120,6 +120,13 @@ class Listeners:
     def addresses(self) -> list[Address]:
         return [address for address in (self.http, self.grpc, *self.admin) if address is not None]
 
+    def open(self) -> None:
+        """Who connects to what was bound anew waits from now on, and is not refused until a worker listens."""
+        for address in self._fresh:
+            for slot in address.slots:
+                for sock in slot:
+                    sock.listen()
+
     def abandon(self) -> None:
         """The configuration does not come about: closes what was bound for it alone."""
         for address in self._fresh:

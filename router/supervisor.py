@@ -232,6 +232,7 @@ class Supervisor:
             return "failed"
         self._config, self._listeners = config, listeners
         self._generations.append(new)
+        listeners.open()
         self._share_out()
         self._own(self._drain(old), "drain")
         for address in listeners.dropped:

@@ -352,25 +352,22 @@ cdef bint laid_out(snapshot, replicas, Pad* pad) except -1:
 
 cdef bint counted(number, double* value) except -1:
     """Whether it is a number of requests of which sums are exact as floats."""
-    cdef int overflow = 0
-    cdef long long found
-    if not PyLong_CheckExact(number):
-        return False
-    found = PyLong_AsLongLongAndOverflow(number, &overflow)
-    if overflow or not -MOST <= found <= MOST:
-        return False
-    value[0] = <double>found
-    return True
+    return whole(number, MOST, value)
 
 
 cdef bint exact(number, double* value) except -1:
     """Whether it is a whole number that is exact as a float."""
+    return whole(number, EXACT, value)
+
+
+cdef bint whole(number, long long most, double* value) except -1:
+    """Whether it is a whole number that is no further from 0."""
     cdef int overflow = 0
     cdef long long found
     if not PyLong_CheckExact(number):
         return False
     found = PyLong_AsLongLongAndOverflow(number, &overflow)
-    if overflow or not -EXACT <= found <= EXACT:
+    if overflow or not -most <= found <= most:
         return False
     value[0] = <double>found
     return True
