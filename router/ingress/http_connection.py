@@ -143,6 +143,8 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by type.
         self.write_now: Callable[[bytes], object] = self._transport.write
         tune(transport)
+        sock = transport.get_extra_info("socket") if self._beneath is None else None
+        self._socket = sock.fileno() if sock is not None else -1
         self._wait(_FRESH, self._site.options.header_timeout_s)
         if not self._site.admit(self):
             self._refuse(TooManyConnections("Too many connections are open"))
@@ -366,6 +368,10 @@ class Connection(asyncio.Protocol):
         if self.flowing:
             self._flow(False)
             self._flush()
+
+    def socket(self) -> int:
+        """The client's socket while all that was written is in it, for bytes that follow; else, and over TLS, -1."""
+        return -1 if self._held_output or self._transport.get_write_buffer_size() else self._socket
 
     def check_room(self) -> None:
         """Raises `ClientTooSlow` when more than `stream_buffer_bytes` are unread."""

@@ -88,6 +88,9 @@ class Output(Protocol):
     flowing: bool
     """Whether the client keeps up: nothing waits to be written."""
 
+    def socket(self) -> int:
+        """The client's socket while all that was written is in it, for bytes that follow; else, and over TLS, -1."""
+
     def write(self, data: bytes | memoryview) -> None:
         """Writes, or keeps what the client cannot take yet."""
 
@@ -185,6 +188,7 @@ class Exchange(Chunks):
         self._write = output.write_now
         self._open = False
         """The short way is open: chunked, the head is out and the client keeps up."""
+        self._socket = -1
         self._complete = False
         """All of it is written; the replica's `End` is on its way through dispatch."""
         self._receipt: Receipt | None = None
@@ -336,6 +340,7 @@ class Exchange(Chunks):
         """The client began or ceased to keep up."""
         able = self.started and not self.done and not self._complete
         self._open = able and self._ending == _CHUNKED and self._output.flowing
+        self._socket = self._output.socket() if self._open else -1
 
     def finish(self) -> None:
         """The replica's answer is complete."""

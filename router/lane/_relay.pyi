@@ -8,6 +8,7 @@ from router.types import Sink
 
 class Chunks:
     _open: bool
+    _socket: int
     _write: Callable[[bytes], object]
     def data(self, payload: bytes, tokens: int) -> None: ...
 

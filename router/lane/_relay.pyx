@@ -16,8 +16,22 @@ from router.load._steps cimport Numbers, Taker
 cdef extern from "Python.h":
     PyObject *PyDict_GetItemWithError(object, object) except? NULL
 
+cdef extern from *:
+    """
+    #include <sys/socket.h>
+    #ifndef MSG_NOSIGNAL
+    #define MSG_NOSIGNAL 0  /* Python ignores SIGPIPE. */
+    #endif
+    """
+    enum:
+        MSG_DONTWAIT
+        MSG_NOSIGNAL
+    Py_ssize_t send(int, const void *, size_t, int) nogil
+
 cdef enum:
     MOST_OUTPUTS = 256
+    SHORT_BYTES = 2048
+    FRAMING_BYTES = 20
 
 cdef Py_ssize_t LARGE_BYTES = _LARGE_BYTES
 cdef Py_ssize_t PACED_BYTES = 128 << 10
@@ -197,28 +211,37 @@ cdef Py_ssize_t _read_step(
     return outputs if reader.at == reader.end else -1
 
 
-cdef bytes _chunk(const unsigned char *payload, Py_ssize_t size):
-    """As HTTP/1 frames it."""
+cdef Py_ssize_t _frame(char *to, const unsigned char *payload, Py_ssize_t size) noexcept nogil:
+    """Writes the chunk as HTTP/1 frames it, in `FRAMING_BYTES` more at the most; returns its length."""
     cdef char digits[16]
     cdef int count = 0
+    cdef char *at = to
     cdef Py_ssize_t left = size
-    cdef bytes framed
-    cdef char *to
     while left:
         digits[count] = b"0123456789abcdef"[left & 15]
         count += 1
         left >>= 4
-    framed = PyBytes_FromStringAndSize(NULL, count + size + 4)
-    to = PyBytes_AS_STRING(framed)
     while count:
         count -= 1
-        to[0] = digits[count]
-        to += 1
-    to[0] = 13
-    to[1] = 10
-    memcpy(to + 2, payload, size)
-    to[size + 2] = 13
-    to[size + 3] = 10
+        at[0] = digits[count]
+        at += 1
+    at[0] = 13
+    at[1] = 10
+    memcpy(at + 2, payload, size)
+    at += size + 2
+    at[0] = 13
+    at[1] = 10
+    return at + 2 - to
+
+
+cdef bytes _chunk(const unsigned char *payload, Py_ssize_t size):
+    cdef Py_ssize_t left = size, length = 4
+    cdef bytes framed
+    while left:
+        length += 1
+        left >>= 4
+    framed = PyBytes_FromStringAndSize(NULL, length + size)
+    _frame(PyBytes_AS_STRING(framed), payload, size)
     return framed
 
 
@@ -226,16 +249,37 @@ cdef class Chunks:
     """The short way of an HTTP answer."""
 
     cdef public bint _open
+    cdef public int _socket
     cdef public object _write
+
+    def __cinit__(self, *_):
+        self._socket = -1
 
     def data(self, payload, tokens):
         """Relays one payload; by `_slowly` where the short way is not open."""
         if not self._open or not payload:
             self._slowly(payload)
         elif type(payload) is bytes:
-            self._write(_chunk(<const unsigned char *> PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload)))
+            self._relay(<const unsigned char *> PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload))
         else:
             self._write(b"%x\r\n%b\r\n" % (len(payload), payload))
+
+    cdef int _relay(self, const unsigned char *payload, Py_ssize_t size) except -1:
+        """Sends a payload that has bytes; only while `_open`."""
+        cdef char framed[SHORT_BYTES + FRAMING_BYTES]
+        cdef Py_ssize_t length, sent
+        if self._socket < 0 or size > SHORT_BYTES:
+            self._write(_chunk(payload, size))
+            return 0
+        length = _frame(framed, payload, size)
+        sent = send(self._socket, framed, length, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if sent != length:
+            # The client is slow, or gone: from here on it is the transport's, which has nothing waiting.
+            self._socket = -1
+            if sent < 0:
+                sent = 0
+            self._write(PyBytes_FromStringAndSize(framed + sent, length - sent))
+        return 0
 
 
 cdef object _short_data = Chunks.data
@@ -326,7 +370,7 @@ cdef class Relay:
                     self._began(stream)
                 tokens += pieces[i].tokens
                 if stream.chunks is not None and stream.chunks._open:
-                    stream.chunks._write(_chunk(pieces[i].payload, pieces[i].size))
+                    stream.chunks._relay(pieces[i].payload, pieces[i].size)
                 else:
                     stream.data(
                         PyBytes_FromStringAndSize(<const char *> pieces[i].payload, pieces[i].size), pieces[i].tokens

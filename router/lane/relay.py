@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 class Chunks:
     """The short way of an HTTP answer, whose body is chunked."""
 
-    __slots__ = ("_open", "_write")
+    __slots__ = ("_open", "_socket", "_write")
 
     _open: bool
     """The head is out and the client keeps up."""
+    _socket: int
+    """The client's socket, where bytes may go to it past the transport; else -1. The compiled class does that: nothing
+    may wait in the transport, and a socket is only closed after the short way is."""
     _write: Callable[[bytes], object]
 
     def data(self, payload: bytes, tokens: int) -> None:

@@ -85,6 +85,9 @@ class Reader:
     def write(self, data: bytes | memoryview) -> None:
         self._log.append((self._number, "write", bytes(data)))
 
+    def socket(self) -> int:
+        return -1
+
     def check_room(self) -> None: ...
     def answered(self, exchange: Any, *, close: bool) -> None: ...
     def cut(self) -> None: ...

@@ -25,6 +25,9 @@ class Wire:
 
     write = write_now
 
+    def socket(self) -> int:
+        return -1
+
     def check_room(self) -> None: ...
     def answered(self, exchange: Exchange, *, close: bool) -> None: ...
     def cut(self) -> None: ...

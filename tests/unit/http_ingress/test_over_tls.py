@@ -39,6 +39,10 @@ from tests.unit.http_ingress.test_limits import (  # noqa: F401
     test_a_client_that_still_sends_can_read_why_it_was_refused,
     test_a_half_sent_head_times_out_however_steadily_it_drips,
 )
+from tests.unit.http_ingress.test_straight import (  # noqa: F401
+    test_payloads_go_straight_to_a_client_that_keeps_up,
+    test_what_a_slow_client_cannot_take_waits_in_the_transport_and_all_arrives_in_order,
+)
 
 
 @pytest.fixture(scope="module")
