@@ -94,7 +94,8 @@ class Engines:
         """A frame for each lane that something was asked on, and how many answers are in it."""
         self._seq += 1
         for lane, pipe in self._lanes:
-            asked = [frame for data in pipe.written if isinstance(frame := frames.decode_up(data[4:]), Submit)]
+            sent = map(frames.decode_up, frames.FrameSplitter(1 << 30).feed(b"".join(pipe.written)))
+            asked = [frame for frame in sent if isinstance(frame, Submit)]
             pipe.written.clear()
             chains = [chain for call in asked if (chain := frames.unpack_chain(call.chain)) is not None]
             blocks = [block for chain in chains for block in chain.blocks]

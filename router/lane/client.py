@@ -173,7 +173,7 @@ class Lane(Relay, asyncio.Protocol):
             charge.matched,
         )
         if len(request.body) < frames.LARGE_BYTES:
-            output.write(frames.encode(submit))
+            output.join(frames.encode(submit))
         else:
             output.write_large(frames.encode_large(submit))
         try:

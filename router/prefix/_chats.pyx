@@ -1,7 +1,8 @@
-"""The chain of a plain chat, compiled: from the request's body to its hashes in one go (`router.prefix.hashing`).
+"""The chains of plain chats and texts, compiled: from a body to its hashes in one go (`router.prefix.hashing`).
 
 The rule: the same chain as the Python makes, for whatever body. A chat is plain where all its contents are texts and
-nothing shapes the prompt but them; with any other this goes on in Python behind the decoding. It owns no state.
+nothing shapes the prompt but them, a completion where its prompt is one text; any other is the Python's. It owns no
+state.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -13,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 from router.prefix.canonical import UNREADABLE
 from router.prefix.draft import ASSISTANT, HEADS, Draft
 from router.prefix.http_parts import Message
-from router.prefix.http_prompts import BARE_CHAT, chat_body, chat_draft
+from router.prefix.http_prompts import BARE_CHAT, BARE_TEXT, chat_body, chat_draft, text_body
 from router.types import Chain
 
 cdef extern from "Python.h":
@@ -42,16 +43,18 @@ cdef struct Span:
 
 
 cdef class Chats:
-    """What a `Hasher` asks of chats; `hashed` makes a draft's chain, `seeds` are those that it knows."""
+    """What a `Hasher` asks of chats and texts; `hashed` makes a draft's chain, `chained` that of any request, `seeds`
+    are those that it knows."""
 
-    cdef object hashed
+    cdef object hashed, chained
     cdef dict seeds
     cdef Py_ssize_t block_bytes, max_bytes
 
-    def __init__(self, hashed, dict seeds not None, Py_ssize_t block_bytes, Py_ssize_t max_bytes):
+    def __init__(self, hashed, chained, dict seeds not None, Py_ssize_t block_bytes, Py_ssize_t max_bytes):
         if block_bytes < 1:
             raise ValueError("blocks without bytes")
         self.hashed = hashed
+        self.chained = chained
         self.seeds = seeds
         self.block_bytes = block_bytes
         self.max_bytes = max_bytes
@@ -66,16 +69,31 @@ cdef class Chats:
         if data is not None:
             seed = self.seeds.get(("chat", request.model, request.lora, request.cache_salt))
             if seed is not None:
-                return self.chain_of(seed, data)
+                return self.chain_of(seed, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
         try:
             draft = chat_draft(Draft("chat", ASSISTANT), found, 0)
         except UNREADABLE:
             return None
         return None if draft is None else self.hashed(draft, request)
 
-    cdef object chain_of(self, seed, bytes data):
-        cdef const char *at = PyBytes_AS_STRING(data)
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(data), i, count = min(size, self.max_bytes) // self.block_bytes
+    def text_chain(self, request):
+        """The chain of a completion's prompt, which is not large; None where it has none."""
+        cdef const char *at
+        cdef Py_ssize_t size
+        try:
+            found = text_body.decode(request.body)
+            text, found.prompt = found.prompt, ""
+            if found == BARE_TEXT:
+                seed = self.seeds.get(("completion", request.model, request.lora, request.cache_salt))
+                if seed is not None:
+                    at = PyUnicode_AsUTF8AndSize(text, &size)
+                    return self.chain_of(seed, at, size)
+        except UNREADABLE:
+            pass  # Such as a prompt of token ids, which the Python reads otherwise.
+        return self.chained(request)
+
+    cdef object chain_of(self, seed, const char *at, Py_ssize_t size):
+        cdef Py_ssize_t i, count = min(size, self.max_bytes) // self.block_bytes
         cdef list hashes = []
         last = seed
         for i in range(count):

@@ -19,7 +19,7 @@ from xxhash import xxh3_64_intdigest
 from router.compiled import part
 from router.prefix.canonical import Canonical, data_of, namespace_of, read, read_in_slices
 from router.prefix.draft import Draft
-from router.prefix.http_prompts import CHAT_PATH
+from router.prefix.http_prompts import CHAT_PATH, TEXT_PATH
 from router.prefix.window import LARGE_BYTES
 from router.types import Chain, Request, Rpc
 
@@ -46,12 +46,19 @@ class Hasher:
         compiled = part("router.prefix._chats")
         self._chats: Chats | None = None
         if compiled is not None:
-            self._chats = compiled.Chats(self._hashed, self._seeds, block_bytes, min(max_prompt_bytes, sys.maxsize))
+            most = min(max_prompt_bytes, sys.maxsize)
+            self._chats = compiled.Chats(self._hashed, self._chained, self._seeds, block_bytes, most)
 
     def chain(self, request: Request) -> Chain | None:
         """The chain of a request's prompt; None where it has none. Never raises, whatever the body."""
-        if self._chats is not None and request.path == CHAT_PATH and _is_short_post(request):
-            return self._chats.chain(request)
+        if self._chats is not None and _is_short_post(request):
+            if request.path == CHAT_PATH:
+                return self._chats.chain(request)
+            if request.path == TEXT_PATH:
+                return self._chats.text_chain(request)
+        return self._chained(request)
+
+    def _chained(self, request: Request) -> Chain | None:
         draft = self._read(request)
         return None if draft is None else self._hashed(draft, request)
 

@@ -47,6 +47,7 @@ from router.prefix.window import decode
 T = TypeVar("T")
 
 CHAT_PATH: Final = "/v1/chat/completions"
+TEXT_PATH: Final = "/v1/completions"
 _BILLING: Final = "x-anthropic-billing-header"
 """Changes with each request; vLLM takes such texts out."""
 
@@ -171,7 +172,8 @@ class _First(Struct, array_like=True, gc=False):
 
 
 prompt_body: Final = msgspec.json.Decoder(_PromptBody)
-_text_body: Final = msgspec.json.Decoder(_TextBody)
+text_body: Final = msgspec.json.Decoder(_TextBody)
+BARE_TEXT: Final = _TextBody(prompt="")
 _pair_body: Final = msgspec.json.Decoder(_PairBody)
 one_text: Final = msgspec.json.Decoder(str)
 _first: Final = msgspec.json.Decoder(_First)
@@ -183,7 +185,7 @@ PROMPT_ENDS: Final = (b'"}', b"]}", b'"]}', b"]]}", *CHAT_ENDS)
 
 def _completion(body: bytes, limit: int) -> Draft | None:
     try:  # A single text is most common, and then decoded in one pass.
-        text, unread_bytes = decode(_text_body, body, limit, _TEXT_ENDS)
+        text, unread_bytes = decode(text_body, body, limit, _TEXT_ENDS)
     except msgspec.DecodeError:
         found, unread_bytes = decode(prompt_body, body, limit, PROMPT_ENDS)
         return _prompt(Draft("completion", ""), found.prompt, found, unread_bytes, limit)
@@ -445,7 +447,7 @@ def _add_result(block: Part, add: Add) -> None:
 
 READERS: Final[dict[str, Callable[[bytes, int], Draft | None]]] = {
     CHAT_PATH: _chat,
-    "/v1/completions": _completion,
+    TEXT_PATH: _completion,
     "/inference/v1/generate": _generate,
     "/v1/responses": _responses,
     "/v1/messages": _messages,

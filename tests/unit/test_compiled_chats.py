@@ -1,4 +1,4 @@
-"""The compiled way of plain chats beside the Python one: the same chain of whatever body."""
+"""The compiled way of plain chats and texts beside the Python one: the same chain of whatever body."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import sys
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from router.compiled import VARIABLE
 from router.prefix.hashing import Hasher
-from router.prefix.http_prompts import CHAT_PATH
+from router.prefix.http_prompts import CHAT_PATH, TEXT_PATH
 from router.prefix.window import LARGE_BYTES
 from router.types import Chain, Request, Rpc
 from tests.twins import built
@@ -37,6 +38,10 @@ def hashers(block_bytes: int = 8, max_bytes: int = 1 << 20) -> tuple[Hasher, Has
 def chat(body: bytes | dict[str, Any], **fields: Any) -> Request:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     return Request("r", "m", Rpc.HTTP, CHAT_PATH, raw, **fields)
+
+
+def completion(body: bytes | dict[str, Any], **fields: Any) -> Request:
+    return msgspec.structs.replace(chat(body, **fields), path=TEXT_PATH)
 
 
 texts = st.text(max_size=40) | st.text("abc ", max_size=80) | st.sampled_from(["\ud800", "\x00", "é" * 20, ""])
@@ -89,6 +94,49 @@ def test_both_make_the_same_chain_of_any_chat(
                 assert repr(compiled.chain(request)) == repr(python.chain(request))
 
 
+prompts = st.fixed_dictionaries(
+    {"prompt": texts | st.text(max_size=300) | st.lists(st.integers(0, 99), max_size=9) | st.lists(texts, max_size=2)},
+    optional={
+        "model": texts,
+        "stream": st.booleans(),
+        "chat_template": texts | st.none(),
+        "add_special_tokens": st.booleans() | st.none(),
+        "documents": st.none() | st.lists(texts, max_size=1),
+    },
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(prompts, st.integers(0, 40), st.sampled_from(["", "s"]), st.sampled_from(["", "l"])), max_size=6
+    ),
+    st.sampled_from([1, 8, 100]),
+    st.sampled_from([0, 20, 1 << 20]),
+)
+@example([({"prompt": "x" * 30}, 0, "", "")] * 3, 8, 1 << 20)
+def test_both_make_the_same_chain_of_any_completion(
+    asked: list[tuple[dict[str, Any], int, str, str]], block_bytes: int, max_bytes: int
+) -> None:
+    python, compiled = hashers(block_bytes, max_bytes)
+    for body, cut, salt, lora in asked:
+        for ascii_only in (True, False):
+            raw = json.dumps(body, ensure_ascii=ascii_only).encode(errors="surrogatepass")
+            for part in (raw, raw[: len(raw) - cut]):  # The second time a seed is known.
+                request = completion(part, cache_salt=salt, lora=lora)
+                assert repr(compiled.chain(request)) == repr(python.chain(request))
+
+
+def test_a_plain_text_is_hashed_without_the_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, compiled = hashers()
+    request = completion({"prompt": "x" * 50, "max_tokens": 3, "stream": True})
+    chain = compiled.chain(request)
+    monkeypatch.setattr("router.prefix.hashing.read", None)
+    assert compiled.chain(request) == chain
+    assert chain is not None
+    assert len(chain.blocks) == 6
+
+
 @settings(deadline=None)
 @given(st.binary(max_size=200))
 @example(b"")
@@ -96,7 +144,7 @@ def test_both_make_the_same_chain_of_any_chat(
 @example(b'{"messages": [{"role": "user", "content": "\xff"}]}')
 def test_both_make_the_same_of_bytes_that_are_no_chat(body: bytes) -> None:
     python, compiled = hashers()
-    for request in (chat(body), chat(b'{"messages": [' + body)):
+    for request in (chat(body), chat(b'{"messages": [' + body), completion(body), completion(b'{"prompt": "' + body)):
         assert repr(compiled.chain(request)) == repr(python.chain(request))
 
 
@@ -115,6 +163,8 @@ class Nobody:
     def chain(self, request: Request) -> Chain | None:
         raise AssertionError("asked")
 
+    text_chain = chain
+
 
 def test_what_is_no_short_post_is_left_to_the_python() -> None:
     python, compiled = hashers()
@@ -123,6 +173,8 @@ def test_what_is_no_short_post_is_left_to_the_python() -> None:
     for request in (
         chat(body),
         chat({"messages": [{"role": "user", "content": "x" * 50}]}, method="GET"),
+        completion({"prompt": "x" * LARGE_BYTES}),
+        completion({"prompt": "x" * 50}, method="GET"),
         Request("r", "m", Rpc.GRPC, CHAT_PATH, b""),
         Request("r", "m", Rpc.HTTP, f"{CHAT_PATH}?a=b", b'{"messages": [{"role": "user", "content": "xxxxxxxx"}]}'),
     ):
@@ -134,14 +186,19 @@ def test_no_block_has_the_hash_0(monkeypatch: pytest.MonkeyPatch) -> None:
         return (sum(data) + seed) % 3
 
     python, compiled = hashers()
-    request = chat({"messages": [{"role": "user", "content": "abcdefghijk" * 40}]})
-    assert compiled.chain(request) == python.chain(request)  # The seed is known from now on.
+    requests = (
+        chat({"messages": [{"role": "user", "content": "abcdefghijk" * 40}]}),
+        completion({"prompt": "abcdefghijk" * 40}),
+    )
+    for request in requests:
+        assert compiled.chain(request) == python.chain(request)  # The seed is known from now on.
     for module in ("router.prefix.hashing", CHATS):
         monkeypatch.setattr(f"{module}.xxh3_64_intdigest", weak)
-    chain = compiled.chain(request)
-    assert chain == python.chain(request)
-    assert chain is not None
-    assert set(chain.blocks) == {1, 2}
+    for request in requests:
+        chain = compiled.chain(request)
+        assert chain == python.chain(request)
+        assert chain is not None
+        assert set(chain.blocks) == {1, 2}
 
 
 @pytest.mark.slow
@@ -152,6 +209,9 @@ def test_a_hundred_thousand_chats_keep_no_memory() -> None:
         chat({"messages": [{"role": "user", "content": "x" * 500}], "tools": [{"function": {"name": "f"}}]}),
         chat(b'{"messages": [{"role": "user", "content": "xx'),
         chat(b'{"messages": [{"role": "user", "content": ["\xc3\xa9"], "name": "n"}]}'),
+        completion({"prompt": "x\u00e9" * 300}),
+        completion({"prompt": [1, 2, 3], "n": 2}),
+        completion(b'{"prompt": "xx'),
     ]
 
     def run(rounds: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import msgspec
@@ -144,3 +145,69 @@ async def test_a_large_stream_that_is_cancelled_at_once_is_aborted_after_it_arri
         await eventually(lambda: len(engine.calls) == 1 and fleet.replicas["a"].active == 0)
     finally:
         await fleet.close()
+
+
+async def test_of_frames_that_may_wait_the_first_goes_at_once_and_the_others_in_one_write() -> None:
+    out, transport = output()
+    for frame in (b"one", b"two", b"three"):
+        out.join(frame)
+    assert transport.turns == [[b"one"]]
+    await transport.turn()
+    assert transport.turns == [[b"one"], [b"twothree"]]
+    out.join(b"four")
+    assert transport.turns[-1] == [b"twothree", b"four"], "a frame of another turn waited"
+    await transport.turn()
+    assert transport.taken == b"onetwothreefour"
+
+
+async def test_frames_that_wait_are_written_once_they_are_many() -> None:
+    out, transport = output()
+    frames = [bytes([at]) * 3000 for at in range(40)]
+    for frame in frames:
+        out.join(frame)
+    (written,) = transport.turns
+    assert written[0] == frames[0]
+    assert [len(each) for each in written[1:]] == [33_000] * 3, "11 frames are as many as may wait"
+    await transport.turn()
+    assert transport.taken == b"".join(frames)
+
+
+async def test_nothing_overtakes_frames_that_wait() -> None:
+    draw = random.Random(3)
+    for _ in range(300):
+        out, transport = output()
+        said = b""
+        for number in range(draw.randrange(2, 30)):
+            frame = b"<%d>" % number * draw.choice([1, 1, 10, 3000])
+            deed = draw.choice(["join", "join", "join", "write", "large", "turn", "full"])
+            if deed == "join":
+                out.join(frame)
+            elif deed == "write":
+                out.write(frame)
+            elif deed == "large":
+                out.write_large((frame, b"|" * (PIECE_BYTES + 5), b"."))
+                frame += b"|" * (PIECE_BYTES + 5) + b"."
+            elif deed == "turn":
+                await transport.turn()
+                continue
+            else:
+                out.pause()
+                await transport.turn()
+                out.resume()
+                continue
+            said += frame
+        for _ in range(40):
+            await transport.turn()
+        assert transport.taken == said
+
+
+async def test_what_waits_is_forgotten_with_the_lane() -> None:
+    out, transport = output()
+    out.join(b"one")
+    out.join(b"two")
+    out.close()
+    out.join(b"three")
+    out.write(b"four")
+    await transport.turn()
+    await transport.turn()
+    assert transport.taken == b"one"
