@@ -85,6 +85,8 @@ class Listeners:
             (before.http, before.grpc, before.admin) if before else (None, None, [])
         )
         self._fresh: list[Address] = []
+        self._aio = config.grpc.edge == "aio"
+        """grpc's own server binds beside the slots: in the queue of one that listened connections would wait in vain."""
         self.http: Address | None = None
         self.grpc: Address | None = None
         self.admin: list[Address] = []
@@ -92,7 +94,10 @@ class Listeners:
             if config.http.enabled:
                 self.http = self._address(config.http.host, config.http.port, http_before, config.workers)
             if config.grpc.enabled:
-                self.grpc = self._address(config.grpc.host, config.grpc.port, grpc_before, config.workers)
+                same_edge = before is not None and before._aio is self._aio
+                there = grpc_before if same_edge else None
+                ours = grpc_before is not None and grpc_before.port == config.grpc.port
+                self.grpc = self._address(config.grpc.host, config.grpc.port, there, config.workers, ours=ours)
             if config.admin.enabled:
                 ports = [admin_port(config, worker) for worker in range(config.workers)]
                 for worker, port in enumerate(ports):
@@ -105,9 +110,9 @@ class Listeners:
         self.dropped = [each for each in (before.addresses() if before else ()) if each not in self.addresses()]
         """Those of the earlier configuration that nobody needs now; to be closed once its workers have ceased."""
 
-    def _address(self, host: str, port: int, there: Address | None, slots: int) -> Address:
+    def _address(self, host: str, port: int, there: Address | None, slots: int, *, ours: bool = False) -> Address:
         if there is None or host != there.asked[0] or port not in (there.asked[1], there.port):
-            there = Address(host, port, ours=there is not None and there.port == port)
+            there = Address(host, port, ours=ours or (there is not None and there.port == port))
             self._fresh.append(there)
         there.extend(slots)
         return there
@@ -121,9 +126,10 @@ class Listeners:
         return [address for address in (self.http, self.grpc, *self.admin) if address is not None]
 
     def open(self) -> None:
-        """Who connects to what was bound anew waits from now on, and is not refused until a worker listens."""
+        """Who connects to what was bound anew waits from now on, and is not refused until a worker listens. Raises
+        `OSError` where another process listens there by now."""
         for address in self._fresh:
-            for slot in address.slots:
+            for slot in address.slots if address is not self.grpc or not self._aio else ():
                 for sock in slot:
                     sock.listen()
 

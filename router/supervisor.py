@@ -221,18 +221,17 @@ class Supervisor:
         old, new = self._generations[-1], self._generation(config, listeners)
         taken_over, self._candidate = False, new
         try:
-            taken_over = await self._can_take_over(new, old)
+            taken_over = await self._can_take_over(new, old) and _opened(listeners)
         finally:
             if not taken_over:
                 await new.close()
                 listeners.abandon()
             self._candidate = None
         if not taken_over:
-            log.error("reload failed, the configuration in use stays: its workers did not become ready")
+            log.error("reload failed, the configuration in use stays")
             return "failed"
         self._config, self._listeners = config, listeners
         self._generations.append(new)
-        listeners.open()
         self._share_out()
         self._own(self._drain(old), "drain")
         for address in listeners.dropped:
@@ -247,10 +246,10 @@ class Supervisor:
             async with asyncio.timeout(READY_LIMIT_S):
                 while not (new.ready or (new.started and not old.serving)):
                     if new.failed.is_set():
-                        return False
+                        return _unready()
                     await self._news.wait()
         except TimeoutError:
-            return False
+            return _unready()
         return True
 
     async def _drain(self, generation: Generation) -> None:
@@ -284,3 +283,17 @@ class Supervisor:
         silent = [remains(worker.figures) for worker in there if worker not in fresh]
         figures = [self._metrics.snapshot(len(counted)), *(worker.figures for worker in counted), *silent, self._ended]
         asking.page(number, exposition(merge(figures)))
+
+
+def _unready() -> bool:
+    log.error("reload failed: the new workers did not become ready")
+    return False
+
+
+def _opened(listeners: Listeners) -> bool:
+    try:
+        listeners.open()
+    except OSError as error:
+        log.error("reload failed: %s", error)
+        return False
+    return True

@@ -1,8 +1,9 @@
 """HTTP/1 responses: heads as bytes, and `Exchange`, the sink that relays a replica's answer to one request.
 
 An exchange owns the framing of its response and nothing else; bytes go to its connection, which owns the transport and
-what a slow client has not read. The one rule: nothing of an answer is written before its first payload (or the end) is
-here, so that until then a failed try can be forgotten. Only a stream that waits long for a replica is begun before.
+what a slow client has not read, or straight to the socket while there is nothing such. The one rule: nothing of an
+answer is written before its first payload (or the end) is here, so that until then a failed try can be forgotten. Only
+a stream that waits long for a replica is begun before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The short way of a plain step, from a lane's bytes to the clients' transports (see `router/lane/relay.py`).
+"""The short way of a plain step, from a lane's bytes to the clients (see `router/lane/relay.py`).
 
 Rule: a frame is read whole before anything of it is done, and whatever is not plain goes the long way untouched. No
 reference is borrowed over a call: a sink may end its stream, others' and the lane.
@@ -262,23 +262,30 @@ cdef class Chunks:
         elif type(payload) is bytes:
             self._relay(<const unsigned char *> PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload))
         else:
+            self._socket = -1  # For what follows may not overtake what the transport could not send at once.
             self._write(b"%x\r\n%b\r\n" % (len(payload), payload))
 
     cdef int _relay(self, const unsigned char *payload, Py_ssize_t size) except -1:
         """Sends a payload that has bytes; only while `_open`."""
         cdef char framed[SHORT_BYTES + FRAMING_BYTES]
+        cdef const char *at = framed
         cdef Py_ssize_t length, sent
-        if self._socket < 0 or size > SHORT_BYTES:
+        cdef bytes chunk
+        if self._socket < 0:
             self._write(_chunk(payload, size))
             return 0
-        length = _frame(framed, payload, size)
-        sent = send(self._socket, framed, length, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if size <= SHORT_BYTES:
+            length = _frame(framed, payload, size)
+        else:
+            chunk = _chunk(payload, size)
+            at, length = PyBytes_AS_STRING(chunk), PyBytes_GET_SIZE(chunk)
+        sent = send(self._socket, at, length, MSG_DONTWAIT | MSG_NOSIGNAL)
         if sent != length:
             # The client is slow, or gone: from here on it is the transport's, which has nothing waiting.
             self._socket = -1
             if sent < 0:
                 sent = 0
-            self._write(PyBytes_FromStringAndSize(framed + sent, length - sent))
+            self._write(PyBytes_FromStringAndSize(at + sent, length - sent))
         return 0
 
 

@@ -2,7 +2,7 @@
 
 A step is plain where all that it brings is payloads and a load. Of these there are thousands a second, each alone
 after the processor's caches have seen other work, so that what counts is how little memory one touches. The rule: the
-compiled classes (`_relay.pyx`) take a plain step that came alone from its bytes to the transports in one go, and leave
+compiled classes (`_relay.pyx`) take a plain step that came alone from its bytes to the clients in one go, and leave
 all else, what is malformed too, to the Python way; these here leave it everything.
 """
 

@@ -31,7 +31,8 @@ class WorkerMetrics(Collector):
         )
         self._reloads = Counter(
             "kvlane_reloads",
-            "Reloads of the configuration: ok, refused (it is invalid), or failed (its workers did not become ready).",
+            "Reloads of the configuration: ok, refused (it is invalid), or failed (its workers did not become ready, "
+            "or an address was taken).",
             ["outcome"],
             registry=self._registry,
         )

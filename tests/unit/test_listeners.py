@@ -40,9 +40,7 @@ def port_of(listeners: Listeners) -> int:
 
 
 def accepts(port: int) -> bool:
-    with socket.socket() as client:
-        client.settimeout(5)
-        return client.connect_ex(("127.0.0.1", port)) == 0
+    return connects("127.0.0.1", port)
 
 
 def test_every_worker_has_a_socket_at_each_address(make: Make) -> None:
@@ -197,3 +195,51 @@ def test_every_slot_has_one_listener_as_long_as_there_is_any_worker(
     slots: int, ready: list[int], started: list[int], shares: dict[int, tuple[int, ...]]
 ) -> None:
     assert share(slots, ready, started) == shares
+
+
+def test_what_was_bound_anew_is_open_before_a_worker_listens(make: Make) -> None:
+    first = make(config())
+    second = make(config(http=HttpOptions(port=0, host="127.0.0.2"), admin=AdminOptions(enabled=True, port=0)), first)
+    assert second.http is not None
+    ports = [(second.http.asked[0], second.http.port), *(("127.0.0.1", admin.port) for admin in second.admin)]
+    assert not any(connects(*port) for port in ports)
+    second.open()
+    assert all(connects(*port) for port in ports)
+    assert second.grpc is not None
+    assert second.grpc is first.grpc
+    assert not connects("127.0.0.1", second.grpc.port), "what was there before is its workers' to open"
+
+
+def test_nobody_waits_where_only_grpcs_own_server_listens(make: Make) -> None:
+    first = make(config(grpc=GrpcOptions(port=0, edge="h2")))
+    assert first.grpc is not None
+    port = first.grpc.port
+    for slot in first.grpc.slots:
+        slot[0].listen()  # As its workers do.
+    second = make(config(grpc=GrpcOptions(port=port, edge="aio")), first)
+    assert second.grpc is not None
+    assert second.grpc.port == port
+    assert first.grpc in second.dropped
+    second.open()
+    first.grpc.close()
+    assert not connects("127.0.0.1", port)
+    third = make(config(grpc=GrpcOptions(port=port, edge="h2")), second)
+    third.open()
+    assert connects("127.0.0.1", port)
+
+
+def test_an_address_that_was_taken_meanwhile_cannot_be_opened(make: Make) -> None:
+    first = make(config())
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        second = make(config(http=HttpOptions(host="127.0.0.1", port=other.getsockname()[1])), first)
+        other.listen()
+        with pytest.raises(OSError, match="in use"):
+            second.open()
+
+
+def connects(host: str, port: int) -> bool:
+    with socket.socket() as client:
+        client.settimeout(5)
+        return client.connect_ex((host, port)) == 0

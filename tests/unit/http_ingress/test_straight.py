@@ -9,6 +9,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from router import compiled
 from router.errors import ReplicaLost
 from router.lane import frames
@@ -20,7 +22,7 @@ from tests.unit.http_ingress.serving import DEADLINE_S, SSE, Client, Served, pos
 
 STRAIGHT = compiled.part("router.lane._relay") is not None
 LONGEST = 2048
-"""A longer payload goes by the transport."""
+"""A longer payload is framed elsewhere."""
 
 
 class Pipe(asyncio.Transport):
@@ -99,13 +101,34 @@ async def begun(client: Client) -> None:
     assert await client.chunk() == b"first"
 
 
+async def narrow_client(serves: Served) -> Client:
+    """One that the kernel keeps little for."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", serves.port))
+    return Client(*await asyncio.open_connection(sock=sock, limit=1024))
+
+
+async def body_of(client: Client, got: bytes) -> bytes:
+    """All of the answer's body, still in chunks; `got` was read already."""
+    while not got.endswith(b"\r\n0\r\n\r\n"):
+        got += await asyncio.wait_for(client.reader.read(1000), DEADLINE_S)
+    return got.partition(b"\r\n\r\n")[2]
+
+
+def chunked(payloads: list[bytes]) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*payloads, b""])
+
+
 def narrowed(replica: Replica, stream: int = 1) -> None:
     replica.transport(stream).get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
 
 async def test_payloads_go_straight_to_a_client_that_keeps_up() -> None:
     replica = Replica()
-    payloads = [bytes([65 + at % 26]) * (1 + at * 7 % (LONGEST + 1)) for at in range(300)]
+    sizes = [*range(1, LONGEST, 7), LONGEST - 1, LONGEST, LONGEST + 1, 3 * LONGEST, 255, 256, 4095, 4096]
+    payloads = [bytes([65 + at % 26]) * size for at, size in enumerate(sizes)]
     async with served(replica.script) as serves:
         (client,) = await asked(serves, replica)
         await begun(client)
@@ -149,7 +172,7 @@ async def test_what_a_slow_client_cannot_take_waits_in_the_transport_and_all_arr
             straight.add(replica.sinks[0]._socket >= 0)
             if draw.random() < 0.2:
                 await asyncio.sleep(0)
-            if at % 300 == 299:  # It catches up, and payloads may go straight again.
+            if at % 300 == 299:  # It catches up.
                 await serves.until(lambda: b"".join(got) == b"".join(payloads[: at + 1]))  # noqa: B023
         assert straight == ({False} if serving.TLS else {True, False})
         replica.end()
@@ -158,15 +181,38 @@ async def test_what_a_slow_client_cannot_take_waits_in_the_transport_and_all_arr
         await client.close()
 
 
+@pytest.mark.parametrize("size", [LONGEST, LONGEST + 500])
+@pytest.mark.parametrize("kind", [bytes, memoryview])
+async def test_a_short_payload_waits_behind_a_longer_one_that_is_in_the_transport(size: int, kind: Any) -> None:
+    replica = Replica()
+    async with served(replica.script) as serves:
+        client = await narrow_client(serves)
+        client.write(post())
+        await serves.until(lambda: bool(replica.sinks))
+        narrowed(replica)
+        replica.begin()
+        said = [b"first"]
+        while not replica.transport().get_write_buffer_size():
+            said.append(b"%05d" % len(said) * (size // 5))
+            if kind is bytes:
+                replica.say(said[-1])
+            else:
+                replica.sinks[0].data(kind(said[-1]), 1)
+        got = await client.reader.read(1000)
+        for _ in range(100):  # The kernel has room again for a moment, whenever the client took something.
+            said.append(b"short")
+            replica.say(b"short")
+            got += await client.reader.read(1000)
+        replica.end()
+        assert await body_of(client, got) == chunked(said)
+        await client.close()
+
+
 async def test_payloads_wait_behind_a_first_one_that_is_still_in_the_transport() -> None:
     replica = Replica()
     first, rest = b"f" * 60_000, [b"%d" % at for at in range(100)]
     async with served(replica.script) as serves:
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", serves.port))
-        client = Client(*await asyncio.open_connection(sock=sock, limit=1024))
+        client = await narrow_client(serves)
         client.write(post())
         await serves.until(lambda: bool(replica.sinks))
         narrowed(replica)
@@ -180,10 +226,7 @@ async def test_payloads_wait_behind_a_first_one_that_is_still_in_the_transport()
             replica.say(payload)
             got += await client.reader.read(1000)
         replica.end()
-        while not got.endswith(b"\r\n0\r\n\r\n"):
-            got += await asyncio.wait_for(client.reader.read(1000), DEADLINE_S)
-        body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [first, *rest, b""])
-        assert got.partition(b"\r\n\r\n")[2] == body
+        assert await body_of(client, got) == chunked([first, *rest])
         await client.close()
 
 
@@ -223,6 +266,7 @@ async def test_nothing_goes_to_a_socket_of_the_same_number_that_was_opened_since
         assert any(number in (one.fileno(), other.fileno()) for one, other in others)
         for _ in range(50):
             replica.say(b"stray")
+            replica.sinks[0].data(b"stray", 1)
         for one, other in others:
             for end in (one, other):
                 end.setblocking(False)
