@@ -86,7 +86,7 @@ class Listeners:
         )
         self._fresh: list[Address] = []
         self._aio = config.grpc.edge == "aio"
-        """grpc's own server binds beside the slots: in the queue of one that listened connections would wait in vain."""
+        """Then grpc's own server binds beside the slots, and who waited in the queue of one of these did so in vain."""
         self.http: Address | None = None
         self.grpc: Address | None = None
         self.admin: list[Address] = []
