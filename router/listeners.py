@@ -94,10 +94,11 @@ class Listeners:
             if config.http.enabled:
                 self.http = self._address(config.http.host, config.http.port, http_before, config.workers)
             if config.grpc.enabled:
-                same_edge = before is not None and before._aio is self._aio
-                there = grpc_before if same_edge else None
-                ours = grpc_before is not None and grpc_before.port == config.grpc.port
-                self.grpc = self._address(config.grpc.host, config.grpc.port, there, config.workers, ours=ours)
+                asked = config.grpc.host, config.grpc.port
+                if grpc_before is not None and before is not None and before._aio is not self._aio:
+                    self.grpc = self._bound_anew(*asked, grpc_before, config.workers)
+                else:
+                    self.grpc = self._address(*asked, grpc_before, config.workers)
             if config.admin.enabled:
                 ports = [admin_port(config, worker) for worker in range(config.workers)]
                 for worker, port in enumerate(ports):
@@ -107,20 +108,27 @@ class Listeners:
             for address in self._fresh:
                 address.close()
             raise
+        shared = [address for address in (self.http, self.grpc) if address is not None]
+        self.slots = max((len(address.slots) for address in shared), default=0)
+        """How many there are at the address that has the most; what a later configuration adds is not counted."""
         self.dropped = [each for each in (before.addresses() if before else ()) if each not in self.addresses()]
         """Those of the earlier configuration that nobody needs now; to be closed once its workers have ceased."""
 
-    def _address(self, host: str, port: int, there: Address | None, slots: int, *, ours: bool = False) -> Address:
+    def _address(self, host: str, port: int, there: Address | None, slots: int) -> Address:
         if there is None or host != there.asked[0] or port not in (there.asked[1], there.port):
-            there = Address(host, port, ours=ours or (there is not None and there.port == port))
+            there = Address(host, port, ours=there is not None and there.port == port)
             self._fresh.append(there)
         there.extend(slots)
         return there
 
-    @property
-    def slots(self) -> int:
-        """How many there are at the address that has the most."""
-        return max((len(address.slots) for address in (self.http, self.grpc) if address is not None), default=0)
+    def _bound_anew(self, host: str, port: int, there: Address, slots: int) -> Address:
+        """An address of its own, where that of before has the sockets of another kind of server."""
+        kept = host == there.asked[0] and port in (there.asked[1], there.port)
+        address = Address(host, there.port if kept else port, ours=kept or port == there.port)
+        address.asked = host, port
+        self._fresh.append(address)
+        address.extend(slots)
+        return address
 
     def addresses(self) -> list[Address]:
         return [address for address in (self.http, self.grpc, *self.admin) if address is not None]
@@ -128,10 +136,17 @@ class Listeners:
     def open(self) -> None:
         """Who connects to what was bound anew waits from now on, and is not refused until a worker listens. Raises
         `OSError` where another process listens there by now."""
-        for address in self._fresh:
-            for slot in address.slots if address is not self.grpc or not self._aio else ():
-                for sock in slot:
-                    sock.listen()
+        opened: list[socket.socket] = []
+        try:
+            for address in self._fresh:
+                for slot in address.slots if address is not self.grpc or not self._aio else ():
+                    for sock in slot:
+                        sock.listen()
+                        opened.append(sock)
+        except OSError:
+            for sock in opened:
+                sock.shutdown(socket.SHUT_RDWR)  # In workers that have it too.
+            raise
 
     def abandon(self) -> None:
         """The configuration does not come about: closes what was bound for it alone."""

@@ -286,7 +286,7 @@ class Supervisor:
 
 
 def _unready() -> bool:
-    log.error("reload failed: the new workers did not become ready")
+    log.error("the new workers did not become ready")
     return False
 
 
@@ -294,6 +294,6 @@ def _opened(listeners: Listeners) -> bool:
     try:
         listeners.open()
     except OSError as error:
-        log.error("reload failed: %s", error)
+        log.error("cannot listen where the configuration says: %s", error)
         return False
     return True

@@ -66,7 +66,7 @@ async def test_reloads_under_load_break_no_stream_and_refuse_no_connection(serve
 
 
 async def test_a_stream_in_flight_goes_on_at_its_old_worker(served: Served) -> None:
-    body = {"model": MODEL, "prompt": "x", "max_tokens": 1200, "stream": True}
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 2500, "stream": True}
     url = f"http://127.0.0.1:{served.http}/v1/completions"
     before = served.workers()
     async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", url, json=body) as answer:
@@ -76,7 +76,7 @@ async def test_a_stream_in_flight_goes_on_at_its_old_worker(served: Served) -> N
         await until(lambda: len(before & served.workers()) == 1, "the one without a stream has finished")
         rest = [line async for line in lines if line]
     assert rest[-1] == "data: [DONE]"
-    assert sum(line.startswith("data: {") for line in rest) >= 1199
+    assert sum(line.startswith("data: {") for line in rest) >= 2499
     await until(lambda: not before & served.workers(), "the old worker has finished")
 
 

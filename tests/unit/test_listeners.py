@@ -228,15 +228,41 @@ def test_nobody_waits_where_only_grpcs_own_server_listens(make: Make) -> None:
     assert connects("127.0.0.1", port)
 
 
-def test_an_address_that_was_taken_meanwhile_cannot_be_opened(make: Make) -> None:
+@pytest.mark.parametrize("edges", [("h2", "aio"), ("aio", "h2")])
+def test_another_edge_has_the_same_port_where_any_free_one_was_asked_for(make: Make, edges: tuple[str, str]) -> None:
+    options = [config(grpc=GrpcOptions(port=0, edge=edge)) for edge in (*edges, edges[1])]  # type: ignore[arg-type]
+    first = make(options[0])
+    second = make(options[1], first)
+    third = make(options[2], second)
+    assert first.grpc is not None
+    assert second.grpc is not None
+    assert second.grpc is not first.grpc
+    assert second.grpc.port == first.grpc.port
+    assert third.grpc is second.grpc
+
+
+def test_slots_that_an_abandoned_configuration_added_are_nobodys(make: Make) -> None:
+    first = make(config(2))
+    second = make(config(3), first)
+    second.abandon()
+    assert (first.slots, second.slots) == (2, 3)
+    assert make(config(2), first).slots == 3, "those that were there are taken over with what waits in them"
+
+
+def test_where_an_address_was_taken_meanwhile_none_is_opened(make: Make) -> None:
     first = make(config())
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", 0))
-        second = make(config(http=HttpOptions(host="127.0.0.1", port=other.getsockname()[1])), first)
+        taken = AdminOptions(enabled=True, host="127.0.0.1", port=other.getsockname()[1])
+        second = make(config(1, http=HttpOptions(host="127.0.0.2", port=0), admin=taken), first)
+        assert second.http is not None
+        copy = second.http.slots[0][0].dup()  # As a worker inherits it.
         other.listen()
         with pytest.raises(OSError, match="in use"):
             second.open()
+        assert not connects("127.0.0.2", second.http.port)
+        copy.close()
 
 
 def connects(host: str, port: int) -> bool:

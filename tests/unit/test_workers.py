@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,3 +64,38 @@ async def test_a_reload_that_fails_for_a_reason_nobody_thought_of_is_not_the_las
     await asyncio.gather(reloads, return_exceptions=True)
     supervisor._listeners.close()
     assert "the configuration in use stays" in caplog.text
+
+
+class Candidate:
+    """Workers of a new configuration, ready at once."""
+
+    ready = started = True
+    closed = False
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def test_a_reload_whose_address_was_taken_meanwhile_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    supervisor, candidate = Supervisor(CONFIG, None), Candidate()
+    before = supervisor._listeners
+    serving: Any = object()
+    supervisor._generations.append(serving)
+    monkeypatch.setattr(supervisor, "_generation", lambda config, listeners: candidate)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        config = Config(http=HttpOptions(port=other.getsockname()[1]), grpc=GrpcOptions(enabled=False))
+        listeners = Listeners(config, before)
+        other.listen()
+        assert await supervisor._replace(config, listeners) == "failed"
+    assert candidate.closed
+    assert supervisor._config is CONFIG
+    assert supervisor._listeners is before
+    assert supervisor._generations == [serving]
+    assert listeners.http is not None
+    assert [sock.fileno() for slot in listeners.http.slots for sock in slot] == [-1]
+    assert "in use" in caplog.text
+    before.close()
