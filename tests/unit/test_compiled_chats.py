@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -42,6 +43,20 @@ def chat(body: bytes | dict[str, Any], **fields: Any) -> Request:
 
 def completion(body: bytes | dict[str, Any], **fields: Any) -> Request:
     return msgspec.structs.replace(chat(body, **fields), path=TEXT_PATH)
+
+
+Asked = list[tuple[dict[str, Any], int, str, str]]
+"""Bodies, how much is cut off their end, cache salts and LoRAs."""
+
+
+def both_make_the_same(ask: Callable[..., Request], asked: Asked, block_bytes: int, max_bytes: int) -> None:
+    python, compiled = hashers(block_bytes, max_bytes)
+    for body, cut, salt, lora in asked:
+        for ascii_only in (True, False):
+            raw = json.dumps(body, ensure_ascii=ascii_only).encode(errors="surrogatepass")
+            for part in (raw, raw[: len(raw) - cut]):  # The second time a seed is known.
+                request = ask(part, cache_salt=salt, lora=lora)
+                assert repr(compiled.chain(request)) == repr(python.chain(request))
 
 
 texts = st.text(max_size=40) | st.text("abc ", max_size=80) | st.sampled_from(["\ud800", "\x00", "é" * 20, ""])
@@ -82,16 +97,8 @@ bodies = st.fixed_dictionaries(
     st.sampled_from([0, 20, 1 << 20]),
 )
 @example([({"messages": [{"role": "user", "content": "x" * 30}]}, 0, "", "")] * 3, 8, 1 << 20)
-def test_both_make_the_same_chain_of_any_chat(
-    asked: list[tuple[dict[str, Any], int, str, str]], block_bytes: int, max_bytes: int
-) -> None:
-    python, compiled = hashers(block_bytes, max_bytes)
-    for body, cut, salt, lora in asked:
-        for ascii_only in (True, False):
-            raw = json.dumps(body, ensure_ascii=ascii_only).encode(errors="surrogatepass")
-            for part in (raw, raw[: len(raw) - cut]):  # The second time a seed is known.
-                request = chat(part, cache_salt=salt, lora=lora)
-                assert repr(compiled.chain(request)) == repr(python.chain(request))
+def test_both_make_the_same_chain_of_any_chat(asked: Asked, block_bytes: int, max_bytes: int) -> None:
+    both_make_the_same(chat, asked, block_bytes, max_bytes)
 
 
 prompts = st.fixed_dictionaries(
@@ -115,16 +122,8 @@ prompts = st.fixed_dictionaries(
     st.sampled_from([0, 20, 1 << 20]),
 )
 @example([({"prompt": "x" * 30}, 0, "", "")] * 3, 8, 1 << 20)
-def test_both_make_the_same_chain_of_any_completion(
-    asked: list[tuple[dict[str, Any], int, str, str]], block_bytes: int, max_bytes: int
-) -> None:
-    python, compiled = hashers(block_bytes, max_bytes)
-    for body, cut, salt, lora in asked:
-        for ascii_only in (True, False):
-            raw = json.dumps(body, ensure_ascii=ascii_only).encode(errors="surrogatepass")
-            for part in (raw, raw[: len(raw) - cut]):  # The second time a seed is known.
-                request = completion(part, cache_salt=salt, lora=lora)
-                assert repr(compiled.chain(request)) == repr(python.chain(request))
+def test_both_make_the_same_chain_of_any_completion(asked: Asked, block_bytes: int, max_bytes: int) -> None:
+    both_make_the_same(completion, asked, block_bytes, max_bytes)
 
 
 def test_a_plain_text_is_hashed_without_the_python(monkeypatch: pytest.MonkeyPatch) -> None:
