@@ -15,11 +15,11 @@ RUNTIME_STAMP := $(RUNTIME_VENV)/.installed-$(VARIANT)-$(call digest,requirement
 DEV_STAMP := $(VENV)/.installed-dev-$(call digest,requirements/dev.txt)
 CPU_STAMP := $(VENV)/.installed-cpu-$(call digest,requirements/cpu.txt)
 # The project itself, editable; again only when the checkout, its metadata or what is compiled of it is another one.
-SOURCE := $(CURDIR) $(call digest,pyproject.toml setup.py $(shell find router -name '*.p[yx][xd]' | sort))
+SOURCE := $(CURDIR) $(call digest,pyproject.toml setup.py $(shell find router engine -name '*.p[yx][xd]' | sort))
 
 # The stamp in build/ says that this very checkout has its compiled parts, which lie beside their sources.
 install_source = @[ "$$(cat $(1)/.source 2>/dev/null)" = "$(SOURCE)" ] && [ -e build/.installed ] || { \
-  find router -name '*.so' -delete && $(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e . && \
+  find router engine -name '*.so' -delete && $(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e . && \
   echo "$(SOURCE)" > $(1)/.source && mkdir -p build && touch build/.installed; }
 
 .PHONY: help

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = sorted(str(path) for path in Path("router").rglob("*.pyx"))
+SOURCES = sorted(str(path) for package in ("router", "engine") for path in Path(package).rglob("*.pyx"))
 # No fused multiply-add: compiled and Python parts give the same numbers to the last bit.
 FLAGS = ["-O2", "-ffp-contract=off"]
 

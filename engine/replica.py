@@ -18,13 +18,13 @@ from collections.abc import Callable
 from engine.base import Abort, Engine, SleepyEngine, StreamOut
 from engine.cache_report import Cursor
 from engine.lane_port import LanePort
-from engine.lane_stream import LaneStream
+from engine.lane_stream import LaneStream, new_outbox
 from engine.refusals import Refusals
 from engine.sleep import Sleeper
 from router.errors import ConfigError, ReplicaDraining, ReplicaFailed
 from router.lane import frames
 from router.lane.carriers import tune
-from router.lane.frames import CacheReport, Draining, FrameError, Output, Step
+from router.lane.frames import CacheReport, Draining, FrameError
 from router.lane.tls import LaneTls
 from router.types import CacheMode, Load, Rpc
 
@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
 TLS_HANDSHAKE = b"\x16\x03"
 """How a TLS client begins."""
-STEP_PAYLOAD_BYTES = 4 << 20
-"""After a pause the backlog goes out in frames of about this size, so that none comes near the frame limit."""
 URGENT_GAP_S = 0.001
 """Least time between frames that go out for the sake of one stream's first token; others are waiting to be rendered."""
 CLOSE_TIMEOUT_S = 10.0
@@ -178,16 +176,10 @@ class LaneSession(asyncio.Protocol):
         self._router = ""
         self._ready = False
         self._streams: dict[int, LaneStream] = {}
-        self._pending: list[Output] = []
-        self.frame = 0
-        """Rises with each frame of output: what was put under another number does not wait any more, or not alone."""
-        self._flush_due = False
+        self._outbox, self._stream = new_outbox(self)
         self.clock: Callable[[], float] = time.monotonic
         """Not the loop's, which may stand still while the loop turns."""
         self._urged_at = -math.inf
-        self._urgent = False
-        """What waits is urgent, and was not sent at once."""
-        self._paused = False
         self._held_back = False
         self._seq = 0
         self._acked = 0
@@ -226,15 +218,15 @@ class LaneSession(asyncio.Protocol):
             )
         for stream in tuple(self._streams.values()):
             self._abort(stream)
-        self._pending.clear()
+        self._outbox.clear()
         if not self.gone.done():
             self.gone.set_result(None)
 
     def pause_writing(self) -> None:
-        self._paused = True
+        self._outbox.paused = True
 
     def resume_writing(self) -> None:
-        self._paused = False
+        self._outbox.paused = False
         self.schedule_flush()
 
     # -- frames from the router
@@ -298,7 +290,7 @@ class LaneSession(asyncio.Protocol):
         if call.stream <= self._acked:
             raise FrameError(f"stream {call.stream} after stream {self._acked}")
         self._acked = call.stream
-        stream = LaneStream(self, call.stream, joins=call.rpc == Rpc.HTTP)
+        stream = self._stream(self, self._outbox, call.stream, call.rpc == Rpc.HTTP)
         self._streams[call.stream] = stream
         self._replica.stream_began()
         if self._replica.draining:
@@ -312,14 +304,9 @@ class LaneSession(asyncio.Protocol):
 
     # -- output
 
-    def put(self, output: Output) -> None:
-        """Adds to the next step frame, which goes out in this turn of the loop."""
-        self._pending.append(output)
-        if not self._flush_due:
-            self._flush_due = True
-            self._loop.call_soon(self._flush)
-        if self._urgent:
-            self.urge()  # This turn of the loop may be a long one.
+    def flush_soon(self) -> None:
+        """What waits goes out in this turn of the loop."""
+        self._loop.call_soon(self._flush)
 
     def urge(self) -> None:
         """Sends what waits at once; if that was done a moment ago, with the first output after the moment."""
@@ -328,35 +315,29 @@ class LaneSession(asyncio.Protocol):
             self._urged_at = now
             self._flush()
         else:
-            self._urgent = True
+            self._outbox.urgent = True
 
     def schedule_flush(self) -> None:
-        if not self._flush_due and self._ready:
-            self._flush_due = True
-            self._loop.call_soon(self._flush)
-
-    @property
-    def paused(self) -> bool:
-        """Whether the router reads too slowly, so that output is held back."""
-        return self._paused
+        if not self._outbox.due and self._ready:
+            self._outbox.due = True
+            self.flush_soon()
 
     def _flush(self, *, even_paused: bool = False) -> None:
-        self._flush_due = self._urgent = False
-        if not self._ready or (self._paused and not even_paused):
+        outbox = self._outbox
+        outbox.due = outbox.urgent = False
+        if not self._ready or (outbox.paused and not even_paused):
             return
         load, report = self._replica.load(), self._report()
-        if not self._pending and report is None and self._told == (self._acked, load):
+        if not outbox and report is None and self._told == (self._acked, load):
             return
         self._told = (self._acked, load)
         while True:
-            outputs, self._pending = _cut(self._pending)
-            self.frame += 1
             self._seq += 1
-            self._write(Step(self._seq, self._acked, load, outputs, report))
-            if self._paused and not even_paused:
+            self._transport.write(outbox.take(self._seq, self._acked, load, report))
+            if outbox.paused and not even_paused:
                 break
             report = self._report() if self._cursor is not None and self._cursor.pending else None
-            if not self._pending and report is None:
+            if not outbox and report is None:
                 break
         if self._held_back:
             self._count_backlogs()
@@ -379,10 +360,10 @@ class LaneSession(asyncio.Protocol):
         """Each stream's backlog is what still waits of it."""
         for stream in self._streams.values():
             stream.backlog = 0
-        for output in self._pending:
-            if output.stream in self._streams:
-                self._streams[output.stream].backlog += len(output.payload)
-        self._held_back = bool(self._pending)
+        for id, size in self._outbox.waiting():
+            if id in self._streams:
+                self._streams[id].backlog += size
+        self._held_back = bool(self._outbox)
 
     def held_back(self) -> None:
         """Some output waits because the router does not read."""
@@ -412,13 +393,3 @@ class LaneSession(asyncio.Protocol):
         if self._streams.pop(stream.id, None) is not None:
             stream.over = True
             self._replica.stream_ended()
-
-
-def _cut(outputs: list[Output]) -> tuple[list[Output], list[Output]]:
-    """The outputs for one frame, and the rest."""
-    size = 0
-    for i, output in enumerate(outputs):
-        size += len(output.payload)
-        if size > STEP_PAYLOAD_BYTES:
-            return outputs[: i + 1], outputs[i + 1 :]
-    return outputs, []

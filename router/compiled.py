@@ -22,6 +22,7 @@ PARTS: Final = (
     "router.load._outlooks",
     "router.load._steps",
     "router.lane._relay",
+    "engine._lane_stream",
 )
 """All there are; each is a `.pyx` file beside its Python twin."""
 

@@ -23,7 +23,11 @@ HEADERS = Path(sysconfig.get_path("include"), "Python.h")
 
 
 def test_every_source_is_a_part_and_has_its_twins_types() -> None:
-    sources = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.glob("router/**/*.pyx")}
+    sources = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for package in ("router", "engine")
+        for path in ROOT.glob(f"{package}/**/*.pyx")
+    }
     assert sources == set(compiled.PARTS)
     assert all((ROOT / name.replace(".", "/")).with_suffix(".pyi").exists() for name in compiled.PARTS)
 
