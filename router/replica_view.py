@@ -57,7 +57,8 @@ class Outlook(msgspec.Struct, frozen=True, gc=False):
     """What the load model expects of a replica; learned from its steps, in seconds."""
 
     wait_s: float = 0.0
-    """Prompt work that was queued there at `as_of`; it has been worked on since."""
+    """From `as_of` until it would begin with another prompt: the prompt work that was queued there, and at least the rest
+    of a step under way. It has been worked on since."""
     step_s: float = 0.0
     """A step with the present batch and no prompt in it: the time per output token when nobody disturbs."""
     token_s: float = 0.0
@@ -113,7 +114,7 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     queue_depth: int = 0
     """Requests running or waiting there, those on their way included."""
     free_at: float = 0.0
-    """When the prompt work that was queued there will be done, on the clock of `Outlook.as_of`."""
+    """When it would begin with another prompt, on the clock of `Outlook.as_of`."""
     terms: Terms = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0, 0.0, 0)
 
     def __post_init__(self) -> None:

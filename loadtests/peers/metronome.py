@@ -3,7 +3,7 @@
 It is what a router or a front end is measured with, so that the engine is not: no scheduler, no KV blocks, and what a
 stream is sent is rendered once. Requests join as in a real engine's steps: who comes during one is in the next, who
 comes while nothing runs begins at once. With beats of 0 ms the next follows as soon as the event loop has turned. It
-reports the prompts it has seen as cached, the oldest forgotten first.
+reports the prompts it has seen as cached, the oldest forgotten first, and what its steps computed.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class _Stream(msgspec.Struct):
     is_http: bool
     blocks: tuple[int, ...]
     """Of its prompt, to be reported with its first token."""
+    prompt_tokens: int
+    """Computed with the first token; 0 where the router did not say."""
     begun: bool = False
 
 
@@ -112,7 +114,10 @@ class Metronome:
         self._listeners: list[Callable[[], None]] = []
         self._handle: asyncio.Handle | None = None
         self._due = 0.0
-        self._reason = ""
+        self._queued = 0
+        """Prompt tokens of those that have not begun."""
+        self._step = (0, 0)
+        """Prompt tokens that the last beat computed, and how many streams it went on with."""
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -122,8 +127,15 @@ class Metronome:
         return EngineInfo("sim", (self._card,), routes, self._options.max_num_seqs, 1 << 20, BLOCK_TOKENS)
 
     def load(self) -> Load:
-        decodes = len(self._streams)
-        return Load(decodes, len(self._joining), step_ms=self._options.step_ms, step_decodes=decodes)
+        prompts, decodes = self._step
+        return Load(
+            len(self._streams),
+            len(self._joining),
+            self._queued,
+            step_ms=self._options.step_ms,
+            step_prefill_tokens=prompts,
+            step_decodes=decodes,
+        )
 
     def cache(self) -> CacheFeed:
         return self._feed
@@ -139,6 +151,7 @@ class Metronome:
             return _nothing
         self._number = number = self._number + 1
         self._joining[number] = stream
+        self._queued += stream.prompt_tokens
         if self._handle is None:
             # At the end of this turn of the loop: requests that come together begin together.
             self._handle = self._loop.call_soon(self._begin)
@@ -161,12 +174,13 @@ class Metronome:
     def _asked(self, call: Submit, out: StreamOut) -> _Stream:
         chain = unpack_chain(call.chain)
         blocks: tuple[int, ...] = ()
+        prompt_tokens = 0
         if chain is not None:
-            blocks = chain.blocks
-            self._feed.seen(chain.prompt_bytes, max(1, chain.prompt_bytes // 4))
+            blocks, prompt_tokens = chain.blocks, max(1, chain.prompt_bytes // 4)
+            self._feed.seen(chain.prompt_bytes, prompt_tokens)
         if call.rpc == Rpc.GRPC:
             asked = pb.GenerateRequest.FromString(call.body)
-            return _Stream(out, max(1, asked.sampling.max_tokens), _WORD, _LAST_WORD, False, blocks)
+            return _Stream(out, max(1, asked.sampling.max_tokens), _WORD, _LAST_WORD, False, blocks, prompt_tokens)
         if call.path.partition("?")[0] != PATH:
             raise PathNotFound("Not Found")
         found = _MAX_TOKENS.search(call.body, max(0, call.body.rfind(b'"max_tokens"')))
@@ -174,11 +188,12 @@ class Metronome:
             raise InvalidRequest("`max_tokens` is missing.", param="max_tokens")
         id, model = call.request_id.encode(), self._card.name.encode()
         piece, last = _EVENT % (id, model, b"null"), _EVENT % (id, model, b'"length"') + _DONE
-        return _Stream(out, max(1, int(found[1])), piece, last, True, blocks)
+        return _Stream(out, max(1, int(found[1])), piece, last, True, blocks, prompt_tokens)
 
     def _abort(self, number: int) -> None:
-        self._streams.pop(number, None)
-        self._joining.pop(number, None)
+        stream = self._streams.pop(number, None) or self._joining.pop(number, None)
+        if stream is not None and not stream.begun:
+            self._queued -= stream.prompt_tokens
 
     def _begin(self) -> None:
         self._due = self._loop.time()
@@ -204,11 +219,14 @@ class Metronome:
 
     def _beat(self) -> None:
         streams = self._streams
+        prompts, begun, decoded = 0, 0, len(streams)
         for number, stream in list(streams.items()):
             out, left = stream.out, stream.left - 1
             if not stream.begun:
                 if number not in streams:
                     continue  # Aborted by an output of this very beat.
+                prompts += stream.prompt_tokens
+                begun += 1
                 self._opened(stream)
             if left:
                 stream.left = left
@@ -217,12 +235,14 @@ class Metronome:
                 streams.pop(number, None)
                 out.data(stream.last, 1)
                 out.end("length")
+        self._step = (prompts, decoded - begun)
         self._join()
         for listener in self._listeners:
             listener()
 
     def _opened(self, stream: _Stream) -> None:
         stream.begun = True
+        self._queued -= stream.prompt_tokens
         if stream.blocks:
             self._kept.hold(stream.blocks)
         if stream.is_http:

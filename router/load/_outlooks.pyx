@@ -256,7 +256,7 @@ cdef class ReplicaModel:
     cdef Pace pace
     cdef double as_of, factor, factor_until
     cdef long long steps
-    cdef bint told, queued
+    cdef bint told, busy
     cdef object last_ms, last_prompt, last_decodes, last_context
 
     def __init__(self, FleetModel fleet not None):
@@ -266,7 +266,7 @@ cdef class ReplicaModel:
         self.factor = 1.0
         self.factor_until = -INFINITY
         self.steps = 0
-        self.told = self.queued = False
+        self.told = self.busy = False
 
     @property
     def news(self):
@@ -283,11 +283,14 @@ cdef class ReplicaModel:
             field(load, STEP_DECODES),
             field(load, STEP_CONTEXT),
             field(load, QUEUED_TOKENS),
+            field(load, RUNNING),
             field(load, STEP_PAIRS),
             now,
         )
 
-    cdef int take_in(self, step_ms, prompted, decodes, context, waiting, prompted_pairs, double now) except -1:
+    cdef int take_in(
+        self, step_ms, prompted, decodes, context, queued, running, prompted_pairs, double now
+    ) except -1:
         cdef FleetModel fleet = self.fleet
         cdef StepFit fit
         cdef bint again, silent
@@ -303,9 +306,9 @@ cdef class ReplicaModel:
         self.last_ms, self.last_prompt, self.last_decodes, self.last_context = step_ms, prompted, decodes, context
         ms = PyFloat_AsDouble(step_ms)
         silent = ms <= 0.0 or not (prompted or decodes)
-        if silent or not again or not self.queued:
+        if silent or not again or not self.busy or (decodes and not context):
             self.as_of = now
-        self.queued = waiting > 0
+        self.busy = queued > 0 or running > 0
         if silent or again:
             return 0
         pairs = PyFloat_AsDouble(prompted_pairs)
@@ -346,6 +349,7 @@ cdef class ReplicaModel:
     cdef int expect(self, load, unacked_tokens, unacked_pairs, unacked, Expected* made) except -1:
         cdef double ahead, both, read
         cdef long long running, here, tokens, others
+        cdef bint busy
         self.compare_again()
         there, decodes, context = field(load, RUNNING), field(load, STEP_DECODES), field(load, STEP_CONTEXT)
         if small(there, &running) and small(decodes, &here) and small(context, &tokens) and small(unacked, &others):
@@ -359,7 +363,9 @@ cdef class ReplicaModel:
                 decodes, context = there, context * there // decodes
             ahead, both = PyFloat_AsDouble(decodes), PyFloat_AsDouble(decodes + unacked)
             read = PyFloat_AsDouble(context)
+        busy = there > 0
         self.work_out(
+            busy,
             ahead,
             both,
             read,
@@ -383,6 +389,7 @@ cdef class ReplicaModel:
             tokens = tokens * load.running // here
             here = load.running
         self.work_out(
+            load.running > 0,
             <double>here,
             <double>(here + unacked),
             <double>tokens,
@@ -396,6 +403,7 @@ cdef class ReplicaModel:
 
     cdef void work_out(
         self,
+        bint busy,
         double ahead,
         double both,
         double read,
@@ -409,11 +417,15 @@ cdef class ReplicaModel:
         cdef FleetModel fleet = self.fleet
         cdef StepFit prefill = fleet.prefill
         cdef StepFit decode = fleet.decode
-        cdef double scale, beside, per_token, pair = prefill.guess[2]
+        cdef double scale, beside, per_token, wait, under_way, pair = prefill.guess[2]
         scale = self.factor * 1e-3
         beside = prefill.guess[0] + prefill.guess[1] * ahead + prefill.guess[3] * read
         per_token = prefill.guess[1] + beside / fleet.budget
-        made.wait_s = (per_token * queued_tokens + pair * queued_pairs) * scale
+        wait = per_token * queued_tokens + pair * queued_pairs
+        under_way = decode.guess[0] + decode.guess[1] * ahead + decode.guess[3] * read
+        if busy and under_way > wait:
+            wait = under_way
+        made.wait_s = wait * scale
         made.step_s = (decode.guess[0] + decode.guess[1] * both + decode.guess[3] * read) * scale
         made.token_s = per_token * scale
         made.pair_s = pair * scale
@@ -678,6 +690,7 @@ cdef class Account(Taker):
                 numbers.step_decodes,
                 numbers.step_context_tokens,
                 numbers.queued_prefill_tokens,
+                numbers.running,
                 numbers.step_prefill_pairs,
                 now,
             )

@@ -189,7 +189,7 @@ class ReplicaModel:
         self._factor_until = -math.inf
         self._steps = 0
         self._last: tuple[float, int, int, int] | None = None
-        self._queued = False
+        self._busy = False
 
     @property
     def news(self) -> FleetModel:
@@ -201,10 +201,12 @@ class ReplicaModel:
         step = (load.step_ms, prompt, decodes, load.step_context_tokens)
         again, self._last = step == self._last, step
         silent = load.step_ms <= 0.0 or not (prompt or decodes)  # An engine that does not say what its steps do.
-        if silent or not again or not self._queued:
+        # News in the middle of a step repeat what the last one did; an engine that does not count context may just have
+        # done the same again.
+        if silent or not again or not self._busy or (decodes and not load.step_context_tokens):
             self._as_of = now
-        self._queued = load.queued_prefill_tokens > 0
-        if silent or again:  # News in the middle of a step repeat what the last one did.
+        self._busy = load.queued_prefill_tokens > 0 or load.running > 0
+        if silent or again:
             return
         if not (abs(load.step_ms) < _MOST and abs(load.step_prefill_pairs) < _MOST):
             return  # Sums would never be rid of it.
@@ -244,8 +246,11 @@ class ReplicaModel:
             decodes, context = running, context * running // decodes
         beside = batch + token * decodes + read * context
         per_token = token + beside / fleet.budget
+        wait = per_token * load.queued_prefill_tokens + pair * load.queued_prefill_pairs
+        if running:  # Who comes now is in none before the next step.
+            wait = max(wait, step + one * decodes + each * context)
         return Outlook(
-            (per_token * load.queued_prefill_tokens + pair * load.queued_prefill_pairs) * scale,
+            wait * scale,
             (step + one * (decodes + unacked) + each * context) * scale,
             per_token * scale,
             pair * scale,
