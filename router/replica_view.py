@@ -57,8 +57,8 @@ class Outlook(msgspec.Struct, frozen=True, gc=False):
     """What the load model expects of a replica; learned from its steps, in seconds."""
 
     wait_s: float = 0.0
-    """From `as_of` until it would begin with another prompt: the prompt work that was queued there, and at least the rest
-    of a step under way. It has been worked on since."""
+    """From `as_of` until it would begin with another prompt: the prompt work that was queued there, and at least the
+    step under way. It has been worked on since."""
     step_s: float = 0.0
     """A step with the present batch and no prompt in it: the time per output token when nobody disturbs."""
     token_s: float = 0.0
