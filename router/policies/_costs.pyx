@@ -84,7 +84,7 @@ cdef class Arithmetic:
     """What one policy computes; `leans` gives how much it leans away from each of some places, `random` its chance."""
 
     cdef double price, queue_price, interference, answer_tokens, crowd_factor, crowd_slack, place_tokens
-    cdef double lean_s, lean_requests
+    cdef double lean_s, lean_requests, late_s
     cdef object leans, random
     cdef object leaning
     cdef bytearray lean
@@ -98,6 +98,7 @@ cdef class Arithmetic:
         self.crowd_slack = options.crowd_slack
         self.place_tokens = options.place_tokens
         self.lean_s = options.lean_s
+        self.late_s = options.late_s
         self.lean_requests = options.lean_requests
         self.leans = leans
         self.random = random
@@ -183,7 +184,7 @@ cdef class Arithmetic:
         cdef Py_ssize_t at, count = pad.count
         cdef const double* row
         cdef double* costs
-        cdef double wait, now, mean_wait, pressure, share, price, tokens, half, new, pairs, there
+        cdef double wait, begins, now, soon, mean_wait, pressure, share, price, tokens, half, new, pairs, there
         cdef double other, other_pairs, less, less_pairs, everyone, leases, crowd, others, most_s, ways, room
         cdef double most_depth = -INFINITY, most_beyond = -INFINITY
         cdef Sum waits, usages
@@ -194,6 +195,7 @@ cdef class Arithmetic:
         if not PyFloat_CheckExact(moment) or not PyDict_CheckExact(places):
             return False
         now = PyFloat_AS_DOUBLE(moment)
+        soon = now + self.late_s
         if not exact(prefix.tokens, &tokens):
             return False
         costs = pad.costs = <double*>PyMem_Malloc(count * sizeof(double))
@@ -202,7 +204,8 @@ cdef class Arithmetic:
         waits.total = waits.lost = usages.total = usages.lost = everyone = leases = 0.0
         row = pad.numbers
         for at in range(count):
-            wait = row[SENT] + row[FREE] - now if row[FREE] > now else row[SENT]
+            begins = row[FREE] if row[FREE] > soon or row[RUNNING] == 0.0 else row[FREE] + row[STEP]
+            wait = row[SENT] + begins - now if begins > now else row[SENT]
             costs[at] = wait
             add(&waits, wait)
             add(&usages, row[USAGE])

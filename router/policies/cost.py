@@ -56,6 +56,9 @@ class Cost:
         crowd_factor: Annotated[float, msgspec.Meta(ge=1)] = 1.5
         """A replica with more than so many times the mean number of requests, and `crowd_slack` more, gets none."""
         crowd_slack: NonNegative = 4.0
+        late_s: NonNegative = 0.002
+        """Seconds before the end of a running step from which on a request comes too late for the next one: it takes
+        time to get there, and the report that would tell of the next step is on its way."""
         place_tokens: NonNegative = 200.0
         """Output tokens after which a request is taken to make room where the batch is full."""
         lean_s: NonNegative = 0.4
@@ -116,7 +119,12 @@ class Cost:
         options, prefix, now = self._options, snapshot.prefix, snapshot.now
         count = len(snapshot.replicas)
         frees, sents, batches, steps, tokens_s, pairs_s, running, depths, beyond, usages, leases = snapshot.columns()
-        waits = [sent + free - now if free > now else sent for free, sent in zip(frees, sents, strict=True)]
+        soon = now + options.late_s
+        begins = [
+            free if free > soon or there == 0 else free + step
+            for free, step, there in zip(frees, steps, running, strict=True)
+        ]
+        waits = [sent + begin - now if begin > now else sent for begin, sent in zip(begins, sents, strict=True)]
         mean_wait = sum(waits) / count
         share = options.interference * (sum(usages) / count) ** 4
         price = 1.0 + options.price + options.queue_price * mean_wait

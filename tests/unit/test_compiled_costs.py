@@ -109,6 +109,7 @@ options = st.builds(
     crowd_factor=st.floats(1.0, 2.0),
     crowd_slack=st.sampled_from([0.0, 4.0]),
     lean_s=st.sampled_from([0.0, 0.4]),
+    late_s=st.sampled_from([0.0, 0.002, 0.5]),
     lean_requests=st.sampled_from([1e-300, 0.5, 3.0]),
 )
 

@@ -25,7 +25,7 @@ def costs(options: Cost.Options, snapshot: Snapshot, known: Mapping[str, float])
     `known` is how much the router leans away from each, between 0 and 1.
     """
     views, prefix, now = snapshot.replicas, snapshot.prefix, snapshot.now
-    waits = [view.outlook.begins_s(now) for view in views]
+    waits = [wait_s(options.late_s, view, now) for view in views]
     requests = [view.load.running + view.load.waiting + view.unacked for view in views]
     mean_wait = sum(waits) / len(views)
     pressure = sum(view.load.kv_usage for view in views) / len(views)
@@ -44,6 +44,15 @@ def costs(options: Cost.Options, snapshot: Snapshot, known: Mapping[str, float])
         lean = known[view.replica] * lean_s
         found[view.replica] = own + prefill * (1 + price + others) + lean + (1e6 if there > crowd else 0.0)
     return found
+
+
+def wait_s(late_s: float, view: ReplicaView, now: float) -> float:
+    """Who is too late for the next step of those that run there waits for another one."""
+    outlook = view.outlook
+    left = outlook.as_of + outlook.wait_s - now
+    if left <= late_s and view.load.running + view.unacked:
+        left += outlook.step_s
+    return max(left, 0.0) + outlook.sent_s
 
 
 def others_share(snapshot: Snapshot) -> float:
@@ -85,7 +94,7 @@ def a_replica(name: str, chance: random.Random, mine: float) -> ReplicaView:
     """About that share of its requests are the router's own; more than all, where some have just ended."""
     outlook = Outlook(
         wait_s=chance.random(),
-        step_s=chance.random() * 0.02,
+        step_s=chance.choice([chance.random() * 0.02, chance.random()]),
         token_s=chance.random() * 1e-4,
         pair_s=chance.random() * 1e-8,
         batch_s=chance.random() * 0.01,
@@ -111,6 +120,7 @@ def test_costs_are_those_of_the_formula() -> None:
         options = Cost.Options(
             price=chance.random(),
             interference=chance.random() * 10,
+            late_s=chance.choice([0.0, 0.002, chance.random()]),
             lean_s=chance.choice([0.0, chance.random(), chance.random()]),
             lean_requests=chance.choice([0.5, 3.0, 40 * chance.random() + 0.1]),
         )
@@ -197,6 +207,36 @@ def test_a_place_in_the_batch_is_worth_waiting_work_elsewhere() -> None:
     assert policy.choose(request, Snapshot("model", views, held)).replica == "free"
     roomy = tuple(msgspec.structs.replace(view, max_num_seqs=256) for view in views)
     assert policy.choose(request, Snapshot("model", roomy, held)).replica == "full"
+
+
+@pytest.mark.parametrize(
+    ("ends_s", "waits_s"),
+    [
+        (0.010, 0.010),
+        (0.0021, 0.0021),
+        (0.0019, 0.0219),  # The request would come too late for the next step.
+        (-0.001, 0.019),  # The step has ended, but for its report.
+        (-0.015, 0.005),
+        (-0.030, 0.0),  # Nothing is known of later steps.
+    ],
+)
+def test_who_comes_too_late_for_a_step_waits_for_the_one_after(ends_s: float, waits_s: float) -> None:
+    policy = Cost(Cost.Options(late_s=0.002, lean_s=0.0, price=0.0, queue_price=0.0), random.Random(21))
+    outlook = Outlook(wait_s=0.02, step_s=0.02, token_s=1e-4, as_of=5.0)
+    views = (make_replica("busy", 4, outlook=outlook), make_replica("idle", 0, outlook=outlook))
+    costs = policy.explain(make_request(), Snapshot("model", views, now=5.02 - ends_s))
+    assert costs["busy"] - 8.0 * 0.02 == pytest.approx(waits_s)
+    # What runs nothing begins at once, however long ago it said so.
+    assert costs["idle"] - 8.0 * 0.02 == pytest.approx(max(ends_s, 0.0))
+
+
+def test_a_step_that_ends_at_once_is_no_place_to_hurry_to() -> None:
+    """Of two replicas that run as many, the one in the midst of its step begins sooner."""
+    policy = Cost(Cost.Options(lean_s=0.0), random.Random(22))
+    ending, midway = (Outlook(wait_s=0.02, step_s=0.02, token_s=1e-4, as_of=as_of) for as_of in (4.981, 4.99))
+    views = (make_replica("ending", 4, outlook=ending), make_replica("midway", 4, outlook=midway))
+    assert policy.choose(make_request(), Snapshot("model", views, now=5.0)).replica == "midway"
+    assert policy.choose(make_request(), Snapshot("model", views, now=4.99)).replica == "ending"
 
 
 def four(leases: int, depth: int = 4) -> Snapshot:
