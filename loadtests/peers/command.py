@@ -18,7 +18,7 @@ from loadtests.peers.children import leaving_nothing
 from loadtests.peers.environments import BENCH
 from loadtests.peers.errors import PeerError
 from loadtests.peers.load import MAX_STREAMS, Prompts
-from loadtests.peers.measure import Shape
+from loadtests.peers.measure import PACED_CHUNKS_PER_S, Shape
 from loadtests.peers.replays import TRACES
 from loadtests.peers.report import tables
 from loadtests.peers.runs import Contender, Plan, Replay, contenders, run
@@ -30,11 +30,11 @@ Systems: {", ".join(SYSTEMS)}. `direct` is the floor and always runs; over gRPC 
 Policies are named round_robin and cache_aware for all; kvlane's counterparts are round-robin and cost, and can be
 named so. Packages of other routers are installed into environments of their own under .bench/ where they are first
 needed. Engines give a token to each stream at each step and take next to nothing themselves; those of replays are
-simulated with a scheduler and a KV cache. A step is longer than --step-ms where so many streams would ask for more than
-two cores can serve. All listens on loopback, with three exceptions that Ray Serve has no setting for: its gRPC proxy,
-its HAProxy with the metrics port, and its replicas' own gRPC ports listen on all interfaces. Run those behind a
-firewall. The exit status is 1 where a system could not be measured or anything was answered with an error, and 2 where
-the arguments make no sense.
+simulated with a scheduler and a KV cache. A step is longer than --step-ms where so many streams would ask for more
+chunks a second than --paced-rate. All listens on loopback, with three exceptions that Ray Serve has no setting for:
+its gRPC proxy, its HAProxy with the metrics port, and its replicas' own gRPC ports listen on all interfaces. Run those
+behind a firewall. The exit status is 1 where a system could not be measured or anything was answered with an error,
+and 2 where the arguments make no sense.
 """
 QUICK: Final = {
     "systems": ["kvlane", "vllm-router", "smg"],
@@ -85,7 +85,7 @@ def _fill(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace, chosen: Sequence[Contender], ceilings: Sequence[Ceiling]) -> int:
-    shape = Shape(args.tokens, args.prompt_kb, args.repeated_prompts, args.step_ms, args.seconds)
+    shape = Shape(args.tokens, args.prompt_kb, args.repeated_prompts, args.step_ms, args.seconds, args.paced_rate)
     plan = Plan(
         shape,
         args.streams,
@@ -162,6 +162,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--reps", type=whole, help="repetitions, the order of systems turned each time (default: 5)")
     parser.add_argument("--step-ms", type=positive, default=20.0, help="duration of an engine's step")
+    parser.add_argument(
+        "--paced-rate",
+        type=positive,
+        default=PACED_CHUNKS_PER_S,
+        metavar="CHUNKS",
+        help="most chunks a second while engines set the pace, so that two cores serve everyone's (default: 16000)",
+    )
     parser.add_argument("--replicas", type=few, default=2, help="replicas of each system")
     parser.add_argument("--seconds", type=positive, help="length of each timed load (default: 3)")
     parser.add_argument(

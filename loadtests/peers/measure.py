@@ -40,14 +40,16 @@ class Shape(msgspec.Struct, frozen=True):
     """Of an engine step while the engines set the pace; more where so many streams would ask for too much."""
     seconds: float
     """How long each timed load goes on."""
+    paced_rate: float = PACED_CHUNKS_PER_S
+    """The most chunks per second while the engines set the pace."""
 
     def open_step_ms(self) -> float:
         """For open loops: an answer takes a second at most, so that soon as many are under way as ever will be."""
         return min(self.step_ms, 1e3 / self.tokens)
 
     def paced_step_ms(self, streams: int) -> float:
-        """The least at which load generator and engines keep up with so many streams on two cores."""
-        return max(self.step_ms, 1e3 * streams / PACED_CHUNKS_PER_S)
+        """That of the engines, or longer where so many streams would have more chunks than `paced_rate`."""
+        return max(self.step_ms, 1e3 * streams / self.paced_rate)
 
 
 class Paced(msgspec.Struct):
@@ -62,6 +64,8 @@ class Paced(msgspec.Struct):
     itl_p50_ms: float
     itl_p99_ms: float
     tokens_per_chunk: float
+    cores: float
+    """How much of a core the router was busy with while chunks were relayed."""
     errors: int
     causes: Counter[str]
     what = "paced"
@@ -139,6 +143,7 @@ class Bench:
             itl_p50_ms=1e3 * percentile(long.gaps_s, 50),
             itl_p99_ms=1e3 * percentile(long.gaps_s, 99),
             tokens_per_chunk=long.tokens / long.chunks,
+            cores=router_us / 1e6 / long.wall_s,
             errors=sum(each.errors for each in tallies),
             causes=sum((each.causes for each in tallies), Counter()),
         )

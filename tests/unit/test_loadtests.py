@@ -67,7 +67,7 @@ def test_a_table_has_the_spread_where_there_is_one() -> None:
 
 
 def paced(chunk: float, request: float, errors: int = 0) -> Paced:
-    return Paced(chunk, chunk, request, 5.0, 10.0, 20.0, 20.0, 21.0, 1.0, errors, Counter())
+    return Paced(chunk, chunk, request, 5.0, 10.0, 20.0, 20.0, 21.0, 1.0, 0.5, errors, Counter())
 
 
 def test_a_fleets_ratios_are_those_of_repetitions_next_to_each_other() -> None:

@@ -30,7 +30,7 @@ SHAPE = Shape(tokens=5, prompt_kb=1.0, repeated=False, step_ms=5.0, seconds=0.2)
 
 
 def paced(cost: float = 1.0, ttft: float = 10.0, errors: int = 0) -> Paced:
-    return Paced(cost, cost, 10 * cost, 5.0, ttft, 2 * ttft, 20.0, 21.0, 1.0, errors, Counter())
+    return Paced(cost, cost, 10 * cost, 5.0, ttft, 2 * ttft, 20.0, 21.0, 1.0, 0.5, errors, Counter())
 
 
 def saturated(rate: float = 1000.0) -> Saturated:
@@ -152,6 +152,7 @@ def test_pictures_are_the_same_for_the_same_rows(tmp_path: Path) -> None:
 def test_more_streams_than_two_cores_can_serve_have_longer_steps() -> None:
     shape = msgspec.structs.replace(SHAPE, step_ms=20.0, tokens=200)
     assert [shape.paced_step_ms(streams) for streams in (1, 256, 1000)] == [20.0, 20.0, 62.5]
+    assert msgspec.structs.replace(shape, paced_rate=50e3).paced_step_ms(1000) == 20.0
     assert shape.open_step_ms() == 5.0
 
 
