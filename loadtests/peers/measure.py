@@ -19,7 +19,7 @@ from loadtests.peers.errors import PeerError
 from loadtests.peers.load import Prompts
 
 REQUESTS: Final = 2000
-"""Of one token, to tell what a request costs; fewer where they would take too long, four per stream at the least."""
+"""Of one token, to tell what a request costs."""
 PACED_CHUNKS_PER_S: Final = 16_000.0
 """What engines that set the pace give out at most."""
 MOST_AT_ONCE: Final = 2000
@@ -42,6 +42,8 @@ class Shape(msgspec.Struct, frozen=True):
     """How long each timed load goes on."""
     paced_rate: float = PACED_CHUNKS_PER_S
     """The most chunks per second while the engines set the pace."""
+    requests: int = REQUESTS
+    """Of one token, to tell what each costs; fewer where they would take too long, four per stream at the least."""
 
     def open_step_ms(self) -> float:
         """For open loops: an answer takes a second at most, so that soon as many are under way as ever will be."""
@@ -128,7 +130,7 @@ class Bench:
         router_us, engine_us = router.cpu_s() * 1e6, engine.cpu_s() * 1e6
         router = FamilyCost(running.router_pids)
         # Each waits for the step under way and takes one.
-        asked = max(4, min(REQUESTS // streams, int(shape.seconds * 1e3 / (2 * shape.step_ms))))
+        asked = max(4, min(shape.requests // streams, int(shape.seconds * 1e3 / (2 * shape.step_ms))))
         short = self._closed(system, running, streams, 1, asked)
         request_us = router.cpu_s() * 1e6
         first = self._arrivals(system, running, streams)
