@@ -12,16 +12,18 @@ from libc.string cimport memcpy, memmove
 import msgspec
 
 from engine import lane_stream as _twin
-from router.lane.frames import End, Head
+from router.lane.frames import Head
 
 cdef extern from "Python.h":
     int _PyBytes_Resize(PyObject **, Py_ssize_t) except -1
 
 cdef Py_ssize_t STEP_PAYLOAD_BYTES = _twin.STEP_PAYLOAD_BYTES
 cdef Py_ssize_t STREAM_BACKLOG_BYTES = _twin.STREAM_BACKLOG_BYTES
+cdef Py_ssize_t HELD_OUTPUT_BYTES = _twin.HELD_OUTPUT_BYTES
 cdef Py_ssize_t MAX_PAYLOAD_BYTES = _twin.MAX_PAYLOAD_BYTES
 cdef Py_ssize_t JOINED_PAYLOAD_BYTES = _twin.JOINED_PAYLOAD_BYTES
 cdef object overflow = _twin.overflow
+cdef object ended = _twin.ended
 cdef object failed = _twin.failed
 cdef object nothing = _twin.nothing
 cdef object _encode = msgspec.msgpack.Encoder().encode
@@ -30,6 +32,7 @@ cdef enum:
     ITEM_BYTES = 32  # Of an output's array, numbers and lengths, at the most.
     STEP_BYTES = 64
     FIRST_ROOM = 16
+    MOST_ROOM = 4096
 
 cdef struct Item:
     long long stream
@@ -104,7 +107,7 @@ cdef class Outbox:
     cdef Item *_items
     cdef Py_ssize_t _count, _room
 
-    def __init__(self, lane):
+    def __cinit__(self, lane):
         self._lane = lane
 
     def __dealloc__(self):
@@ -124,6 +127,9 @@ cdef class Outbox:
             Py_CLEAR(self._items[i].head)
         if left:
             memmove(self._items, self._items + count, left * sizeof(Item))
+        elif self._room > MOST_ROOM:  # Of a backlog.
+            PyMem_Free(self._items)
+            self._items, self._room = NULL, 0
         self._count = left
 
     cdef int _put(self, long long stream, bytes payload, long long tokens, object end, object head) except -1:
@@ -214,10 +220,12 @@ cdef class Outbox:
         return frame
 
     def waiting(self):
-        cdef Py_ssize_t i
-        return [
-            (self._items[i].stream, PyBytes_GET_SIZE(<bytes> self._items[i].payload)) for i in range(self._count)
-        ]
+        cdef Py_ssize_t i = 0
+        cdef list found = []
+        while i < self._count:  # Asked each time: a collection may run code of others meanwhile.
+            found.append((self._items[i].stream, PyBytes_GET_SIZE(<bytes> self._items[i].payload)))
+            i += 1
+        return found
 
     def clear(self):
         self._drop(self._count)
@@ -237,7 +245,7 @@ cdef class LaneStream:
     cdef Py_ssize_t _place
     cdef long long _frame
 
-    def __init__(self, lane, Outbox outbox not None, long long stream, bint joins):
+    def __cinit__(self, lane, Outbox outbox not None, long long stream, bint joins):
         self._lane = lane
         self._outbox = outbox
         self._joins = joins
@@ -255,12 +263,12 @@ cdef class LaneStream:
         if self.over:
             return
         if type(payload) is not bytes:
-            payload = bytes(payload)
+            payload = bytes(memoryview(payload))
         if outbox.paused:
             if self.backlog > STREAM_BACKLOG_BYTES:
                 overflow(self)
                 return
-            self.backlog += PyBytes_GET_SIZE(payload)
+            self.backlog += PyBytes_GET_SIZE(payload) + HELD_OUTPUT_BYTES
             self._lane.held_back()
         if PyBytes_GET_SIZE(payload) > MAX_PAYLOAD_BYTES:
             self._put_in_pieces(payload, tokens)
@@ -278,7 +286,7 @@ cdef class LaneStream:
             self._lane.urge()
 
     def end(self, finish=""):
-        self._finish(End(finish))
+        self._finish(ended(finish))
 
     def fail(self, error):
         self._finish(failed(error))

@@ -23,6 +23,8 @@ STEP_PAYLOAD_BYTES = 4 << 20
 """After a pause the backlog goes out in frames of about this size, so that none comes near the frame limit."""
 STREAM_BACKLOG_BYTES = 16 << 20
 """What one stream may hold back while its router does not read the lane."""
+HELD_OUTPUT_BYTES = 64
+"""What each of its outputs counts for beside its payload."""
 MAX_PAYLOAD_BYTES = 64 << 20
 """Longer pieces of an HTTP body go in several outputs; gRPC messages are far below this."""
 JOINED_PAYLOAD_BYTES = 64 << 10
@@ -113,12 +115,14 @@ class LaneStream:
     def data(self, payload: bytes, tokens: int = 0, *, urgent: bool = False) -> None:
         if self.over:
             return
+        if type(payload) is not bytes:
+            payload = bytes(memoryview(payload))
         outbox = self._outbox
         if outbox.paused:
             if self.backlog > STREAM_BACKLOG_BYTES:
                 overflow(self)
                 return
-            self.backlog += len(payload)
+            self.backlog += len(payload) + HELD_OUTPUT_BYTES
             self._lane.held_back()
         if len(payload) > MAX_PAYLOAD_BYTES:
             self._put_in_pieces(payload, tokens)
@@ -138,7 +142,7 @@ class LaneStream:
             self._lane.urge()
 
     def end(self, finish: str = "") -> None:
-        self._finish(End(finish))
+        self._finish(ended(finish))
 
     def fail(self, error: KvlaneError) -> None:
         self._finish(failed(error))
@@ -164,12 +168,15 @@ class LaneStream:
             self._put(payload[start : start + MAX_PAYLOAD_BYTES], tokens if not start else 0)
 
 
-def new_outbox(lane: Lane) -> tuple[Outbox, type[LaneStream]]:
-    """A lane's outbox and its kind of streams, compiled where these are there."""
+def kinds() -> tuple[type[Outbox], type[LaneStream]]:
+    """Of outboxes and of their streams: the compiled ones where these are there.
+
+    Raises `ConfigError` where they have to be and are not.
+    """
     compiled = part("engine._lane_stream")
     if compiled is None:
-        return Outbox(lane), LaneStream
-    return cast(Outbox, compiled.Outbox(lane)), cast("type[LaneStream]", compiled.LaneStream)
+        return Outbox, LaneStream
+    return cast("type[Outbox]", compiled.Outbox), cast("type[LaneStream]", compiled.LaneStream)
 
 
 def overflow(stream: LaneStream) -> None:
@@ -178,15 +185,23 @@ def overflow(stream: LaneStream) -> None:
     stream.stop()
 
 
+def ended(finish: str) -> End:
+    """How a stream ends with that reason."""
+    return End(_encodable(finish))
+
+
 def failed(error: KvlaneError) -> End:
-    """How a stream ends with it. A lone surrogate that came out of a request must not hold up the whole frame."""
-    message = error.message.encode("utf-8", "replace").decode()
-    param = error.param and error.param.encode("utf-8", "replace").decode()
-    return End("", error.name, message, param)
+    """How a stream ends with it."""
+    return End("", error.name, _encodable(error.message), error.param and _encodable(error.param))
 
 
 def nothing() -> None:
     """What there is to stop before the engine took a stream."""
+
+
+def _encodable(text: str) -> str:
+    """A lone surrogate that came out of a request must not hold up the whole frame."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _cut(outputs: list[Output]) -> tuple[list[Output], list[Output]]:

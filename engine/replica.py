@@ -18,9 +18,10 @@ from collections.abc import Callable
 from engine.base import Abort, Engine, SleepyEngine, StreamOut
 from engine.cache_report import Cursor
 from engine.lane_port import LanePort
-from engine.lane_stream import LaneStream, new_outbox
+from engine.lane_stream import HELD_OUTPUT_BYTES, LaneStream, kinds
 from engine.refusals import Refusals
 from engine.sleep import Sleeper
+from router.compiled import note
 from router.errors import ConfigError, ReplicaDraining, ReplicaFailed
 from router.lane import frames
 from router.lane.carriers import tune
@@ -35,6 +36,8 @@ TLS_HANDSHAKE = b"\x16\x03"
 """How a TLS client begins."""
 URGENT_GAP_S = 0.001
 """Least time between frames that go out for the sake of one stream's first token; others are waiting to be rendered."""
+LAST_STREAM = (1 << 63) - 1
+"""The greatest number of a stream."""
 CLOSE_TIMEOUT_S = 10.0
 """How long the last frames may take to leave when a replica closes."""
 LANE_BUFFER_BYTES = 4 << 20
@@ -47,7 +50,8 @@ class Replica:
     def __init__(
         self, name: str, engine: Engine, secret: bytes, *, refused: Callable[[str], None] = lambda code: None
     ) -> None:
-        """`refused` takes the code of each lane that is refused, for metrics."""
+        """`refused` takes the code of each lane that is refused, for metrics. Raises `ConfigError` where compiled parts
+        are demanded that are not there."""
         self.name = name
         self.engine = engine
         self.secret = secret
@@ -60,6 +64,7 @@ class Replica:
         self._idle = asyncio.Event()
         self._idle.set()
         self.refusals = Refusals(name, refused)
+        self.kinds = kinds()
         self._sessions: set[LaneSession] = set()
         self._port: LanePort | None = None
         self.submit: Callable[[frames.Submit, StreamOut], Abort] = engine.submit
@@ -78,6 +83,7 @@ class Replica:
 
     async def start(self) -> None:
         """Starts the engine."""
+        note(log, ("engine._lane_stream",))
         await self.engine.start()
         self.engine.on_step(self.load_changed)
         if self.sleeper is not None:
@@ -176,7 +182,8 @@ class LaneSession(asyncio.Protocol):
         self._router = ""
         self._ready = False
         self._streams: dict[int, LaneStream] = {}
-        self._outbox, self._stream = new_outbox(self)
+        outbox, self._stream = replica.kinds
+        self._outbox = outbox(self)
         self.clock: Callable[[], float] = time.monotonic
         """Not the loop's, which may stand still while the loop turns."""
         self._urged_at = -math.inf
@@ -287,7 +294,7 @@ class LaneSession(asyncio.Protocol):
         self._transport.close()
 
     def _submitted(self, call: frames.Submit) -> None:
-        if call.stream <= self._acked:
+        if not self._acked < call.stream <= LAST_STREAM:
             raise FrameError(f"stream {call.stream} after stream {self._acked}")
         self._acked = call.stream
         stream = self._stream(self, self._outbox, call.stream, call.rpc == Rpc.HTTP)
@@ -333,7 +340,15 @@ class LaneSession(asyncio.Protocol):
         self._told = (self._acked, load)
         while True:
             self._seq += 1
-            self._transport.write(outbox.take(self._seq, self._acked, load, report))
+            try:
+                frame = outbox.take(self._seq, self._acked, load, report)
+            except Exception:
+                # It would raise again and again, and the others' outputs wait behind it. Their router asks elsewhere.
+                log.exception("replica %s: no frame can be made for %s", self._replica.name, self._router)
+                self._ready = False
+                self._transport.abort()
+                return
+            self._transport.write(frame)
             if outbox.paused and not even_paused:
                 break
             report = self._report() if self._cursor is not None and self._cursor.pending else None
@@ -362,7 +377,7 @@ class LaneSession(asyncio.Protocol):
             stream.backlog = 0
         for id, size in self._outbox.waiting():
             if id in self._streams:
-                self._streams[id].backlog += size
+                self._streams[id].backlog += size + HELD_OUTPUT_BYTES
         self._held_back = bool(self._outbox)
 
     def held_back(self) -> None:

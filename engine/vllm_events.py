@@ -24,6 +24,9 @@ _END_OF_REPLAY: Final = b"\xff" * 8
 _HANDSHAKE_S: Final = 10.0
 _LONGEST_PATH: Final = 100
 """Bytes; a Unix socket's path takes 107."""
+_EVENTS: Final = 15
+_POLLIN: Final = 1
+"""libzmq's ZMQ_EVENTS and ZMQ_POLLIN; enumerations, as pyzmq has them, would cost what is saved here."""
 _FOLLOWABLE: Final = "a publisher that binds an ipc:// or tcp://*: endpoint on this machine"
 
 
@@ -162,8 +165,8 @@ def _next(socket: Any) -> list[bytes] | None:
     """The next message; None where none is here."""
     import zmq
 
-    # Asked first: an exception costs ten times as much, and the last look of each step finds nothing.
-    if not socket.get(zmq.EVENTS) & zmq.POLLIN:
+    # Asked first: the last look of each step finds nothing, and an exception costs more than to ask.
+    if not socket.get(_EVENTS) & _POLLIN:
         return None
     try:
         frames: list[bytes] = socket.recv_multipart(zmq.NOBLOCK)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
 
@@ -43,14 +44,14 @@ def part(name: str) -> ModuleType | None:
         return None
 
 
-def missing() -> tuple[str, ...]:
-    """The parts that are not in use. Raises as `part`."""
-    return tuple(name for name in PARTS if part(name) is None)
+def missing(parts: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Those of them, or of all, that are not in use. Raises as `part`."""
+    return tuple(name for name in (PARTS if parts is None else parts) if part(name) is None)
 
 
-def told() -> str:
+def told(parts: Sequence[str] | None = None) -> str:
     """The same for people. Raises as `part`."""
-    lacking = missing()
+    lacking = missing(parts)
     if not lacking:
         return "compiled parts: in use"
     if os.environ.get(VARIABLE) == "0":
@@ -61,7 +62,7 @@ def told() -> str:
     )
 
 
-def note(log: logging.Logger) -> None:
+def note(log: logging.Logger, parts: Sequence[str] | None = None) -> None:
     """Says so in the log, as a warning where nobody chose it. Raises as `part`."""
-    chosen = not missing() or os.environ.get(VARIABLE) == "0"
-    log.log(logging.INFO if chosen else logging.WARNING, "%s", told())
+    chosen = not missing(parts) or os.environ.get(VARIABLE) == "0"
+    log.log(logging.INFO if chosen else logging.WARNING, "%s", told(parts))

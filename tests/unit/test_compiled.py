@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from engine.replica import Replica
 from router import compiled
 from router.__main__ import main
 from router.config import load
 from router.errors import ConfigError
+from tests.fakes import ScriptedEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = Path(sysconfig.get_path("include"), "Python.h")
@@ -61,6 +63,20 @@ def test_a_part_that_is_not_there_is_named_or_demanded(
     monkeypatch.setenv(compiled.VARIABLE, "1")
     with pytest.raises(ConfigError, match=r"KVLANE_COMPILED=1, and router._nothing is not there"):
         compiled.missing()
+
+
+async def test_a_replica_says_what_it_uses_and_does_not_begin_without_what_is_demanded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "engine._lane_stream", None)
+    monkeypatch.setenv(compiled.VARIABLE, "1")
+    with pytest.raises(ConfigError, match=r"KVLANE_COMPILED=1, and engine._lane_stream is not there"):
+        Replica("a", ScriptedEngine(), b"secret")
+    monkeypatch.delenv(compiled.VARIABLE)
+    replica = Replica("a", ScriptedEngine(), b"secret")
+    await replica.start()
+    await replica.close()
+    assert "not there (engine._lane_stream)" in caplog.text
 
 
 def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

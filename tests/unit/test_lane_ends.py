@@ -7,11 +7,13 @@ import msgspec
 import pytest
 
 from engine.replica import Replica
+from router import compiled
 from router.errors import ClientTooSlow, ReplicaDraining, ReplicaLost
 from router.lane import frames
 from router.lane.frames import End
 from router.types import Load
 from tests.fakes import DEADLINE_S, Fleet, RecordingSink, eventually, make_request
+from tests.twins import built
 from tests.unit.lanes import lane_of, submitted
 
 
@@ -48,6 +50,31 @@ async def test_a_drain_that_runs_out_of_time_tells_how_many_streams_it_cut(fleet
     await fleet.replicas["a"].close()
     with pytest.raises(ReplicaLost):
         await task
+
+
+@pytest.mark.parametrize("kind", ["python", "compiled"])
+async def test_output_that_cannot_be_encoded_ends_the_lane_and_the_next_one_works(
+    fleet: Fleet, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "python":
+        monkeypatch.setenv(compiled.VARIABLE, "0")
+    else:
+        built("engine._lane_stream")
+    engine = await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    first = lane_of(fleet)
+    tasks = [await submitted(fleet, RecordingSink(), f"r{i}") for i in range(2)]
+    engine.outs[0].head(200, [("half", "\ud800")])
+    engine.outs[0].data(b"x", 1)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [ReplicaLost] * 2
+    assert "no frame can be made" in caplog.text
+    await eventually(lambda: sorted(engine.aborted) == ["r0", "r1"])
+    await fleet.until(lambda: fleet.ready() == 1 and lane_of(fleet) is not first)
+    task = await submitted(fleet, RecordingSink(), "r2")
+    engine.outs[-1].end("stop")
+    assert await task == End("stop")
+    assert fleet.replicas["a"].active == 0
 
 
 async def test_losing_the_lane_fails_all_its_streams_and_aborts_them_in_the_engine(fleet: Fleet) -> None:

@@ -89,11 +89,12 @@ async def test_whoever_does_not_speak_the_protocol_is_refused_and_harms_nobody(f
     assert len(engine.calls) == 1
 
 
-async def test_a_stream_id_that_does_not_rise_breaks_the_lane(fleet: Fleet) -> None:
+@pytest.mark.parametrize("ids", [(5, 5), (5, 4), (0,), (1 << 63,)])
+async def test_a_stream_id_that_does_not_rise_or_is_none_breaks_the_lane(fleet: Fleet, ids: tuple[int, ...]) -> None:
     await fleet.add("a")
     reader, writer = await greet(fleet)
-    submit = frames.encode(frames.Submit(5, "r", 0, "POST", "/", (), b""))
-    writer.write(submit + submit)
+    for id in ids:
+        writer.write(frames.encode(frames.Submit(id, "r", 0, "POST", "/", (), b"")))
     got = [await read_frame(reader)]
     while not isinstance(got[-1], frames.Refused):
         got.append(await read_frame(reader))

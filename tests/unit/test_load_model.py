@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from router.load.account import new_account
@@ -166,6 +167,50 @@ def test_a_queue_is_worked_on_from_the_last_step_and_not_from_news_in_between() 
     replica.observe(step, 1.0)
     replica.observe(step, 1.5)
     assert replica.outlook(step, 0, 0.0, 0).as_of == 1.0
+
+
+def test_who_comes_while_requests_run_waits_for_the_step_under_way() -> None:
+    replica = new_fleet().foresight()
+    for load in steps(1000):
+        replica.observe(load, 0.0)
+    step = Load(running=40, step_ms=30.0, step_decodes=40, step_context_tokens=400_000)
+    replica.observe(step, 1.0)
+    outlook = replica.outlook(step, 0, 0.0, 0)
+    assert outlook.wait_s == outlook.step_s == pytest.approx(h200_ms(0, 0, 40, 400_000) / 1e3, rel=0.1)
+    assert outlook.begins_s(1.0 + outlook.wait_s / 2) == pytest.approx(outlook.wait_s / 2)
+    # Who was sent since is in the next step, not in this one.
+    assert replica.outlook(step, 0, 0.0, 8).wait_s == outlook.wait_s
+    ended = msgspec.structs.replace(step, running=0)
+    assert replica.outlook(ended, 0, 0.0, 0).wait_s == 0.0
+    # A queue that takes longer than the step is all there is to wait for.
+    queued = msgspec.structs.replace(step, queued_prefill_tokens=20_000)
+    assert replica.outlook(queued, 0, 0.0, 0).wait_s > 5 * outlook.wait_s
+
+
+def test_a_step_under_way_began_with_the_last_step_and_not_with_news_in_between() -> None:
+    replica = new_fleet().foresight()
+    step = Load(running=3, step_ms=20.0, step_decodes=3, step_context_tokens=3_000)
+    replica.observe(step, 1.0)
+    replica.observe(msgspec.structs.replace(step, running=2), 1.01)  # One has ended, or was taken back.
+    assert replica.outlook(step, 0, 0.0, 0).as_of == 1.0
+    replica.observe(msgspec.structs.replace(step, step_context_tokens=3_003), 1.02)
+    assert replica.outlook(step, 0, 0.0, 0).as_of == 1.02
+
+
+def test_steps_that_count_no_context_look_alike_and_are_new_ones_all_the_same() -> None:
+    replica = new_fleet().foresight()
+    step = Load(running=3, step_ms=20.0, step_decodes=3)
+    for now in (1.0, 1.02, 1.04):
+        replica.observe(step, now)
+        assert replica.outlook(step, 0, 0.0, 0).as_of == now
+
+
+def test_news_of_an_idle_engine_are_as_good_as_a_step() -> None:
+    replica = new_fleet().foresight()
+    done = Load(step_ms=20.0, step_prefill_tokens=100, step_prefill_pairs=5_000.0)
+    replica.observe(done, 1.0)
+    replica.observe(done, 5.0)
+    assert replica.outlook(done, 0, 0.0, 0).as_of == 5.0
 
 
 def test_an_engine_without_step_figures_is_as_busy_as_it_last_said() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from engine import vllm_events
 from engine.vllm_cache import VllmCache
 from engine.vllm_events import KvEventSocket, connectable
 from tests.fakes import DEADLINE_S, eventually
@@ -18,6 +19,10 @@ from tests.fakes import DEADLINE_S, eventually
 zmq = pytest.importorskip("zmq")
 
 pytestmark = pytest.mark.vllm
+
+
+def test_the_socket_is_asked_by_the_right_numbers() -> None:
+    assert (vllm_events._EVENTS, vllm_events._POLLIN) == (zmq.EVENTS, zmq.POLLIN)
 
 
 class Publisher:
