@@ -62,6 +62,10 @@ class CacheNote(Protocol):
     def cause(self) -> str:
         """Why the mode is not exact; else empty."""
 
+    @property
+    def passing(self) -> bool:
+        """It comes to its end by itself, soon."""
+
 
 class CacheNotes(Protocol):
     """The same of all replicas."""
@@ -397,7 +401,8 @@ class Replicas:
             lane.account.caches(mode)
             self._caching = _caching(self._pools)
             note = self._caches.status().replicas.get(replica)
-            level = logging.INFO if mode is CacheMode.EXACT else logging.WARNING
+            passing = mode is CacheMode.EXACT or (note is not None and note.passing)
+            level = logging.INFO if passing else logging.WARNING
             cause = f": {note.cause}" if note is not None and note.cause else ""
             log.log(level, "replica %s: KV cache %s%s", replica, mode, cause)
 

@@ -49,6 +49,11 @@ class CacheStatus(msgspec.Struct, frozen=True):
     cause: str
     """Why the mode is not exact; where it is, what else there is to know, mostly nothing."""
 
+    @property
+    def passing(self) -> bool:
+        """A long report is on its way into the index: each turn of the loop takes in more of it."""
+        return self.cause == _TAKING_IN
+
 
 class PrefixStatus(msgspec.Struct, frozen=True):
     """The stage's figures; counts are since the start."""

@@ -191,6 +191,30 @@ async def test_a_snapshot_shows_what_the_load_model_learned_from_others() -> Non
         await fleet.close()
 
 
+async def test_a_long_report_is_no_reason_to_warn(
+    caching: tuple[Fleet, Prefixes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """At thousands of requests a second every other report is one."""
+    caplog.set_level("INFO")
+    fleet, prefixes = caching
+    await fleet.add("a")
+    await fleet.until(lambda: fleet.ready() == 1)
+    (lane,) = fleet.router.lanes()
+    reports(lane, snapshot(1, 11))
+    reports(lane, snapshot(2, *range(1, 3_000)))
+    assert lane.account.view().cache is CacheMode.APPROXIMATE
+    while prefixes.status().late:
+        prefixes.sweep()
+    assert lane.account.view().cache is CacheMode.EXACT
+    reports(lane, snapshot(5, 11, mode="approximate", cause="something is amiss"))
+    said = [(record.levelname, record.message) for record in caplog.records if "KV cache" in record.message]
+    assert said[-3:] == [
+        ("INFO", "replica a: KV cache approximate: what it reported is being taken in"),
+        ("INFO", "replica a: KV cache exact"),
+        ("WARNING", "replica a: KV cache approximate: something is amiss"),
+    ]
+
+
 async def test_a_replicas_reports_are_kept_until_its_lane_is_lost(caching: tuple[Fleet, Prefixes]) -> None:
     fleet, prefixes = caching
     await fleet.add("a")
