@@ -24,7 +24,7 @@ install_source = @[ "$$(cat $(1)/.source 2>/dev/null)" = "$(SOURCE)" ] && [ -e b
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 .PHONY: up
 up: $(RUNTIME_STAMP) ## real vLLM replicas behind the router, with a streamed demo; ARGS=--once ends after it
@@ -110,7 +110,8 @@ lock: ## resolve the requirement locks anew; needs uv on the PATH
 
 .PHONY: clean
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(VENV)-gpu build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find router engine -name '*.so' -delete
+	rm -rf $(VENV) $(VENV)-gpu .bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 %/bin/python:
 	$(PYTHON) -m venv $*

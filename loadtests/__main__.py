@@ -24,8 +24,12 @@ COMMANDS: Final = {
 
 
 def main(argv: Sequence[str]) -> int:
+    usage = f"usage: python -m loadtests {{{','.join(COMMANDS)}}} ..."
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0
     if not argv or argv[0] not in COMMANDS:
-        print(f"usage: python -m loadtests {{{','.join(COMMANDS)}}} ...", file=sys.stderr)
+        print(usage, file=sys.stderr)
         return 2
     run: Callable[[Sequence[str]], int] = import_module(COMMANDS[argv[0]]).main
     return run(argv[1:])

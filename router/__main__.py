@@ -50,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(up)
     up.add_argument("--engine", choices=("vllm", "sim"), help="engine of the replicas (default: vllm)")
     up.add_argument("--model", metavar="ID_OR_PATH", help="model to serve (default: a tiny one with random weights)")
-    up.add_argument("--replicas", type=int, metavar="N", help="replicas of the model (default: 2)")
+    up.add_argument(
+        "--replicas",
+        type=int,
+        metavar="N",
+        help="replicas of the model (default: the configuration's, else 2, and no more than GPUs)",
+    )
     _add_router_flags(up)
     up.add_argument("--once", action="store_true", help="exit after the demo answers")
     up.set_defaults(run=_up)

@@ -13,6 +13,7 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 LANE_PORTS = 64
 """Tried from `engines.lane_port` on: as many replicas as can share a network address."""
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+NonNegativeSeconds = Annotated[float, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=1)]
 BodyBytes = Annotated[int, msgspec.Meta(ge=1, le=128 << 20)]
@@ -38,7 +39,7 @@ class HttpOptions(Options, frozen=True):
     stream_buffer_bytes: Bytes = 4 << 20  # What a slow client may leave unread before its stream is aborted.
     max_connections: Count = 10_000  # Below common file-descriptor limits, so that accepting never fails.
     cors_origins: tuple[str, ...] = ("*",)  # As vLLM's own server; empty turns CORS off.
-    default_model: str = ""  # Model of requests that name none; empty refuses them.
+    default_model: str = ""  # Model of requests whose body names none; empty refuses them.
     trust_request_id: bool = True  # Clients' x-request-id is kept; false makes up a new one.
     tls_cert_file: str = ""  # PEM chain; empty serves plaintext. All three are read again when they change.
     tls_key_file: str = ""
@@ -127,7 +128,9 @@ class PrefixOptions(Options, frozen=True):
     enabled: bool = True  # False routes by load alone: prompts are not hashed and cache reports are not used.
     block_bytes: Annotated[int, msgspec.Meta(ge=16, le=4096)] = 256  # About 64 tokens of text: four GPU KV blocks.
     max_prompt_bytes: Bytes = 1 << 20  # What is hashed of a longer prompt; bounds the time on the event loop.
-    max_blocks: Count = 2_000_000  # Blocks indexed, of all replicas together; about 0.3 GB. Further ones are refused.
+    max_blocks: Count = (
+        2_000_000  # Blocks indexed, of all replicas together; 0.1 GB, 0.25 in Python. Others are refused.
+    )
     hold_timeout_s: Seconds = 600.0  # Until a request that is still in flight counts no longer as soon cached.
 
 
@@ -151,10 +154,8 @@ class LimitOptions(Options, frozen=True):
 class ShutdownOptions(Options, frozen=True):
     """How the router ends at SIGTERM. At SIGINT there is no notice, and a second signal ends it at once."""
 
-    # Unready, and still serving whoever comes: load balancers take seconds to notice, Google's 10 to 20. 0: no notice.
-    notice_s: Annotated[float, msgspec.Meta(ge=0)] = 5.0
-    # After that, until streams in flight are cut. Above the longest answers that must be whole, below a Pod's patience.
-    grace_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
+    notice_s: NonNegativeSeconds = 5.0  # Unready, and still serving: balancers notice late, Google's after 10 to 20 s.
+    grace_s: NonNegativeSeconds = 30.0  # Then until streams are cut: above the longest answers, below a Pod's patience.
 
 
 class HoldOptions(Options, frozen=True):
@@ -222,7 +223,9 @@ class EngineOptions(Options, frozen=True):
 class RayOptions(Options, frozen=True):
     """Ray itself; only `kvlane up` starts it."""
 
-    num_cpus: Annotated[int, msgspec.Meta(ge=0)] = 0  # CPUs to declare; 0 asks for what the replicas need.
+    num_cpus: Annotated[int, msgspec.Meta(ge=0)] = (
+        0  # CPUs to declare; 0: the machine's, or more where the replicas need more.
+    )
 
 
 class LogOptions(Options, frozen=True):
@@ -232,7 +235,7 @@ class LogOptions(Options, frozen=True):
 
 
 class Config(Options, frozen=True):
-    """Everything; each field is a TOML table of the same name."""
+    """Fields that belong to no table; they stand first in the file."""
 
     http: HttpOptions = HttpOptions()
     grpc: GrpcOptions = GrpcOptions()

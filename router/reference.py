@@ -27,7 +27,8 @@ _INTRODUCTION = """\
 
 One TOML file; each section below is a table in it. Every field can also be set by its environment variable, and some by
 a flag: flags win over environment variables, which win over the file, which wins over the defaults. Unknown fields and
-`KVLANE_` variables are refused, with the nearest valid name.
+`KVLANE_` variables are refused, with the nearest valid name; `KVLANE_COMPILED` is none of the fields
+([what it does](decisions/0007-compiled-parts.md)).
 
 - `N` in a name is an index from 0: `KVLANE_ENGINES_0_REPLICAS=4` sets `replicas` of the first engine. An index one past
   the end adds an engine.

@@ -6,6 +6,8 @@ ARG PYTHON=python:3.11.13-slim-bookworm
 
 FROM ${PYTHON} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# For the compiled parts of the hot path.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/kvlane
 WORKDIR /src
 # The lock first: it changes more seldom than the code. What it leaves out stays out.

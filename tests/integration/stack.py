@@ -70,11 +70,15 @@ class Stack:
         metrics = self.metrics()
         return int(metrics["kvlane_replica_running"] + metrics["kvlane_replica_waiting"])
 
-    def holds(self, count: int) -> bool:
-        """Whether there are so many requests in the router, on its lanes, and in the engines."""
+    def held(self) -> tuple[float, float, float]:
+        """How many requests there are in the router, on its lanes, and in the engines."""
         metrics = self.metrics()
         engines = metrics["kvlane_replica_running"] + metrics["kvlane_replica_waiting"]
-        return metrics["kvlane_streams_in_flight"] == metrics["kvlane_replica_leases"] == engines == count
+        return metrics["kvlane_streams_in_flight"], metrics["kvlane_replica_leases"], engines
+
+    def holds(self, count: int) -> bool:
+        """Whether there are so many of them everywhere."""
+        return self.held() == (count, count, count)
 
     def idle(self) -> bool:
         """Whether no request is left: not in the router, not on a lane, not in an engine."""

@@ -41,11 +41,13 @@ SCHEMA = {
 }
 
 
-def eventually(condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> float:
-    """Waits until it holds; returns for how many seconds."""
+def eventually(
+    condition: Callable[[], bool], deadline_s: float = DEADLINE_S, told: Callable[[], object] = lambda: ""
+) -> float:
+    """Waits until it holds; returns for how many seconds. `told` is what there was instead."""
     began = time.monotonic()
     while not condition():
-        assert time.monotonic() - began < deadline_s
+        assert time.monotonic() - began < deadline_s, told()
         time.sleep(0.002)
     return time.monotonic() - began
 
