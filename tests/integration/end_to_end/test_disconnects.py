@@ -31,7 +31,7 @@ def beside(stack: Stack, phase: str) -> Iterator[int]:
             assert count < 2 * PLACES, "the engines do not fill"
             held.enter_context(post_raw(stack, long_body(stream=False)))
             count += 1
-            eventually(lambda count=count: stack.holds(count), told=lambda: (count, stack.held()))  # type: ignore[misc]
+            eventually(lambda count=count: stack.holds(count), told=stack.held)  # type: ignore[misc]
         yield count
         assert stack.holds(count), "the engines were not full all the time"
     eventually(stack.idle, ABORT_DEADLINE_S)
