@@ -78,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=number(int, least=1), default=15, help="of the table (default: 15)")
     parser.add_argument("--out", type=Path, default=Path("build/profiles"), metavar="FOLDER")
     parser.add_argument("--pid", type=number(int, least=1), default=0, help="a process that runs already")
+    parser.add_argument(
+        "--native",
+        action=argparse.BooleanOptionalAction,
+        help="compiled functions too; each sample holds the process up for longer (default: yes, with --pid no)",
+    )
     return parser
 
 
@@ -158,6 +163,7 @@ async def _spy(args: argparse.Namespace, pid: int, file: Path) -> None:
     spy = await asyncio.create_subprocess_exec(
         *(PY_SPY, "record", "--pid", str(pid), "--duration", str(args.seconds), "--rate", str(args.rate)),
         *("--nolineno", "--full-filenames", "--format", "raw", "--output", str(file)),
+        *(("--native",) if (not args.pid if args.native is None else args.native) else ()),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )

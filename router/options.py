@@ -128,9 +128,7 @@ class PrefixOptions(Options, frozen=True):
     enabled: bool = True  # False routes by load alone: prompts are not hashed and cache reports are not used.
     block_bytes: Annotated[int, msgspec.Meta(ge=16, le=4096)] = 256  # About 64 tokens of text: four GPU KV blocks.
     max_prompt_bytes: Bytes = 1 << 20  # What is hashed of a longer prompt; bounds the time on the event loop.
-    max_blocks: Count = (
-        2_000_000  # Blocks indexed, of all replicas together; 0.1 GB, 0.25 in Python. Others are refused.
-    )
+    max_blocks: Count = 2_000_000  # Of all replicas together; 0.1 GB, 0.25 in Python. Others are refused.
     hold_timeout_s: Seconds = 600.0  # Until a request that is still in flight counts no longer as soon cached.
 
 
@@ -223,9 +221,7 @@ class EngineOptions(Options, frozen=True):
 class RayOptions(Options, frozen=True):
     """Ray itself; only `kvlane up` starts it."""
 
-    num_cpus: Annotated[int, msgspec.Meta(ge=0)] = (
-        0  # CPUs to declare; 0: the machine's, or more where the replicas need more.
-    )
+    num_cpus: Annotated[int, msgspec.Meta(ge=0)] = 0  # CPUs to declare; 0: the machine's, more where replicas need it.
 
 
 class LogOptions(Options, frozen=True):
