@@ -128,7 +128,7 @@ def _colour(name: str) -> str:
 
 
 def short(stacks: Stacks) -> Stacks:
-    """The same with files named from their package on, without line numbers."""
+    """The same with files named from their package on, those of the system by their own name, without line numbers."""
     found: Stacks = Counter()
     for frames, count in stacks.items():
         found[tuple(map(_short, frames))] += count
@@ -141,4 +141,6 @@ def _short(frame: str) -> str:
         return frame
     place = place.rstrip(")").partition(":")[0]
     match = _PLACE.match(place)
+    if match is None and place.startswith("/"):
+        place = place.rpartition("/")[2]
     return f"{name} ({match[1] if match else place})"

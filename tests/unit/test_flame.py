@@ -56,6 +56,8 @@ def test_files_are_named_from_their_package_on() -> None:
         "f (/checkout/router/lane/client.py)": "f (router/lane/client.py)",
         "f (/checkout/protos/kvlane/client.py)": "f (kvlane/client.py)",
         "f (odd.py)": "f (odd.py)",
+        "take (router/load/_outlooks.pyx)": "take (router/load/_outlooks.pyx)",
+        "send (/usr/lib/x86_64-linux-gnu/libc.so.6)": "send (libc.so.6)",
         "native": "native",
     }
     assert set(flame.short(Counter({(place,): 1 for place in places}))) == {(short,) for short in places.values()}
