@@ -262,9 +262,9 @@ def test_a_backlogs_room_is_given_back() -> None:
     use()
     gc.collect()
     before = resident_kb()
-    for _ in range(20):
+    for _ in range(60):
         use()
-    assert resident_kb() - before < 20_000  # Of 2.4 MB each time.
+    assert resident_kb() - before < 70_000  # Of 2.4 MB each time.
 
 
 @needs_both
@@ -343,7 +343,8 @@ def _leak_nothing(use: Callable[[], None]) -> None:
     for _ in range(300):
         use()
     gc.collect()
-    assert resident_kb() - before < 20_000  # 300 times half a megabyte, where it were kept.
+    # 300 times half a megabyte, where it were kept. What malloc keeps for later depends on the tests before.
+    assert resident_kb() - before < 75_000
 
 
 def test_neither_keeps_what_went_out(lane: Lane) -> None:
