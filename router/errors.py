@@ -128,6 +128,15 @@ class BodyTooLarge(InvalidRequest):
     openai_type = "RequestEntityTooLargeError"
 
 
+class UnsupportedEncoding(InvalidRequest):
+    """The body is compressed, or encoded otherwise."""
+
+    name = "unsupported_encoding"
+    http_status = 415
+    grpc_status = "UNIMPLEMENTED"
+    openai_type = "UnsupportedMediaTypeError"
+
+
 class HeadersTooLarge(InvalidRequest):
     name = "headers_too_large"
     http_status = 431

@@ -145,7 +145,7 @@ class LimitOptions(Options, frozen=True):
     """Admission."""
 
     max_streams: Count = 20_000  # Per router process; beyond it requests get 429.
-    no_replica_wait_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # Bridges a replica's replacement.
+    no_replica_wait_s: NonNegativeSeconds = 10.0  # Bridges a replica's replacement.
     max_tries: Count = 3  # Replicas tried per request before its first byte.
 
 
@@ -164,7 +164,7 @@ class HoldOptions(Options, frozen=True):
     max_requests: Count = 10_000  # Of all models; half of limits.max_streams, so that what need not wait gets through.
     max_bytes: Bytes = 256 << 20  # Bodies of all of them; a few thousand long prompts. Beyond either bound: 503.
     timeout_s: Seconds = 600.0  # A new node and a large model's start. Others wait for limits.no_replica_wait_s.
-    comment_interval_s: Annotated[float, msgspec.Meta(ge=0)] = 15.0  # Keeps balancers from cutting streams; 0: silence.
+    comment_interval_s: NonNegativeSeconds = 15.0  # Keeps balancers from cutting streams; 0: silence.
 
 
 class HoursOptions(Options, frozen=True, kw_only=True):
@@ -184,9 +184,9 @@ class AutoscalingOptions(Options, frozen=True, kw_only=True):
     max_replicas: Count  # No default: it bounds the cost.
     target_streams: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # Per replica, waiting too; 0: half of its max_num_seqs.
     wake_replicas: Count = 1  # Started at once when a request finds none; more only follow when the first is ready.
-    upscale_delay_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # A burst that ends sooner starts nothing.
-    downscale_delay_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0  # Starting a replica again may take minutes.
-    downscale_to_zero_delay_s: Annotated[float, msgspec.Meta(ge=0)] = 900.0  # The next request would wait for a start.
+    upscale_delay_s: NonNegativeSeconds = 10.0  # A burst that ends sooner starts nothing.
+    downscale_delay_s: NonNegativeSeconds = 300.0  # Starting a replica again may take minutes.
+    downscale_to_zero_delay_s: NonNegativeSeconds = 900.0  # The next request would wait for a start.
     schedule: tuple[HoursOptions, ...] = ()  # Where several hours overlap, the most replicas count.
 
 
@@ -211,7 +211,7 @@ class EngineOptions(Options, frozen=True):
     lane_tls_key_file: str = ""
     lane_tls_ca_file: str = ""  # Set: routers must show a certificate that this private CA signed.
     drain_timeout_s: Seconds = 3600.0  # How long a replica that goes away may finish its streams; longer than any.
-    sleep_after_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # Without a stream for so long a replica sleeps; 0 never.
+    sleep_after_s: NonNegativeSeconds = 0.0  # Without a stream for so long a replica sleeps; 0 never.
     sleep_level: Literal[1, 2] = 1  # 1 wakes soonest and takes host memory for the weights; 2 loads them again.
     surge: Literal["auto", "always", "never"] = "auto"  # Redeploy with one replica more; auto: where no GPU is needed.
     health_check_period_s: Seconds = 2.0  # A dead engine is replaced after about three of these.

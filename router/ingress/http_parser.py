@@ -49,6 +49,7 @@ _DROP: Final = 3  # Concerns this connection alone (RFC 9110, 7.6.1).
 _KINDS: Final = {
     "host": _NOTE,
     "content-type": _NOTE,
+    "content-encoding": _NOTE,
     "x-session-id": _NOTE,
     "authorization": _NOTE,
     "x-api-key": _NOTE,

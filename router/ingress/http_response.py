@@ -153,6 +153,8 @@ def error_reply(error: KvlaneError, path: str, receipt: Receipt | None = None) -
         lines.append(f"retry-after: {max(1, math.ceil(error.retry_after_s or 1))}\r\n")
     if error.http_status == 401:
         lines.append("www-authenticate: Bearer\r\n")
+    if error.http_status == 415:
+        lines.append("accept-encoding: identity\r\n")
     if isinstance(error, MethodNotAllowed):
         lines.append(f"allow: {', '.join(error.allow)}\r\n")
     if receipt is not None:

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, unquote_to_bytes
 import httptools
 import msgspec
 
-from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, PathNotFound, cut
+from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, PathNotFound, UnsupportedEncoding, cut
 from router.ingress import large_json, multipart, openai, request_ids
 from router.ingress.base import Fleet, ModelStatus
 from router.ingress.gate import CREDENTIALS, Gate, visible
@@ -153,11 +153,14 @@ class Routes:
     def relay(self, request: HttpRequest, target: Target, request_id: str) -> Request | Generator[None, None, Request]:
         """The request for a replica; where its body is large, in slices.
 
-        Raises `PathNotFound`, `MethodNotAllowed` and `InvalidRequest`, the last from a slice too.
+        Raises `PathNotFound`, `MethodNotAllowed` and `InvalidRequest` or `UnsupportedEncoding`, that from a slice too.
         """
         # The engine's application answers a HEAD with 405; the head of a GET is what is asked for.
         method = "GET" if request.method == "HEAD" else request.method
         self._check(request.method, method, target.path)
+        encoding = request.noted.get("content-encoding")
+        if encoding is not None and encoding.lower() != "identity" and request.body:
+            raise UnsupportedEncoding(f"A body in the encoding {cut(encoding)!r} is not taken: send it as it is")
         if len(request.body) >= large_json.LARGE_BYTES and not _is_form(request):
             return self._relay_large(request, target, method, request_id)
         if request.key is not None and request.key.models is not None and _is_form(request):

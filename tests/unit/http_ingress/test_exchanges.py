@@ -156,7 +156,15 @@ async def test_httpx_streams_and_reuses_its_connection() -> None:
                 lines = [line async for line in response.aiter_lines() if line]
             assert lines == ["data: one", "data: two", "data: three", "data: [DONE]"]
         compressed = await client.post("/tokenize", content=gzip.compress(CHAT), headers={"content-encoding": "gzip"})
-        assert compressed.status_code == 400
+        assert (compressed.status_code, compressed.headers["accept-encoding"]) == (415, "identity")
+        assert compressed.headers["x-kvlane-error"] == "unsupported_encoding"
+        told = compressed.json()["error"]
+        assert (told["code"], told["type"]) == (415, "UnsupportedMediaTypeError")
+        assert "'gzip'" in told["message"]
+        plain = await client.post("/tokenize", content=CHAT, headers={"content-encoding": "Identity"})
+        assert plain.status_code == 200
+        unencoded = await client.get("/v1/models", headers={"content-encoding": "gzip"})
+        assert unencoded.status_code == 200
         assert serving.ingress.connections == 1
 
 
