@@ -1,4 +1,7 @@
-"""What a hostile or broken client meets: refusals of doubtful framing, limits, and timeouts under an injected clock."""
+"""What a hostile or broken client meets: refusals of doubtful framing, limits, and timeouts under an injected clock.
+
+Sections in comments are those of RFC 9112.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ POST = b"POST /tokenize HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 DOUBTFUL = {
+    # 6.1 and 6.3: a length beside a coding is an attempt at smuggling.
     "length and coding": POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "coding and length": POST + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+    # 6.2 and 6.3: one valid length, or none.
     "two equal lengths": POST + b"Content-Length: 3\r\nContent-Length: 3\r\n\r\nabc",
     "two lengths": POST + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
     "a list of lengths": POST + b"Content-Length: 3, 3\r\n\r\nabc",
@@ -26,18 +31,29 @@ DOUBTFUL = {
     "a length of 5000 digits": POST + b"Content-Length: " + b"0" * 5000 + b"3\r\n\r\nabc",
     "an overflowing length": POST + b"Content-Length: 99999999999999999999\r\n\r\nabc",
     "an empty length": POST + b"Content-Length: \r\n\r\nabc",
+    # 5.1: no space before the colon.
     "a space before a colon": POST + b"Content-Length : 3\r\n\r\nabc",
+    # 6.1: chunked is the only coding, is last and once, and not in HTTP/1.0.
     "another coding": POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
     "an unknown coding": POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
     "chunked not last": POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
     "chunked twice": POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunked behind a control character": POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+    "chunked with a parameter": POST + b"Transfer-Encoding: chunked;q=1\r\n\r\n0\r\n\r\n",
+    "a quoted coding": POST + b'Transfer-Encoding: "chunked"\r\n\r\n0\r\n\r\n',
+    "a coding and a length whose name is spelt otherwise": (
+        POST + b"tRANSFER-eNCODING: chunked\r\nCONTENT-length: 3\r\n\r\n0\r\n\r\n"
+    ),
     "chunked in 1.0": CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n",
+    # 5.2 and 2.2: no folding, and line ends of two bytes.
     "a folded header": POST + b"X: a\r\n b\r\n\r\n",
     "bare line feeds": b"GET /healthz HTTP/1.1\nHost: a\n\n",
     "a bare carriage return": POST + b"X: a\rY: b\r\n\r\n",
     "a null byte": POST + b"X: a\0b\r\n\r\n",
+    # 3.2: one Host.
     "two hosts": POST + b"Host: b\r\n\r\n",
     "no host": b"GET /healthz HTTP/1.1\r\n\r\n",
+    # 3 and 2.3: the request line.
     "an unknown method": b"FOO / HTTP/1.1\r\nHost: a\r\n\r\n",
     "a tunnel": b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
     "an unknown version": b"GET / HTTP/2.0\r\nHost: a\r\n\r\n",
@@ -45,6 +61,7 @@ DOUBTFUL = {
     "the HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "raw bytes in the path": b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    # 7.1: chunks.
     "a wrong chunk size": CHUNKED + b"zz\r\n\r\n",
     "a signed chunk size": CHUNKED + b"-3\r\nabc\r\n0\r\n\r\n",
     "a chunk longer than its size": CHUNKED + b"3\r\nabcd\r\n0\r\n\r\n",
@@ -82,6 +99,29 @@ def test_doubtful_framing_is_refused_wherever_reads_split_it(doubtful: bytes) ->
     parser.feed(get("/healthz"))
     assert len(parser.complete) == 1
     assert not isinstance(parser.complete[0], HttpRequest)
+
+
+@pytest.mark.parametrize("coding", ["chunked", "Chunked", "CHUNKED", "\t chunked"])
+async def test_the_chunked_coding_is_known_however_it_is_spelt(coding: str) -> None:
+    data = POST + b"Transfer-Encoding:%b\r\n\r\n" % coding.encode()
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(CHAT), CHAT)
+    async with served() as serving:
+        client = await serving.connect()
+        client.write(data + body + get("/healthz"))
+        assert (await client.answer()).body == b"POST /tokenize " + CHAT
+        assert (await client.answer()).body == b"ok"
+        await client.close()
+
+
+async def test_a_target_with_scheme_and_host_is_read_as_its_path() -> None:
+    """RFC 9112, 3.2.2, as clients of proxies send it."""
+    async with served() as serving:
+        client = await serving.connect()
+        client.write(get("http://a:8000/healthz") + get("http://user@b") + get("http://"))
+        assert (await client.answer()).body == b"ok"
+        assert (await client.answer()).status == 404
+        assert (await client.answer()).status == 400
+        await client.close()
 
 
 @pytest.mark.parametrize(
