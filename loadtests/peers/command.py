@@ -111,7 +111,7 @@ def _compare(args: argparse.Namespace, chosen: Sequence[Contender], ceilings: Se
             "open": outcome.open,
             "replays": outcome.replays,
             "generator": ceilings,
-            "arguments": {name: value for name, value in vars(args).items() if name not in ("json", "markdown")},
+            "arguments": {name: value for name, value in vars(args).items() if name not in ("json", "markdown", "plots")},
         }
         Path(args.json).write_bytes(msgspec.json.format(msgspec.json.encode(packed), indent=1) + b"\n")
     rows = (*outcome.rows, *outcome.open, *outcome.replays)
@@ -129,7 +129,8 @@ def _ceilings(args: argparse.Namespace) -> list[Ceiling]:
             found.append(most)
             print(
                 f"load generator, {streams} streams over {protocol} from a server that only writes: "
-                f"{most.chunks_per_s:,.0f} chunks/s and {most.requests_per_s:,.0f} requests/s, "
+                f"{most.chunks_per_s:,.0f} chunks/s ({most.joined_chunks_per_s:,.0f} with {trivial.JOINED} in a write) "
+                f"and {most.requests_per_s:,.0f} requests/s, "
                 f"{most.cpu_us_per_chunk:.1f} and {most.cpu_us_per_request:.0f} µs of its own CPU for each",
                 flush=True,
             )

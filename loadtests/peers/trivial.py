@@ -1,8 +1,9 @@
 """What the load generator can take: servers that do nothing but write, and the load against them.
 
-`python -m loadtests.peers.trivial PROTOCOL PORT` serves until it is told to end. It writes one token to each stream in
-turn, as often as it can, which is the least that any server does; so the figures are a lower bound of what the load
-generator could take.
+`python -m loadtests.peers.trivial PROTOCOL PORT [JOINED]` serves until it is told to end. It writes one token to each
+stream in turn, as often as it can, which is the least that any server does; so the figures are a lower bound of what
+the load generator could take. A router that is late joins what several steps have of a stream; so does this one,
+`JOINED` tokens in one write.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import uvloop
 from kvlane.v1 import inference_pb2 as pb
 
 from loadtests.peers import http2, load
+from loadtests.peers.answers import Tally
 from loadtests.peers.base import answers, answers_grpc
 from loadtests.peers.children import child, free_port
 from loadtests.peers.clients import HttpClient
@@ -38,6 +40,8 @@ _LENGTH: Final = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _TOKENS: Final = re.compile(rb'"max_tokens": *(\d+)')
 _MESSAGE: Final = pb.GenerateResponse(text="k42 ", token_ids=[42]).SerializeToString()
 _PREFIXED: Final = b"\x00" + len(_MESSAGE).to_bytes(4, "big") + _MESSAGE
+JOINED: Final = 8
+"""Tokens in a write of a server that joins them."""
 _GRPC_HEAD: Final = http2.STATUS_200 + http2.literals([("content-type", "application/grpc")])
 _TRAILERS: Final = http2.literals([("grpc-status", "0")])
 
@@ -54,6 +58,8 @@ class Ceiling(msgspec.Struct):
     cpu_us_per_request: float
     cores: float
     """How much of one it was busy with while it took in so many chunks."""
+    joined_chunks_per_s: float
+    """Where `JOINED` come in one write."""
 
 
 class Stream(msgspec.Struct):
@@ -66,9 +72,10 @@ class Stream(msgspec.Struct):
 
 
 class Pump:
-    """Writes one token to each open stream, over and over."""
+    """Writes one token to each open stream, or some, over and over."""
 
-    def __init__(self) -> None:
+    def __init__(self, joined: int = 1) -> None:
+        self._joined = joined
         self._streams: dict[Hashable, Stream] = {}
 
     def begin(self, key: Hashable, stream: Stream) -> None:
@@ -81,12 +88,12 @@ class Pump:
 
     def _turn(self) -> None:
         for key, stream in list(self._streams.items()):
-            if stream.left > 1:
-                stream.left -= 1
-                stream.write(stream.token)
+            if stream.left > self._joined:
+                stream.left -= self._joined
+                stream.write(stream.token * self._joined)
             else:
                 del self._streams[key]
-                stream.write(stream.token + stream.end)
+                stream.write(stream.token * stream.left + stream.end)
         if self._streams:
             asyncio.get_running_loop().call_soon(self._turn)
 
@@ -156,9 +163,9 @@ class _Grpc(asyncio.Protocol):
         self._transport.abort()
 
 
-async def serve(protocol: str, port: int) -> None:
+async def serve(protocol: str, port: int, joined: int = 1) -> None:
     """Until it is cancelled."""
-    pump, kind = Pump(), {"http": _Http, "grpc": _Grpc}[protocol]
+    pump, kind = Pump(joined), {"http": _Http, "grpc": _Grpc}[protocol]
     server = await asyncio.get_running_loop().create_server(
         lambda: kind(pump), "127.0.0.1", port, backlog=load.MAX_STREAMS
     )
@@ -167,14 +174,9 @@ async def serve(protocol: str, port: int) -> None:
 
 def measure(protocol: str, streams: int, tokens: int, prompts: Prompts, seconds: float, log: Path) -> Ceiling:
     """Raises `PeerError` where the trivial server cannot be started."""
-    port = free_port()
-    arguments = [sys.executable, "-m", "loadtests.peers.trivial", protocol, str(port)]
-    client: Client = GrpcClient(port) if protocol == "grpc" else HttpClient([port])
-    serves = answers_grpc if protocol == "grpc" else answers
-    with child("trivial server", arguments, log, lambda: serves(port)):
-        limit_s = seconds + 30.0
-        long = uvloop.run(load.saturation(client, streams, tokens, prompts, seconds=seconds, limit_s=limit_s))
-        short = uvloop.run(load.saturation(client, streams, 1, prompts, seconds=seconds, limit_s=limit_s))
+    long = _saturated(protocol, streams, tokens, prompts, seconds, log)
+    short = _saturated(protocol, streams, 1, prompts, seconds, log)
+    joined = _saturated(protocol, streams, tokens, prompts, seconds, log, JOINED)
     return Ceiling(
         protocol=protocol,
         streams=streams,
@@ -183,8 +185,21 @@ def measure(protocol: str, streams: int, tokens: int, prompts: Prompts, seconds:
         cpu_us_per_chunk=round(1e6 * long.cpu_s / max(1, long.chunks), 2),
         cpu_us_per_request=round(1e6 * short.cpu_s / max(1, short.requests), 2),
         cores=round(long.cpu_s / long.wall_s, 2),
+        joined_chunks_per_s=round(joined.chunks / joined.seconds, 1),
     )
 
 
+def _saturated(
+    protocol: str, streams: int, tokens: int, prompts: Prompts, seconds: float, log: Path, joined: int = 1
+) -> Tally:
+    port = free_port()
+    arguments = [sys.executable, "-m", "loadtests.peers.trivial", protocol, str(port), str(joined)]
+    client: Client = GrpcClient(port) if protocol == "grpc" else HttpClient([port])
+    serves = answers_grpc if protocol == "grpc" else answers
+    with child("trivial server", arguments, log, lambda: serves(port)):
+        asked = load.saturation(client, streams, tokens, prompts, seconds=seconds, limit_s=seconds + 30.0)
+        return uvloop.run(asked)
+
+
 if __name__ == "__main__":
-    uvloop.run(serve(sys.argv[1], int(sys.argv[2])))
+    uvloop.run(serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import io
 import struct
 from typing import Final, TypeAlias
 
@@ -24,6 +25,8 @@ from router.types import CacheMode, Chain, EngineInfo, Load
 VERSION: Final = 1
 MAX_FRAME_BYTES: Final = 256 << 20
 """Larger than any body limit; a longer frame is a broken or hostile peer."""
+RESERVE_AT: Final = 1 << 20
+"""A frame of so many bytes gets memory for all of it at once."""
 MAX_HANDSHAKE_BYTES: Final = 4096
 """Until the peer has proved that it knows the secret."""
 LARGE_BYTES: Final = 256 << 10
@@ -283,18 +286,25 @@ class FrameSplitter:
         self.limit = limit
         """Longest body accepted, in bytes; raise it after the handshake."""
         self._rest = bytearray()
+        self._long: io.BytesIO | None = None
+        """A long frame that has begun; then `_rest` is empty."""
+        self._missing = 0
+        """Bytes of it that have not come yet."""
 
     @property
     def empty(self) -> bool:
         """Whether nothing is left of a frame that has begun."""
-        return not self._rest
+        return not self._rest and self._long is None
 
-    def feed(self, data: bytes | bytearray) -> list[memoryview]:
+    def feed(self, data: bytes | bytearray | memoryview) -> list[memoryview]:
         """The bodies that `data` completes, in order. Raises `FrameError` on one longer than `limit`."""
+        if self._long is not None:
+            return self._go_on(self._long, memoryview(data))
         if self._rest:
-            # A long frame comes in many reads: append until all of it is here.
+            # Append until all of it is here, or its length is, and says that it is long.
             self._rest += data
             if len(self._rest) < 4 or len(self._rest) < 4 + self._length_at(self._rest, 0):
+                self._reserve()
                 return []
             data, self._rest = self._rest, bytearray()
         view = memoryview(data)
@@ -310,9 +320,31 @@ class FrameSplitter:
             start = end
         if start < size:
             self._rest += view[start:]
+            self._reserve()
         return bodies
 
-    def _length_at(self, data: bytes | bytearray, start: int) -> int:
+    def _go_on(self, frame: io.BytesIO, data: memoryview) -> list[memoryview]:
+        part = data[: self._missing]
+        frame.write(part)
+        self._missing -= len(part)
+        if self._missing:
+            return []
+        self._long = None
+        body = frame.getbuffer()[4:]
+        return [body, *self.feed(data[len(part) :])] if len(part) < len(data) else [body]
+
+    def _reserve(self) -> None:
+        """Memory for all of a long frame, which the system gives only where it is written to: to grow it with each read
+        would copy all that has come before, in one turn of the event loop."""
+        if len(self._rest) < 4 or (whole := 4 + self._length_at(self._rest, 0)) < RESERVE_AT:
+            return
+        # CPython neither copies the only reference to these bytes, nor takes their pages before they are written.
+        self._long = io.BytesIO(bytes(whole))
+        self._long.write(self._rest)
+        self._missing = whole - len(self._rest)
+        self._rest = bytearray()
+
+    def _length_at(self, data: bytes | bytearray | memoryview, start: int) -> int:
         length: int = _LENGTH.unpack_from(data, start)[0]
         if length > self.limit:
             raise FrameError(f"a frame of {length} bytes is longer than the limit of {self.limit}")

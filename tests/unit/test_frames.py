@@ -1,6 +1,8 @@
 """The frame codec: what goes in comes out, whatever the cuts; what is no frame is refused."""
 
+import ctypes
 import itertools
+from unittest import mock
 
 import msgspec
 import pytest
@@ -47,12 +49,36 @@ def _cut(data: bytes, cuts: list[int]) -> list[bytes]:
 
 
 @settings(derandomize=True, max_examples=300)
-@given(st.lists(down, max_size=6), st.lists(st.integers(0, 5000), max_size=12))
-def test_frames_survive_any_cuts_of_the_byte_stream(sent: list[frames.DownFrame], cuts: list[int]) -> None:
+@given(st.lists(down, max_size=6), st.lists(st.integers(0, 5000), max_size=12), st.sampled_from([5, 40, 1 << 20]))
+def test_frames_survive_any_cuts_of_the_byte_stream(sent: list[frames.DownFrame], cuts: list[int], long: int) -> None:
     splitter = frames.FrameSplitter(frames.MAX_FRAME_BYTES)
     pieces = _cut(b"".join(frames.encode(frame) for frame in sent), cuts)
-    got = [frames.decode_down(body) for piece in pieces for body in splitter.feed(piece)]
+    with mock.patch.object(frames, "RESERVE_AT", long):
+        got = [frames.decode_down(body) for piece in pieces for body in splitter.feed(piece)]
     assert got == sent
+    assert splitter.empty
+
+
+def test_a_long_frame_stays_where_its_beginning_is() -> None:
+    """To move it for more room would copy all of it at once."""
+    sent = frames.encode(frames.Step(1, 1, Load(), [frames.Output(1, bytes(12 << 20), 1)]))
+    splitter = frames.FrameSplitter(frames.MAX_FRAME_BYTES)
+    assert splitter.feed(sent[:3]) == []
+    assert splitter.feed(sent[3:1000]) == []
+    assert splitter._long is not None
+    at = _address(splitter._long.getbuffer())
+    for start in range(1000, len(sent) - 1000, 200_000):
+        assert splitter.feed(sent[start : min(start + 200_000, len(sent) - 1000)]) == []
+        assert not splitter.empty
+    body, pong = splitter.feed(sent[-1000:] + frames.encode(frames.Pong(7)))
+    assert _address(body) == at + 4
+    assert body == sent[4:]
+    assert frames.decode_down(pong) == frames.Pong(7)
+    assert splitter.empty
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 @settings(derandomize=True, max_examples=200)

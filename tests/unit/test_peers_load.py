@@ -179,11 +179,12 @@ async def test_no_two_prompts_are_alike_unless_asked_for() -> None:
     assert len(set(server.prompts)) == 3
 
 
+@pytest.mark.parametrize("joined", [1, 3, 8])
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-async def test_the_trivial_server_writes_what_is_asked(protocol: str) -> None:
+async def test_the_trivial_server_writes_what_is_asked(protocol: str, joined: int) -> None:
     port = free_port()
     client: Client = GrpcClient(port) if protocol == "grpc" else HttpClient([port])
-    task = asyncio.create_task(trivial.serve(protocol, port))
+    task = asyncio.create_task(trivial.serve(protocol, port, joined))
     async with asyncio.timeout(10):
         while True:
             tally = await load.closed_loop(client, 3, 7, Prompts(4.0), rounds=2, limit_s=20)
