@@ -111,7 +111,9 @@ def _compare(args: argparse.Namespace, chosen: Sequence[Contender], ceilings: Se
             "open": outcome.open,
             "replays": outcome.replays,
             "generator": ceilings,
-            "arguments": {name: value for name, value in vars(args).items() if name not in ("json", "markdown", "plots")},
+            "arguments": {
+                name: value for name, value in vars(args).items() if name not in ("json", "markdown", "plots")
+            },
         }
         Path(args.json).write_bytes(msgspec.json.format(msgspec.json.encode(packed), indent=1) + b"\n")
     rows = (*outcome.rows, *outcome.open, *outcome.replays)
