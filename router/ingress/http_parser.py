@@ -262,7 +262,7 @@ class RequestParser:
             self._noted[name] = text
             return
         self._dropped += len(name) + len(text) + 4
-        if name == "connection":
+        if name in ("connection", "content-encoding"):
             self._noted[name] += "," + text
         elif name == "host":
             self._stop(InvalidRequest("More than one Host header"))

@@ -153,14 +153,14 @@ class Routes:
     def relay(self, request: HttpRequest, target: Target, request_id: str) -> Request | Generator[None, None, Request]:
         """The request for a replica; where its body is large, in slices.
 
-        Raises `PathNotFound`, `MethodNotAllowed` and `InvalidRequest` or `UnsupportedEncoding`, that from a slice too.
+        Raises `PathNotFound`, `MethodNotAllowed`, `UnsupportedEncoding` and `InvalidRequest`; the last from slices too.
         """
         # The engine's application answers a HEAD with 405; the head of a GET is what is asked for.
         method = "GET" if request.method == "HEAD" else request.method
         self._check(request.method, method, target.path)
         encoding = request.noted.get("content-encoding")
-        if encoding is not None and encoding.lower() != "identity" and request.body:
-            raise UnsupportedEncoding(f"A body in the encoding {cut(encoding)!r} is not taken: send it as it is")
+        if encoding is not None and request.body:
+            _check_encoding(encoding)
         if len(request.body) >= large_json.LARGE_BYTES and not _is_form(request):
             return self._relay_large(request, target, method, request_id)
         if request.key is not None and request.key.models is not None and _is_form(request):
@@ -239,6 +239,11 @@ class Routes:
             return model
         base_models = [status.card.name for status in self._fleet.models() if not status.card.parent]
         return base_models[0] if len(base_models) == 1 else ""
+
+
+def _check_encoding(value: str) -> None:
+    if any(coding.strip().lower() not in ("", "identity") for coding in value.split(",")):
+        raise UnsupportedEncoding(f"A body in the encoding {cut(value)!r} is not taken: send it as it is")
 
 
 def _checked(gate: Gate, noted: Mapping[str, str]) -> None:

@@ -338,7 +338,8 @@ class FrameSplitter:
         would copy all that has come before, in one turn of the event loop."""
         if len(self._rest) < 4 or (whole := 4 + self._length_at(self._rest, 0)) < RESERVE_AT:
             return
-        # CPython neither copies the only reference to these bytes, nor takes their pages before they are written.
+        # CPython does not copy the only reference to these bytes; their pages come as they are written, where the
+        # allocator takes them fresh from the system, as the router's does from 8 MB on (`router.garbage`).
         self._long = io.BytesIO(bytes(whole))
         self._long.write(self._rest)
         self._missing = whole - len(self._rest)

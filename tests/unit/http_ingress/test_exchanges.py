@@ -161,8 +161,11 @@ async def test_httpx_streams_and_reuses_its_connection() -> None:
         told = compressed.json()["error"]
         assert (told["code"], told["type"]) == (415, "UnsupportedMediaTypeError")
         assert "'gzip'" in told["message"]
-        plain = await client.post("/tokenize", content=CHAT, headers={"content-encoding": "Identity"})
-        assert plain.status_code == 200
+        twice = [("content-encoding", "identity"), ("content-encoding", "br")]
+        assert (await client.post("/tokenize", content=CHAT, headers=twice)).status_code == 415
+        for plain in ("Identity", "", "identity, identity"):
+            taken = await client.post("/tokenize", content=CHAT, headers={"content-encoding": plain})
+            assert taken.status_code == 200
         unencoded = await client.get("/v1/models", headers={"content-encoding": "gzip"})
         assert unencoded.status_code == 200
         assert serving.ingress.connections == 1
