@@ -105,6 +105,7 @@ async def test_a_call_of_a_standard_service_that_asks_nothing_holds_no_last_call
         await within(leaving)
 
 
+@pytest.mark.slow
 async def test_resets_of_streams_that_are_over_are_no_flood() -> None:
     """Some clients reset each stream once they have its status."""
     async with serving(says("a")) as served, peer(served) as client:

@@ -228,6 +228,7 @@ async def test_a_model_at_zero_is_ready_listed_and_explained(tmp_path: Path) -> 
         assert there.waiting() == 0
 
 
+@pytest.mark.slow
 async def test_200_http_requests_sent_at_zero_all_complete_in_their_order(tmp_path: Path) -> None:
     async with site(tmp_path) as there, AsyncExitStack() as clients:
         # A client takes ever longer to make one more connection.
@@ -250,6 +251,7 @@ async def test_200_http_requests_sent_at_zero_all_complete_in_their_order(tmp_pa
         assert "kvlane_held_seconds_count 200" in metrics
 
 
+@pytest.mark.slow
 async def test_200_grpc_calls_sent_at_zero_all_complete_in_their_order(tmp_path: Path) -> None:
     async with site(tmp_path) as there, Client(f"127.0.0.1:{there.app.grpc_port}") as client:
 

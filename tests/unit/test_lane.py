@@ -153,6 +153,7 @@ async def test_an_engine_that_raises_at_submit_fails_that_stream(
     assert fleet.replicas["a"].active == 0
 
 
+@pytest.mark.slow
 async def test_a_body_of_many_megabytes_arrives_whole(fleet: Fleet) -> None:
     engine = await fleet.add("a")
     await fleet.until(lambda: fleet.ready() == 1)

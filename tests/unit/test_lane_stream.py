@@ -208,6 +208,7 @@ def test_one_that_holds_back_too_much_ends(lane: Lane) -> None:
     assert sum(output.tokens for output in outputs) == 16
 
 
+@pytest.mark.slow
 def test_empty_messages_that_are_held_back_count_too(lane: Lane) -> None:
     stream = lane.stream(7, joins=False)
     lane.outbox.paused = True
@@ -347,6 +348,7 @@ def _leak_nothing(use: Callable[[], None]) -> None:
     assert resident_kb() - before < 75_000
 
 
+@pytest.mark.slow
 def test_neither_keeps_what_went_out(lane: Lane) -> None:
     kind = type(lane.outbox)
     twin = sys.modules[kind.__module__]

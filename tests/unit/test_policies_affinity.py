@@ -226,6 +226,7 @@ def test_an_adapters_load_spreads_over_the_replicas_that_have_it() -> None:
     assert decide(policy, request, depths).replica == second
 
 
+@pytest.mark.slow
 def test_routers_agree_on_an_adapters_first_replica_and_adapters_spread() -> None:
     homes: dict[str, set[str]] = {f"adapter {each}": set() for each in range(40)}
     for seed in range(3):
