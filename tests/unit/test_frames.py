@@ -77,6 +77,14 @@ def test_a_long_frame_stays_where_its_beginning_is() -> None:
     assert splitter.empty
 
 
+def test_a_length_over_the_limit_is_refused_behind_a_long_frame_too() -> None:
+    sent = frames.encode(frames.Step(1, 1, Load(), [frames.Output(1, bytes(1 << 20), 1)]))
+    splitter = frames.FrameSplitter(len(sent))
+    assert splitter.feed(sent[:-10]) == []
+    with pytest.raises(frames.FrameError, match="longer than the limit"):
+        splitter.feed(sent[-10:] + len(sent + b"x").to_bytes(4, "little"))
+
+
 def _address(view: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
