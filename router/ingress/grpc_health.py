@@ -16,6 +16,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from router.ingress.grpc_requests import SERVICE
 
+TELL_S: Final = 0.5
+"""How long the end of a call waits for its client to take what is being sent."""
 REFLECTION_V1: Final = "grpc.reflection.v1.ServerReflection"
 """Its messages are those of v1alpha under another package name, which is not on the wire."""
 
@@ -27,18 +29,18 @@ class Standing:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[object]] = set()
-        self._ending = False
+        self._telling: set[asyncio.Task[object]] = set()
+        self.ending = False
 
     @asynccontextmanager
     async def ended_by(self, context: Any) -> AsyncIterator[None]:
         """Ends with UNAVAILABLE where this call is among those that are ended."""
-        task = asyncio.current_task()
-        assert task is not None, "an edge runs each handler in a task"
+        task = _handler()
         self._tasks.add(task)
         try:
             yield
         except asyncio.CancelledError:
-            if not self._ending:
+            if not self.ending:
                 raise
             # Without a status the call would stay open: grpc ends none whose handler was merely cancelled.
             task.uncancel()
@@ -46,11 +48,36 @@ class Standing:
         finally:
             self._tasks.discard(task)
 
+    @asynccontextmanager
+    async def telling(self) -> AsyncIterator[None]:
+        """What is sent within arrives whole: an end waits for it, for a while. Who sends looks at `ending` after it.
+
+        grpc's server drops a message whose write is cancelled, and sends the status alone.
+        """
+        task = _handler()
+        self._telling.add(task)
+        try:
+            yield
+        finally:
+            self._telling.discard(task)
+
     def end(self) -> None:
         """Ends them all, so that they do not hold a stop up."""
-        self._ending = True
-        for task in self._tasks:
+        self.ending = True
+        for task in self._tasks - self._telling:
             task.cancel()
+        if self._telling:
+            asyncio.get_running_loop().call_later(TELL_S, self._cut_off, frozenset(self._telling))
+
+    def _cut_off(self, tasks: frozenset[asyncio.Task[object]]) -> None:
+        for task in tasks & self._telling:
+            task.cancel()
+
+
+def _handler() -> asyncio.Task[object]:
+    task = asyncio.current_task()
+    assert task is not None, "an edge runs each handler in a task"
+    return task
 
 
 class Health(health_pb2_grpc.HealthServicer):
@@ -92,7 +119,10 @@ class Health(health_pb2_grpc.HealthServicer):
                 status = self._status if known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
                 if status != last:
                     last = status
-                    await context.write(health_pb2.HealthCheckResponse(status=status))
+                    async with self.standing.telling():
+                        await context.write(health_pb2.HealthCheckResponse(status=status))
+                elif self.standing.ending:
+                    raise asyncio.CancelledError
                 else:
                     await changed.wait()
 
