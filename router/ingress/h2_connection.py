@@ -75,7 +75,7 @@ class Connection(asyncio.Protocol):
         unread_bytes = _UNREAD_STREAMS * self.options.stream_buffer_bytes
         self.wire = Wire(loop, self._retired, self._guard.sent, unread_bytes)
         self._judge = Judge(self.options.max_concurrent_streams)
-        self._intake = Intake(loop, self._received, self._failed)
+        self._intake = Intake(loop, site.pace, self._received, self._failed)
         self._held = 0
         self._draining = False
         self._closing = False

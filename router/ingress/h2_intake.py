@@ -1,7 +1,8 @@
 """The receiving half of one HTTP/2 connection: what comes is cut into frames, and these are worked off turn by turn.
 
-Rule: one connection takes a bounded part of a turn of the event loop, however many frames come in one read: meanwhile
-nothing more is read of it, and all others get their turn.
+Rule: one connection takes a bounded part of a turn of the event loop, however many frames come in one read, and all
+connections together begin a bounded number of calls in it: meanwhile nothing more is read of one, and all others get
+their turn.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import math
 from collections.abc import Callable, Iterator
 from time import monotonic
 
-from router.ingress.h2_frames import Frame, FrameCutter
+from router.ingress.h2_frames import HEADERS, Frame, FrameCutter
 from router.ingress.h2_wire import TURN_S
+from router.ingress.pace import Pace
 
 
 class Intake:
@@ -21,6 +23,7 @@ class Intake:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        pace: Pace,
         received: Callable[[int, int, int, bytes], None],
         failed: Callable[[Exception], None],
     ) -> None:
@@ -29,12 +32,15 @@ class Intake:
         self.stuck_since = math.inf
         """Since when, in loop time, a frame or a header block is not whole."""
         self._loop = loop
+        self._pace = pace
         self._received = received
         self._failed = failed
         self._transport: asyncio.Transport | None = None
         self._frames = FrameCutter()
         self._unread: Iterator[Frame] | None = None
         """What waits for the next turn."""
+        self._next: Frame | None = None
+        """Of these the first, which begins a call."""
         self._moved = False
         self._stopped = False
 
@@ -62,18 +68,28 @@ class Intake:
         """The connection is lost: lets go of whoever was told of frames, who holds this."""
         self.stop()
         self._received = self._failed = _ignore
-        self._transport = self._unread = None
+        self._transport = self._unread = self._next = None
 
     def _work_off(self, frames: Iterator[Frame]) -> None:
         until = monotonic() + TURN_S
         try:
+            if self._next is not None:
+                first, self._next = self._next, None
+                self._received(*first)
+                if self._stopped:
+                    return
             for kind, flags, stream, frame in frames:
                 self._moved = True
+                if kind == HEADERS and not self._pace.admits(self._loop, self._next_turn):
+                    self._next = kind, flags, stream, frame
+                    self._put_off(frames)
+                    return
                 self._received(kind, flags, stream, frame)
                 if self._stopped:
                     return
                 if monotonic() > until:
-                    self._go_on_later(frames)
+                    self._put_off(frames)
+                    self._loop.call_soon(self._next_turn)
                     return
         except Exception as error:
             self._stopped = True
@@ -86,11 +102,10 @@ class Intake:
         elif self._moved or self.stuck_since == math.inf:
             self.stuck_since = self._loop.time()
 
-    def _go_on_later(self, frames: Iterator[Frame]) -> None:
+    def _put_off(self, frames: Iterator[Frame]) -> None:
         if self._unread is None and self._transport is not None:
             self._transport.pause_reading()
         self._unread = frames
-        self._loop.call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
         if self._unread is not None:

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from router.ingress.grpc_call import Handler
 from router.ingress.h2_call import H2Call
+from router.ingress.pace import Pace
 from router.options import GrpcOptions
 
 Guest = TypeVar("Guest", contravariant=True)
@@ -20,6 +21,7 @@ class Site(Protocol[Guest]):
     """The edge."""
 
     options: GrpcOptions
+    pace: Pace
 
     def handler(self, path: str) -> Handler:
         """Of this method, there or not."""

@@ -24,6 +24,7 @@ from router.ingress.http_log import log_answer, log_defect, log_failure, log_rel
 from router.ingress.http_parser import BODY, HEAD, IDLE, HttpRequest, RequestParser
 from router.ingress.http_response import Envelope, Exchange, Reply, error_reply
 from router.ingress.http_routes import Target, read_target
+from router.ingress.pace import Pace
 from router.lane.carriers import tune
 from router.options import HttpOptions
 from router.turns import in_turns
@@ -95,6 +96,8 @@ class Site(Protocol):
     clock: Callable[[], float]
     refused: Callable[[str, str], None]
 
+    pace: Pace
+
     def date(self) -> str:
         """The `date` and `server` lines."""
 
@@ -125,6 +128,7 @@ class Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._task: asyncio.Task[None] | None = None
         self._held_input = bytearray()
+        self._awaits_turn = False
         self._held_output: deque[bytes | memoryview] = deque()
         self._held_bytes = 0
         self._full = False
@@ -156,6 +160,10 @@ class Connection(asyncio.Protocol):
             self._loop.call_soon(self._read_on)
         if self._closing:
             return
+        if self._awaits_turn or not self._site.pace.admits(self._loop, self._take_turn):
+            self._awaits_turn = True
+            self._held_input += data
+            return
         sliced = size > _SLICE_BYTES and not self._parser.lacks(size)
         if self._held_input or sliced or not self._has_room():
             self._held_input += data
@@ -163,11 +171,18 @@ class Connection(asyncio.Protocol):
             self._parser.feed(data)
         self._advance()
 
+    def _take_turn(self) -> None:
+        """Reads what came while it was others' turn."""
+        if self._awaits_turn:
+            self._awaits_turn = False
+            self._advance()
+
     def _read_on(self) -> None:
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
     def eof_received(self) -> bool:
+        self._take_turn()  # While what it asked can still be answered.
         # False closes the transport, but only after a flush that a client that is gone would hold up.
         if self._exchange is not None:
             self._abandon()
@@ -179,6 +194,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
         self._closing = True
+        self._awaits_turn = False
         self._abandon()
         self._parser.stop()
         self._queue.clear()
@@ -473,7 +489,7 @@ class Connection(asyncio.Protocol):
         self._retiring = True
         if self._exchange is not None:
             self._exchange.envelope.keep_alive = False
-        elif not self._queue and self._parser.state == IDLE:
+        elif self._is_last() and self._parser.state == IDLE:
             self._close()
 
     def _is_last(self) -> bool:

@@ -51,6 +51,11 @@ MOST_OUTPUTS: Final = 256
 """Delivered in one turn of the event loop: to write so many was measured to take 2 to 4 ms."""
 
 
+DEAR: Final = 16
+"""How many outputs one counts for that begins or ends its answer: to write a head, to let a request's task run to its
+end and to count it take as long as to hand on ten chunks and more."""
+
+
 class LaneRefused(ReplicaLost):
     """The replica does not want this router: other lane version, wrong secret, no trust or broken protocol."""
 
@@ -274,16 +279,17 @@ class Lane(Relay, asyncio.Protocol):
             except FrameError:
                 self._stepped_together(late)
                 raise
-            if type(frame) is Step and (late or at < len(bodies)) and len(frame.outputs) <= MOST_OUTPUTS:
+            whole = not isinstance(frame, Step | LargeStep) or _portion(frame.outputs, 0) == len(frame.outputs)
+            if type(frame) is Step and (late or at < len(bodies)) and whole:
                 late.append(frame)
                 continue
             self._stepped_together(late)
             late = []
-            if isinstance(frame, Step | LargeStep) and len(frame.outputs) > MOST_OUTPUTS:
+            if not whole:
                 self._behind = deque(bodies[at:])
                 if self._transport is not None and not self._transport.is_closing():
                     self._transport.pause_reading()
-                self._go_on(frame, 0)
+                self._go_on(cast("Step | LargeStep", frame), 0)
                 return
             self._received(frame)
         self._stepped_together(late)
@@ -302,18 +308,20 @@ class Lane(Relay, asyncio.Protocol):
         """Some more outputs of a step with very many, then what came behind it."""
         if self._behind is None:
             return  # The lane is lost, and all of it was delivered then.
-        end = at + MOST_OUTPUTS
+        end = _portion(step.outputs, at)
         self._rest = (step, end)
         self._deliver(step.outputs[at:end])
         behind = self._behind
         if behind is None:
             return
+        if not at:  # Whoever asks before the rest is out is told of this load.
+            self._count(step)
         if end < len(step.outputs):
             self._loop.call_soon(self._go_on, step, end)
             return
         self._rest = self._behind = None
         try:
-            self._stepped(step)
+            self._learn(step)
             self._take(list(behind))
         except FrameError as error:
             self._broken(error)
@@ -406,10 +414,16 @@ class Lane(Relay, asyncio.Protocol):
 
     def _stepped(self, step: Step | LargeStep) -> None:
         """After a step's output: no token waits for it, and nobody asks before the loop goes on."""
+        self._count(step)
+        self._learn(step)
+
+    def _count(self, step: Step | LargeStep) -> None:
         self.steps += 1
         if not self.steps % SAMPLE:
             self._meter.step(len(step.outputs))
         self.account.stepped(step.load, step.acked, self._loop.time())
+
+    def _learn(self, step: Step | LargeStep) -> None:
         if step.cache is not None:
             self._reported(step.cache)
 
@@ -467,6 +481,18 @@ class Lane(Relay, asyncio.Protocol):
         self._listener.lane_lost(self, error)
         if transport is not None:
             transport.abort()
+
+
+def _portion(outputs: Sequence[Output] | Sequence[LargeOutput], at: int) -> int:
+    """How far one turn of the loop gets with these, from the one at `at` on."""
+    count, left = len(outputs), MOST_OUTPUTS
+    if DEAR * (count - at) > left:
+        for place in range(at, count):
+            output = outputs[place]
+            left -= 1 if output.end is None and output.head is None else DEAR
+            if left <= 0:
+                return place + 1
+    return count
 
 
 def _joined(steps: Sequence[Step], streams: Mapping[int, Stream]) -> list[Output]:

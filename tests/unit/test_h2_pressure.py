@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import ssl
 from pathlib import Path
@@ -17,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.errors import ClientTooSlow
-from router.ingress import h2_connection, h2_intake, h2_wire
+from router.ingress import h2_connection, h2_frames, h2_intake, h2_wire
 from router.ingress.h2_connection import Connection
+from router.ingress.h2_edge import CALLS_PER_TURN
 from router.ingress.h2_frames import END_HEADERS, PREFACE, headers_frame
 from router.ingress.h2_headers import Head, read_head
 from router.ingress.h2_judge import Judge
@@ -173,6 +175,75 @@ async def test_a_connection_that_is_lost_between_two_turns_does_no_more(monkeypa
             await asyncio.sleep(0)
         assert not connection.calls
         assert not served.dispatch.requests
+
+
+class Taken(Counting):
+    """Whose client takes all at once."""
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+def crowd(number: int) -> bytes:
+    """What a client sends that makes so many calls at once."""
+    encoder = Encoder()
+    calls = (
+        HeadersFrame(stream, encoder.encode(list(HEADERS)), flags=["END_HEADERS"]).serialize()
+        + DataFrame(stream, BODY, flags=["END_STREAM"]).serialize()
+        for stream in range(1, 2 * number, 2)
+    )
+    return PREFACE + SettingsFrame(0).serialize() + b"".join(calls)
+
+
+def trailers(data: bytes) -> int:
+    """How many streams end with headers in there."""
+    found = 0
+    while data:
+        length, kind, flags = int.from_bytes(data[:3], "big"), data[3], data[4]
+        found += kind == h2_frames.HEADERS and bool(flags & h2_frames.END_STREAM)
+        data = data[9 + length :]
+    return found
+
+
+async def test_few_calls_of_a_crowd_begin_in_one_turn_on_all_connections_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(h2_intake, "TURN_S", 60.0)
+    async with serving(says("a")) as served:
+        loop, begun, seen = asyncio.get_running_loop(), served.dispatch.requests, [0]
+        clients = [(Connection(edge_of(served), loop), Taken()) for _ in range(3)]
+        for connection, transport in clients:
+            connection.connection_made(transport)
+            connection.data_received(crowd(30))
+        try:
+            while any(not transport.reading for _, transport in clients):
+                begun_by = [(connection._judge.highest_inbound_stream_id + 1) // 2 for connection, _ in clients]
+                assert max(begun_by) - min(begun_by) <= CALLS_PER_TURN + 1  # The first had a turn to itself.
+                await asyncio.sleep(0)
+                seen.append(len(begun))
+            await until(lambda: not any(connection.calls for connection, _ in clients))
+            assert max(after - before for before, after in itertools.pairwise(seen)) <= CALLS_PER_TURN
+            assert [trailers(b"".join(transport.written)) for _, transport in clients] == [30, 30, 30]
+        finally:
+            for connection, _ in clients:
+                connection.connection_lost(None)
+
+
+async def test_a_connection_that_is_lost_before_its_calls_turn_begins_none_and_holds_up_nobody() -> None:
+    async with serving(says("a")) as served:
+        loop = asyncio.get_running_loop()
+        gone, there = (Connection(edge_of(served), loop) for _ in range(2))
+        for connection in (gone, there):
+            connection.connection_made(Taken())
+            connection.data_received(crowd(CALLS_PER_TURN))
+        there_too = Connection(edge_of(served), loop)
+        there_too.connection_made(Taken())
+        there_too.data_received(crowd(3))
+        there.connection_lost(None)
+        await until(lambda: len(served.dispatch.requests) == CALLS_PER_TURN + 3)
+        await until(lambda: not there_too.calls)
+        for connection in (gone, there_too):
+            connection.connection_lost(None)
 
 
 async def test_calls_are_served_whatever_a_turn_may_take(monkeypatch: pytest.MonkeyPatch) -> None:

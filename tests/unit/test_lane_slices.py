@@ -9,7 +9,7 @@ import pytest
 
 from router.errors import KvlaneError, ReplicaLost
 from router.lane import frames
-from router.lane.client import MOST_OUTPUTS, Lane, LaneRefused
+from router.lane.client import DEAR, MOST_OUTPUTS, Lane, LaneRefused
 from router.lane.frames import End, Output, Step, Welcome
 from router.testing import make_request
 from router.types import EngineInfo, Headers, Load, Receipt, Rpc
@@ -120,6 +120,51 @@ async def test_each_turn_of_the_loop_delivers_a_part_of_it(bench: Bench) -> None
     assert bench.lane.account.load == Load(running=STREAMS)
     bench.lane.close()
     await bench.outcomes()
+
+
+AT_ONCE = MOST_OUTPUTS // DEAR
+"""Answers that begin or end in one turn."""
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["beginnings", "ends"])
+async def test_of_answers_that_begin_or_end_a_turn_delivers_fewer(bench: Bench, begins: bool) -> None:
+    head, end = (frames.Head(200, ()), None) if begins else (None, End("stop"))
+    dear = [Output(number, b"x", 1, end, head) for number in range(1, 4 * AT_ONCE + 1)]
+    load, seen = Load(running=5), []
+    bench.come(Step(1, STREAMS, load, dear), step(2, b"two"))
+    assert bench.lane.account.load == load
+    while len(bench.delivered) < len(dear):
+        seen.append(len(bench.delivered))
+        await asyncio.sleep(0)
+    assert seen[:3] == [AT_ONCE, 2 * AT_ONCE, 3 * AT_ONCE]
+    await bench.caught_up()
+    assert bench.lane.steps == 2
+    left = STREAMS if begins else STREAMS - len(dear)
+    assert len(bench.delivered) == len(dear) + left
+    bench.lane.close()
+    await bench.outcomes()
+
+
+async def test_a_few_that_end_among_many_that_go_on_are_delivered_at_once(bench: Bench) -> None:
+    outputs = [Output(number, b"x", 1, End("stop") if number <= 5 else None) for number in range(1, 101)]
+    bench.come(Step(1, STREAMS, Load(), outputs))
+    assert len(bench.delivered) == 100
+    assert bench.pipe.reading
+    bench.lane.close()
+    await bench.outcomes()
+
+
+async def test_a_report_that_makes_no_sense_behind_many_ends_costs_the_lane_and_no_output(bench: Bench) -> None:
+    def refuse(lane: Lane, report: frames.CacheReport) -> None:
+        raise ValueError("no sense")
+
+    bench.owner.cache_reported = refuse  # type: ignore[method-assign]
+    ends = [Output(number, b"x", 1, End("stop")) for number in range(1, STREAMS + 1)]
+    bench.come(Step(1, STREAMS, Load(), ends, frames.CacheReport(1)))
+    while not bench.owner.lost:
+        await asyncio.sleep(0)
+    assert [type(error) for error in bench.owner.lost] == [LaneRefused]
+    assert await bench.outcomes() == [End("stop")] * STREAMS
 
 
 @pytest.mark.parametrize("size", [3, 2000], ids=["small frames", "large frames"])

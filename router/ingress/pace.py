@@ -1,0 +1,43 @@
+"""How many of those who ask are listened to in one turn of the event loop.
+
+Rule: a crowd that asks at one moment gets its turns in the order in which it came, and tokens that come meanwhile go
+out in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+
+class Pace:
+    """One server's."""
+
+    def __init__(self, per_turn: int) -> None:
+        self._per_turn = self._left = per_turn
+        self._waiting: deque[Callable[[], object]] = deque()
+
+    def admits(self, loop: asyncio.AbstractEventLoop, read: Callable[[], object]) -> bool:
+        """Whether the caller may read on now; if not, `read` is called in a later turn."""
+        left = self._left
+        if left == self._per_turn:
+            loop.call_soon(self._turn, loop)
+        elif not left:
+            self._waiting.append(read)
+            return False
+        self._left = left - 1
+        return True
+
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        waiting, left = self._waiting, self._per_turn
+        self._left = 0  # Who is listened to and has more to ask is behind all others.
+        if waiting:
+            loop.call_soon(self._turn, loop)
+        while waiting and left:
+            left -= 1
+            try:
+                waiting.popleft()()
+            except Exception as error:
+                loop.call_exception_handler({"message": "a defect in reading what a client sent", "exception": error})
+        self._left = left
