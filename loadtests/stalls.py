@@ -1,4 +1,4 @@
-"""`python -m loadtests stalls`: whether long prompts, large bodies or stalled clients hold up other streams.
+"""`python -m loadtests stalls`: whether long prompts, large bodies, crowds or stalled clients hold up other streams.
 
 Streams of one model are read while another model's requests disturb the same router, each kind between two quiet
 times. The two models' engines are in processes of their own, and so are those who disturb, so that only the router is
@@ -32,7 +32,8 @@ from loadtests.loop_lag import Lag
 from loadtests.peers import load
 from loadtests.peers.children import leaving_nothing
 from loadtests.peers.clients import HttpClient
-from loadtests.peers.load import HttpCaller, Prompts, http_request
+from loadtests.peers.grpc_client import GrpcClient
+from loadtests.peers.load import Client, HttpCaller, Prompts, http_request
 from loadtests.peers.measure import percentile
 from loadtests.peers.replicas import EngineOrder, Replicas
 from loadtests.processes import replica_process, router
@@ -45,6 +46,8 @@ PROMPT_KB, PROMPTS_PER_S = 32.0, 20.0
 BODY_KB, BODIES_PER_S = 10.0 * 1024, 2.0
 BODY_BYTES: Final = 10 << 20
 ANSWER_TOKENS: Final = 1
+CROWD, CROWDS_PER_S = 500, 4.0
+"""At most so often: the next one comes when all have been answered."""
 STALLED, STALLED_TOKENS = 16, 1_000_000
 SETTLE_S: Final = 0.5
 """For what a disturbance left behind, and at first for connections to open."""
@@ -57,6 +60,8 @@ KINDS: Final = {
     "grpc": f"{BODIES_PER_S:g} gRPC requests of {BODY_KB / 1024:g} MB of text a second",
     "grpc-ids": f"{BODIES_PER_S:g} of token ids",
     "grpc-messages": f"{BODIES_PER_S:g} of small chat messages",
+    "crowd": f"{CROWD} requests at one moment, {CROWDS_PER_S:g} times a second",
+    "grpc-crowd": f"{CROWD} gRPC calls at one moment",
     "stalled": f"{STALLED} clients that do not read",
 }
 COLUMNS: Final = {
@@ -125,7 +130,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
             for kind in args.kinds[:: -1 if rep % 2 else 1]:
                 uvloop.run(_streams(port, args, SETTLE_S))
                 quiet = _window(where, args)
-                with _disturbed(kind, grpc_port if kind in _MESSAGES else port):
+                with _disturbed(kind, grpc_port if kind.startswith("grpc") else port):
                     windows[kind].append((_window(where, args), quiet))
                 print(f"stalls: {kind}, repetition {rep + 1}", file=sys.stderr, flush=True)
     quiet_times = [quiet for pairs in windows.values() for _, quiet in pairs]
@@ -217,6 +222,8 @@ async def _disturb(kind: str, port: int) -> None:
 async def _disturbance(kind: str, port: int) -> None:
     if kind == "stalled":
         await _stall(port)
+    elif kind in _CROWDS:
+        await _crowd(_CROWDS[kind](port))
     elif kind in _MESSAGES:
         await _call(*_MESSAGES[kind](), port)
     elif kind in _BODIES:
@@ -254,6 +261,10 @@ def _chat_message() -> tuple[str, bytes]:
     return "Chat", pb.ChatRequest(model=OTHER, messages=said, sampling=sampling).SerializeToString()
 
 
+_CROWDS: Final[dict[str, Callable[[int], Client]]] = {
+    "crowd": lambda port: HttpClient([port], OTHER),
+    "grpc-crowd": lambda port: GrpcClient(port, model=OTHER),
+}
 _BODIES: Final = {"ids": _id_body, "messages": _chat_body}
 _MESSAGES: Final = {"grpc": _text_message, "grpc-ids": _id_message, "grpc-messages": _chat_message}
 
@@ -290,6 +301,17 @@ async def _ask(kind: str, port: int) -> None:
         if answer.failure:
             raise RuntimeError(answer.failure)
         await asyncio.sleep(1 / rate)
+
+
+async def _crowd(client: Client) -> None:
+    """Many ask for a token at one moment, and again some time after all have it."""
+    prompts = Prompts(1.0)
+    async with client.callers(CROWD) as callers:
+        while True:
+            answers = await asyncio.gather(*(caller.ask(prompts.next(0), 1) for caller in callers))
+            if load.tally(answers, client.read, 1.0).errors:
+                raise RuntimeError("not all were answered")
+            await asyncio.sleep(1 / CROWDS_PER_S)
 
 
 async def _stall(port: int) -> None:

@@ -37,8 +37,6 @@ HELD_S: Final = 0.7
 OPENED, OPENED_MS = 200, 20.0
 ANSWER_MB, ANSWERS_PER_S = 10, 2.0
 SCRAPE_EVERY_S: Final = 0.1
-CROWD, CROWDS_PER_S = 500, 4.0
-"""Requests at one moment, on as many standing connections; fewer than one page of answers each."""
 APART_S: Final = 0.005
 """Between the beginnings of streams: those of many at once are a load of their own."""
 _RECEIVE_BYTES: Final = 4096
@@ -161,7 +159,7 @@ async def _resumed(port: int) -> None:
                     raise RuntimeError("the answer ended")
 
 
-async def _unread_by_many(port: int) -> None:
+async def _crowd(port: int) -> None:
     """Many connections, of which none reads."""
     request = _request(Wanted(OTHER, EVENT_BYTES, 1_000_000, OPENED_MS, True))
     held = await asyncio.gather(*(_opened(port, request) for _ in range(OPENED)))
@@ -181,19 +179,6 @@ async def _large(port: int) -> None:
         if await _whole(reader) != size:
             raise RuntimeError("an answer of another size")
         await asyncio.sleep(1 / ANSWERS_PER_S)
-
-
-async def _crowds(port: int) -> None:
-    """Many clients that ask at the same moment for little, and again when all have their answers."""
-    request, loop = _request(Wanted(OTHER, 100)), asyncio.get_running_loop()
-    pairs = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CROWD)]
-    while True:
-        again = loop.time() + 1 / CROWDS_PER_S
-        for _, writer in pairs:
-            writer.write(request)
-        for reader, _ in pairs:
-            await _whole(reader)
-        await asyncio.sleep(again - loop.time())
 
 
 async def _scrapes(port: int) -> None:
@@ -219,9 +204,8 @@ async def _whole(reader: asyncio.StreamReader) -> int:
 KINDS: Final[dict[str, tuple[str, Callable[[int], Awaitable[None]]]]] = {
     "unread": (f"a client that reads nothing of {EVENT_BYTES >> 10} KB a millisecond", _unread),
     "resumed": (f"one that reads on after {HELD_S:g} s", _resumed),
-    "opened": (f"{OPENED} connections at once that read nothing", _unread_by_many),
+    "opened": (f"{OPENED} connections at once that read nothing", _crowd),
     "large": (f"{ANSWERS_PER_S:g} answers of {ANSWER_MB} MB a second", _large),
-    "crowds": (f"{CROWD} small requests at one moment, {CROWDS_PER_S:g} times a second", _crowds),
     "scrapes": (f"a scrape every {1e3 * SCRAPE_EVERY_S:g} ms", _scrapes),
 }
 

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from loadtests.peers.answers import read_http
 from loadtests.peers.load import Caller, HttpCaller
+from loadtests.processes import MODEL
 
 
 class HttpClient:
@@ -14,12 +15,13 @@ class HttpClient:
 
     read = staticmethod(read_http)
 
-    def __init__(self, ports: Sequence[int]) -> None:
+    def __init__(self, ports: Sequence[int], model: str = MODEL) -> None:
         self._ports = ports
+        self._model = model
 
     @asynccontextmanager
     async def callers(self, streams: int) -> AsyncIterator[list[Caller]]:
-        made = [HttpCaller(self._ports[number % len(self._ports)]) for number in range(streams)]
+        made = [HttpCaller(self._ports[number % len(self._ports)], self._model) for number in range(streams)]
         try:
             yield list(made)
         finally:

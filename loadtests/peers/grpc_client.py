@@ -33,8 +33,11 @@ class GrpcClient:
 
     read = staticmethod(read_grpc)
 
-    def __init__(self, port: int, method: str = GENERATE, metadata: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self, port: int, method: str = GENERATE, metadata: Sequence[tuple[str, str]] = (), model: str = MODEL
+    ) -> None:
         self._port = port
+        self._model = model
         fields = [(":authority", f"127.0.0.1:{port}"), (":path", method), ("content-type", "application/grpc")]
         self._head = http2.POST + http2.HTTP + http2.literals([*fields, ("te", "trailers"), *metadata])
 
@@ -43,18 +46,19 @@ class GrpcClient:
         number = min(streams, max(LEAST_CONNECTIONS, -(-streams // STREAMS_EACH)))
         connections = [_Connection(self._head, self._port) for _ in range(number)]
         try:
-            yield [_GrpcCaller(connections[place % number]) for place in range(streams)]
+            yield [_GrpcCaller(connections[place % number], self._model) for place in range(streams)]
         finally:
             for connection in connections:
                 connection.close()
 
 
 class _GrpcCaller:
-    def __init__(self, connection: _Connection) -> None:
+    def __init__(self, connection: _Connection, model: str) -> None:
         self._connection = connection
+        self._model = model
 
     async def ask(self, prompt: str, tokens: int) -> Answer:
-        request = pb.GenerateRequest(model=MODEL, text=prompt, sampling=pb.SamplingParams(max_tokens=tokens))
+        request = pb.GenerateRequest(model=self._model, text=prompt, sampling=pb.SamplingParams(max_tokens=tokens))
         return await self._connection.ask(request.SerializeToString(), Answer(tokens))
 
 
