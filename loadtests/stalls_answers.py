@@ -35,6 +35,7 @@ EVENT_BYTES, EVENT_MS = 4 << 10, 1.0
 HELD_S: Final = 0.7
 """How long a client does not read: its events of that time are less than a router holds for it."""
 OPENED, OPENED_MS = 200, 20.0
+LEAVERS, LEAVES_PER_S = 500, 2.0
 ANSWER_MB, ANSWERS_PER_S = 10, 2.0
 SCRAPE_EVERY_S: Final = 0.1
 APART_S: Final = 0.005
@@ -170,6 +171,20 @@ async def _crowd(port: int) -> None:
             client.close()
 
 
+async def _leave_together(port: int) -> None:
+    """Many streams whose clients are gone at one moment, as those of a gateway that dies are."""
+    request = _request(Wanted(OTHER, EVENT_BYTES, 1_000, 1e3, True))
+    while True:
+        pairs = [await asyncio.open_connection("127.0.0.1", port) for _ in range(LEAVERS)]
+        for _, writer in pairs:
+            writer.write(request)
+        for reader, _ in pairs:
+            await reader.readuntil(b"\n\n")
+        for _, writer in pairs:
+            writer.transport.abort()
+        await asyncio.sleep(1 / LEAVES_PER_S)
+
+
 async def _large(port: int) -> None:
     """Large answers that come in one piece, and are read as fast as they come."""
     size = ANSWER_MB << 20
@@ -205,6 +220,7 @@ KINDS: Final[dict[str, tuple[str, Callable[[int], Awaitable[None]]]]] = {
     "unread": (f"a client that reads nothing of {EVENT_BYTES >> 10} KB a millisecond", _unread),
     "resumed": (f"one that reads on after {HELD_S:g} s", _resumed),
     "opened": (f"{OPENED} connections at once that read nothing", _crowd),
+    "leaving": (f"{LEAVERS} streams whose clients leave at one moment, and as many that come", _leave_together),
     "large": (f"{ANSWERS_PER_S:g} answers of {ANSWER_MB} MB a second", _large),
     "scrapes": (f"a scrape every {1e3 * SCRAPE_EVERY_S:g} ms", _scrapes),
 }

@@ -333,7 +333,7 @@ class Connection(asyncio.Protocol):
         if call is not None:
             call.over()
             if call.task is not None:
-                call.task.cancel()
+                self._site.pace.run(self.loop, call.task.cancel)
             self._left()
 
     def _left(self) -> None:

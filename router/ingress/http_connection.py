@@ -183,13 +183,22 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._take_turn()  # While what it asked can still be answered.
-        # False closes the transport, but only after a flush that a client that is gone would hold up.
+        if self._exchange is not None and self._beneath is None:
+            self._site.pace.run(self._loop, self._gone)
+            return True
+        self._gone()
+        return bool(self._held_output) and self._beneath is None  # Which goes out first; TLS ends both sides at once.
+
+    def _gone(self) -> None:
+        """The client sends nothing more: it is gone, if something is under way."""
+        if self._lost:
+            return
+        # To let the transport close itself takes a flush, which a client that is gone would hold up.
         if self._exchange is not None:
             self._abandon()
             self._transport.abort()
         else:
             self._close()
-        return bool(self._held_output) and self._beneath is None  # Which goes out first; TLS ends both sides at once.
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
@@ -481,7 +490,7 @@ class Connection(asyncio.Protocol):
         if exchange is not None:
             exchange.abandon()
         if task is not None:
-            task.cancel()
+            self._site.pace.run(self._loop, task.cancel)
             self._site.adopt(task)
 
     def retire(self) -> None:

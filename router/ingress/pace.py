@@ -1,6 +1,6 @@
-"""How many of those who ask are listened to in one turn of the event loop.
+"""How many of those who ask, or leave, are attended to in one turn of the event loop.
 
-Rule: a crowd that asks at one moment gets its turns in the order in which it came, and tokens that come meanwhile go
+Rule: a crowd that comes at one moment gets its turns in the order in which it came, and tokens that come meanwhile go
 out in between.
 """
 
@@ -28,6 +28,11 @@ class Pace:
             return False
         self._left = left - 1
         return True
+
+    def run(self, loop: asyncio.AbstractEventLoop, work: Callable[[], object]) -> None:
+        """Does this at once or in a later turn."""
+        if self.admits(loop, work):
+            work()
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         waiting, left = self._waiting, self._per_turn

@@ -25,6 +25,7 @@ from router.ingress.h2_frames import END_HEADERS, PREFACE, headers_frame
 from router.ingress.h2_headers import Head, read_head
 from router.ingress.h2_judge import Judge
 from router.ingress.h2_output import SHARE_BYTES
+from router.types import Request, Sink
 from tests.unit.grpc_serving import edge_of, hangs, says, serving, until, within
 from tests.unit.h2_peer import BODY, HEADERS, Peer, framed, peer, texts
 from tests.unit.test_grpc_lifecycle import pems as pems
@@ -227,6 +228,32 @@ async def test_few_calls_of_a_crowd_begin_in_one_turn_on_all_connections_togethe
         finally:
             for connection, _ in clients:
                 connection.connection_lost(None)
+
+
+async def test_few_calls_of_a_lost_connection_are_given_up_in_one_turn() -> None:
+    async with serving(hangs("a")) as served:
+        dispatch, loop, ended = served.dispatch, asyncio.get_running_loop(), list[str]()
+        script = dispatch.script
+
+        async def told(request: Request, sink: Sink) -> None:
+            try:
+                await script(request, sink)
+            finally:
+                ended.append(request.request_id)
+
+        dispatch.script = told
+        connection = Connection(edge_of(served), loop)
+        connection.connection_made(Taken())
+        connection.data_received(crowd(60))
+        await until(lambda: len(dispatch.requests) == 60)
+        await asyncio.sleep(0.01)
+        connection.connection_lost(None)
+        seen = [0]
+        while len(ended) < 60:
+            await asyncio.sleep(0)
+            seen.append(len(ended))
+        assert max(after - before for before, after in itertools.pairwise(seen)) <= CALLS_PER_TURN
+        await until(lambda: not edge_of(served)._tasks)
 
 
 async def test_a_connection_that_is_lost_before_its_calls_turn_begins_none_and_holds_up_nobody() -> None:

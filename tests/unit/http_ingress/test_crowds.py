@@ -12,7 +12,8 @@ import pytest
 
 from router.ingress.http import READS_PER_TURN
 from router.ingress.http_connection import Connection
-from tests.unit.http_ingress.serving import Served, get, post, served
+from router.types import Request, Sink
+from tests.unit.http_ingress.serving import SSE, Served, get, post, served
 
 CROWD = 100
 pytestmark = pytest.mark.timeout(60)
@@ -167,6 +168,59 @@ async def test_a_request_that_waits_for_its_turn_when_the_server_retires_is_serv
         assert pipe.written.startswith(b"HTTP/1.1 200 ")
         assert b"connection: close" in pipe.written
         assert pipe.closed
+
+
+async def hang(request: Request, sink: Sink) -> None:
+    """A stream that goes on for ever."""
+    sink.head(200, SSE)
+    while True:
+        sink.data(b"data: x\n\n", 1)
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("vanished", [False, True], ids=["closed", "vanished"])
+async def test_few_of_those_who_leave_together_are_given_up_in_one_turn(vanished: bool) -> None:
+    async with served(hang) as serving, guests(serving) as there:
+        for _ in range(CROWD):
+            there.come()[0].data_received(post())
+        await serving.until(lambda: len(serving.dispatch.requests) == CROWD)
+        for connection, _ in there.all:
+            if vanished:
+                connection.connection_lost(ConnectionResetError())
+            else:
+                assert connection.eof_received()
+        seen = [0]
+        while len(serving.dispatch.outcome) < CROWD:
+            await asyncio.sleep(0)
+            seen.append(len(serving.dispatch.outcome))
+        assert max(after - before for before, after in itertools.pairwise(seen)) <= READS_PER_TURN
+        assert set(serving.dispatch.outcome) == {asyncio.CancelledError}
+        assert vanished or all(pipe.closed for _, pipe in there.all)
+
+
+async def test_real_clients_that_leave_together_leave_nothing_behind() -> None:
+    async with served(hang) as serving:
+        clients = await asyncio.gather(*(serving.connect() for _ in range(CROWD)))
+        for client in clients:
+            client.write(post())
+        await serving.until(lambda: len(serving.dispatch.requests) == CROWD)
+        for client in clients:
+            client.writer.transport.abort()
+        await serving.until(lambda: len(serving.dispatch.outcome) == CROWD and serving.ingress.connections == 0)
+        assert set(serving.dispatch.outcome) == {asyncio.CancelledError}
+
+
+async def test_an_answer_that_ends_while_its_client_waits_to_be_given_up_closes_the_connection() -> None:
+    async with served() as serving, guests(serving) as there:
+        connection, pipe = there.come()
+        connection.data_received(post())
+        there.fill_turn()
+        there.fill_turn()
+        assert connection.eof_received()
+        await turns(6)
+        assert pipe.closed
+        assert serving.dispatch.outcome == [None]
+        assert pipe.written.startswith(b"HTTP/1.1 200 ")
 
 
 async def test_nonsense_that_waits_for_its_turn_is_refused_then() -> None:
