@@ -16,8 +16,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from router.ingress.grpc_requests import SERVICE
 
-TELL_S: Final = 0.5
-"""How long the end of a call waits for its client to take what is being sent."""
+TELL_S: Final = 0.3
+"""How long the end of a call waits for its client to take what is being sent: less than a stop waits for such calls."""
 REFLECTION_V1: Final = "grpc.reflection.v1.ServerReflection"
 """Its messages are those of v1alpha under another package name, which is not on the wire."""
 

@@ -50,7 +50,7 @@ class H2Call:
 
     __slots__ = (
         *("_connection", "_cutter", "_fault", "_held", "_inbox", "_waiter", "deadline"),
-        *("ended", "head", "listening", "linger_by", "output", "task"),
+        *("begun", "ended", "head", "listening", "linger_by", "output", "task"),
     )
 
     def __init__(self, connection: Receiving, stream: int, head: Head, window: int) -> None:
@@ -74,6 +74,8 @@ class H2Call:
         """Until when the rest of an ended call waits for its client to read it."""
         self.task: asyncio.Task[None] | None = None
         """The handler's."""
+        self.begun = False
+        """It runs."""
 
     # -- for the connection
 
@@ -138,6 +140,8 @@ class H2Call:
         while not self._inbox:
             if self._fault is not None:
                 raise self._fault
+            if self.output.dead:
+                raise asyncio.CancelledError  # Nobody asks any more; the task's own cancel may come later.
             if self.ended:
                 return None
             self._waiter = self._connection.loop.create_future()

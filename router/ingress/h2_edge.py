@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 SWEEP_INTERVAL_S: Final = 0.5
 """How late a deadline may be noticed."""
 CALLS_PER_TURN: Final = 8
-"""Of all connections together; one takes twice as long as an HTTP request."""
+"""Of all connections together; one takes twice as long as an HTTP request. Those given up count."""
 FLUSH_S: Final = 0.5
 """For the last words to connections that were cut."""
 
@@ -170,6 +170,7 @@ class H2Edge:
 
 
 async def _handled(call: H2Call, handler: Handler) -> None:
+    call.begun = True
     try:
         await handler(call)
         call.finish()

@@ -106,6 +106,7 @@ class Intake:
         if self._unread is None and self._transport is not None:
             self._transport.pause_reading()
         self._unread = frames
+        self.stuck_since = math.inf  # It is ours to go on.
 
     def _next_turn(self) -> None:
         if self._unread is not None:

@@ -28,7 +28,7 @@ from router.options import HttpOptions
 SWEEP_INTERVAL_S: Final = 0.5
 """How late a deadline may be noticed."""
 READS_PER_TURN: Final = 16
-"""Of all connections together; one with a small request takes some 0.1 ms, with what follows from it."""
+"""Of all connections together, those who leave too; a small request takes some 0.1 ms, with what follows from it."""
 _REFUSALS: Final = 256  # Connections above the limit that may be told so at one time; more are dropped unheard.
 _CLOSING_S: Final = 3600.0  # Over TLS; a connection's own deadlines, which see whether its client reads, end it sooner.
 _FLUSH_S: Final = 1.0  # For the last words to connections that were ended.
@@ -138,7 +138,7 @@ class HttpServer:
         self._reception.leave(connection)
 
     def adopt(self, task: asyncio.Task[None]) -> None:
-        """Keeps a cancelled task until it has ended."""
+        """Keeps a task that is cancelled, or is about to be, until it has ended."""
         self._orphans.add(task)
         task.add_done_callback(self._orphans.discard)
 

@@ -2,7 +2,7 @@
 
 A connection owns its transport, its parser, the requests that wait for their turn, the output that a slow client has
 not taken, and the task of the one request under way. A client that closes its sending side (half-close) counts as
-gone, as with other ASGI servers: its request is cancelled at once. What it asked before and was answered is flushed.
+gone, as with other ASGI servers: its request is cancelled. What it asked before and was answered is flushed.
 
 Deadlines are looked at by the server's one coarse timer, so a request costs no timer of its own.
 """
@@ -108,7 +108,7 @@ class Site(Protocol):
         """The connection is lost."""
 
     def adopt(self, task: asyncio.Task[None]) -> None:
-        """Takes a cancelled task whose connection is gone, to be awaited at the latest when the server stops."""
+        """Takes a task that is cancelled, or is about to be, to be awaited at the latest when the server stops."""
 
 
 class Connection(asyncio.Protocol):
@@ -127,6 +127,7 @@ class Connection(asyncio.Protocol):
         self._waits_for = _NOTHING
         self._exchange: Exchange | None = None
         self._task: asyncio.Task[None] | None = None
+        self._begun = False
         self._held_input = bytearray()
         self._awaits_turn = False
         self._held_output: deque[bytes | memoryview] = deque()
@@ -160,9 +161,11 @@ class Connection(asyncio.Protocol):
             self._loop.call_soon(self._read_on)
         if self._closing:
             return
-        if self._awaits_turn or not self._site.pace.admits(self._loop, self._take_turn):
+        if self._awaits_turn or not (self._parser.lacks(size) or self._site.pace.admits(self._loop, self._take_turn)):
             self._awaits_turn = True
             self._held_input += data
+            if len(self._held_input) > MAX_HELD_BYTES:
+                self._take_turn()  # That it is refused, or read into its body.
             return
         sliced = size > _SLICE_BYTES and not self._parser.lacks(size)
         if self._held_input or sliced or not self._has_room():
@@ -173,9 +176,16 @@ class Connection(asyncio.Protocol):
 
     def _take_turn(self) -> None:
         """Reads what came while it was others' turn."""
-        if self._awaits_turn:
-            self._awaits_turn = False
+        if not self._awaits_turn:
+            return
+        self._awaits_turn = False
+        try:
             self._advance()
+        except Exception:
+            self.abort()
+            raise
+        if self._retiring and self._exchange is None and self._is_last() and self._parser.state == IDLE:
+            self._close()
 
     def _read_on(self) -> None:
         if not self._transport.is_closing():
@@ -183,7 +193,7 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._take_turn()  # While what it asked can still be answered.
-        if self._exchange is not None and self._beneath is None:
+        if self._exchange is not None and self._begun and self._beneath is None:
             self._site.pace.run(self._loop, self._gone)
             return True
         self._gone()
@@ -300,15 +310,18 @@ class Connection(asyncio.Protocol):
             return
         if reply is not None:
             exchange = self._exchange = Exchange(self, envelope)
+            self._begun = False
             self._task = self._loop.create_task(self._give(reply, exchange))
             return
         routed = routes.relay(request, target, envelope.request_id)
         exchange = Exchange(self, envelope)
         self._exchange = exchange
+        self._begun = False
         self._task = self._loop.create_task(self._relay(routed, exchange))
 
     async def _give(self, reply: Awaitable[Reply], exchange: Exchange) -> None:
         """The router's own answer that takes a while."""
+        self._begun = True
         try:
             page = await reply
             exchange.head(page.status, (("content-type", page.content_type), ("content-length", str(len(page.body)))))
@@ -325,6 +338,7 @@ class Connection(asyncio.Protocol):
             exchange.fail(InternalError("Internal error"))
 
     async def _relay(self, routed: Request | Generator[None, None, Request], exchange: Exchange) -> None:
+        self._begun = True
         try:
             request = routed if isinstance(routed, Request) else await self._read(routed)
             await self._site.dispatch.run(request, exchange)
@@ -490,7 +504,10 @@ class Connection(asyncio.Protocol):
         if exchange is not None:
             exchange.abandon()
         if task is not None:
-            self._site.pace.run(self._loop, task.cancel)
+            if self._begun:
+                self._site.pace.run(self._loop, task.cancel)
+            else:
+                task.cancel()  # It costs next to nothing, and nothing is asked for nobody.
             self._site.adopt(task)
 
     def retire(self) -> None:
@@ -567,6 +584,9 @@ class Connection(asyncio.Protocol):
 
     def expired(self) -> None:
         """The deadline has passed."""
+        if self._awaits_turn:  # What it was waited for may be there.
+            self._take_turn()
+            return
         what = self._waits_for[0]
         if what in (_IN_HEAD, _IN_BODY):
             self._refuse(RequestTimeout(f"Timed out waiting for {what}"))

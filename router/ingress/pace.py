@@ -44,5 +44,5 @@ class Pace:
             try:
                 waiting.popleft()()
             except Exception as error:
-                loop.call_exception_handler({"message": "a defect in reading what a client sent", "exception": error})
+                loop.call_exception_handler({"message": "a defect in what waited for its turn", "exception": error})
         self._left = left

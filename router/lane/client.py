@@ -269,8 +269,9 @@ class Lane(Relay, asyncio.Protocol):
             self._transport.resume_reading()
 
     def _take(self, bodies: Sequence[memoryview]) -> None:
-        """Frames in their order; of one with very many outputs only the first, and the rest in later turns."""
+        """Frames in their order; of more than one turn's part only the first, and the rest in later turns."""
         late: list[Step] = []
+        dear = 0
         for at, body in enumerate(bodies, 1):
             if not self.steps % SAMPLE:
                 self._meter.frame(len(body))
@@ -281,18 +282,28 @@ class Lane(Relay, asyncio.Protocol):
                 raise
             whole = not isinstance(frame, Step | LargeStep) or _portion(frame.outputs, 0) == len(frame.outputs)
             if type(frame) is Step and (late or at < len(bodies)) and whole:
+                dear += DEAR * sum(map(_is_dear, frame.outputs))
+                if late and dear > MOST_OUTPUTS:
+                    self._stepped_together(late)
+                    self._put_off(bodies[at - 1 :])
+                    self._loop.call_soon(self._go_on_behind)
+                    return
                 late.append(frame)
                 continue
             self._stepped_together(late)
-            late = []
+            late, dear = [], 0
             if not whole:
-                self._behind = deque(bodies[at:])
-                if self._transport is not None and not self._transport.is_closing():
-                    self._transport.pause_reading()
+                self._put_off(bodies[at:])
                 self._go_on(cast("Step | LargeStep", frame), 0)
                 return
             self._received(frame)
         self._stepped_together(late)
+
+    def _put_off(self, bodies: Sequence[memoryview]) -> None:
+        """Reads no more until these frames were taken."""
+        self._behind = deque(bodies)
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
 
     def _stepped_together(self, steps: Sequence[Step]) -> None:
         """Steps that came at once, for the loop was late: what they have of one stream goes to its sink as one."""
@@ -319,9 +330,20 @@ class Lane(Relay, asyncio.Protocol):
         if end < len(step.outputs):
             self._loop.call_soon(self._go_on, step, end)
             return
-        self._rest = self._behind = None
+        self._rest = None
         try:
             self._learn(step)
+        except FrameError as error:
+            self._behind = None
+            self._broken(error)
+        self._go_on_behind()
+
+    def _go_on_behind(self) -> None:
+        """What came behind all that."""
+        behind, self._behind = self._behind, None
+        if behind is None:
+            return
+        try:
             self._take(list(behind))
         except FrameError as error:
             self._broken(error)
@@ -488,11 +510,14 @@ def _portion(outputs: Sequence[Output] | Sequence[LargeOutput], at: int) -> int:
     count, left = len(outputs), MOST_OUTPUTS
     if DEAR * (count - at) > left:
         for place in range(at, count):
-            output = outputs[place]
-            left -= 1 if output.end is None and output.head is None else DEAR
+            left -= DEAR if _is_dear(outputs[place]) else 1
             if left <= 0:
                 return place + 1
     return count
+
+
+def _is_dear(output: Output | LargeOutput) -> bool:
+    return output.end is not None or output.head is not None
 
 
 def _joined(steps: Sequence[Step], streams: Mapping[int, Stream]) -> list[Output]:

@@ -12,7 +12,15 @@ import grpc
 import pytest
 from h2.events import RequestReceived
 from hpack import Encoder
-from hyperframe.frame import DataFrame, GoAwayFrame, HeadersFrame, PingFrame, SettingsFrame, WindowUpdateFrame
+from hyperframe.frame import (
+    DataFrame,
+    GoAwayFrame,
+    HeadersFrame,
+    PingFrame,
+    RstStreamFrame,
+    SettingsFrame,
+    WindowUpdateFrame,
+)
 from hypothesis import event as event_
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -259,18 +267,32 @@ async def test_few_calls_of_a_lost_connection_are_given_up_in_one_turn() -> None
 async def test_a_connection_that_is_lost_before_its_calls_turn_begins_none_and_holds_up_nobody() -> None:
     async with serving(says("a")) as served:
         loop = asyncio.get_running_loop()
-        gone, there = (Connection(edge_of(served), loop) for _ in range(2))
-        for connection in (gone, there):
+        first, lost, last = (Connection(edge_of(served), loop) for _ in range(3))
+        for connection in (first, lost, last):
             connection.connection_made(Taken())
             connection.data_received(crowd(CALLS_PER_TURN))
-        there_too = Connection(edge_of(served), loop)
-        there_too.connection_made(Taken())
-        there_too.data_received(crowd(3))
-        there.connection_lost(None)
-        await until(lambda: len(served.dispatch.requests) == CALLS_PER_TURN + 3)
-        await until(lambda: not there_too.calls)
-        for connection in (gone, there_too):
+        lost.connection_lost(None)
+        await until(lambda: len(served.dispatch.requests) == 2 * CALLS_PER_TURN)
+        await until(lambda: not last.calls)
+        for connection in (first, last):
             connection.connection_lost(None)
+
+
+async def test_calls_that_are_reset_in_the_very_read_that_made_them_are_nobodys_fault() -> None:
+    async with serving(says("a")) as served:
+        loop = asyncio.get_running_loop()
+        clients = [Connection(edge_of(served), loop) for _ in range(20)]
+        for client in clients:
+            client.connection_made(Taken())
+            resets = b"".join(RstStreamFrame(stream, 8).serialize() for stream in (1, 3))
+            client.data_received(crowd(2) + resets)
+        try:
+            await until(lambda: all(client._judge.highest_inbound_stream_id == 3 for client in clients))
+            await until(lambda: not edge_of(served)._tasks)
+            assert not served.refused
+        finally:
+            for client in clients:
+                client.connection_lost(None)
 
 
 async def test_calls_are_served_whatever_a_turn_may_take(monkeypatch: pytest.MonkeyPatch) -> None:

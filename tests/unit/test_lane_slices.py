@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
@@ -232,6 +233,31 @@ async def test_steps_that_come_at_once_reach_each_sink_as_one(bench: Bench) -> N
     assert [await task for task in bench.tasks[:2]] == [End("stop")] * 2
     bench.lane.close()
     await bench.outcomes()
+
+
+async def test_ends_of_many_late_steps_are_delivered_a_part_at_a_time(bench: Bench) -> None:
+    each = AT_ONCE - 1
+    steps = [some(at + 1, b"x", *range(each * at + 1, each * (at + 1) + 1), end=End("stop")) for at in range(20)]
+    bench.come(*steps)
+    seen = [len(bench.delivered)]
+    while not bench.pipe.reading:
+        await asyncio.sleep(0)
+        seen.append(len(bench.delivered))
+    assert max(after - before for before, after in itertools.pairwise([0, *seen])) <= AT_ONCE
+    assert bench.delivered == [(number, b"x") for number in range(1, 20 * each + 1)]
+    assert (bench.lane.steps, bench.lane.account.load.running) == (20, 20)
+    bench.lane.close()
+    await bench.outcomes()
+
+
+async def test_late_steps_that_were_put_off_are_delivered_when_the_lane_is_lost(bench: Bench) -> None:
+    steps = [some(at + 1, b"x", *range(10 * at + 1, 10 * at + 11), end=End("stop")) for at in range(20)]
+    bench.come(*steps)
+    assert len(bench.delivered) < 200
+    bench.lane.connection_lost(None)
+    assert len(bench.delivered) == 200
+    outcomes = await bench.outcomes()
+    assert outcomes[:200] == [End("stop")] * 200
 
 
 async def test_other_frames_keep_their_place_among_steps(bench: Bench) -> None:

@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 
 from router.ingress.http import READS_PER_TURN
-from router.ingress.http_connection import Connection
+from router.ingress.http_connection import MAX_HELD_BYTES, Connection
 from router.types import Request, Sink
-from tests.unit.http_ingress.serving import SSE, Served, get, post, served
+from tests.unit.http_ingress.serving import SSE, Served, echo, get, post, served
 
 CROWD = 100
 pytestmark = pytest.mark.timeout(60)
@@ -170,6 +170,83 @@ async def test_a_request_that_waits_for_its_turn_when_the_server_retires_is_serv
         assert pipe.closed
 
 
+async def test_input_of_one_that_waits_is_bounded_and_judged() -> None:
+    async with served() as serving, guests(serving) as there:
+        there.fill_turn()
+        connection, pipe = there.come()
+        connection.data_received(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999\r\n\r\n")
+        for _ in range(MAX_HELD_BYTES // 65536 + 1):
+            connection.data_received(bytes(65536))
+        assert pipe.written.startswith(b"HTTP/1.1 413 ")
+
+
+async def test_the_rest_of_a_body_takes_nobodys_turn() -> None:
+    async with served() as serving, guests(serving) as there:
+        request = post(body=b'{"model":"tiny","prompt":"%b"}' % (b"x" * 50_000))
+        connection, _ = there.come()
+        connection.data_received(request[:10_000])
+        await turns(2)
+        there.fill_turn()
+        connection.data_received(request[10_000:40_000])
+        assert not connection._held_input
+        connection.data_received(request[40_000:])
+        await turns(4)
+        assert len(serving.dispatch.requests) == 1
+
+
+async def test_what_clients_asked_who_are_gone_before_their_turn_runs_nowhere() -> None:
+    async with served() as serving, guests(serving) as there:
+        there.fill_turn()
+        for _ in range(20):
+            connection, _ = there.come()
+            connection.data_received(post())
+            connection.eof_received()
+        await turns(10)
+        assert not serving.dispatch.requests
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["new", "kept alive"])
+async def test_a_deadline_that_passes_while_a_request_waits_for_its_turn_costs_it_nothing(kept: bool) -> None:
+    async with served() as serving, guests(serving) as there:
+        connection, pipe = there.come()
+        if kept:
+            connection.data_received(post())
+            await turns(4)
+        pipe.written = b""
+        there.fill_turn()
+        connection.data_received(post())
+        serving.clock.now += 1e6
+        connection.expired()
+        await turns(4)
+        assert pipe.written.startswith(b"HTTP/1.1 200 ")
+
+
+async def test_a_connection_whose_input_turns_out_to_be_nothing_retires_in_its_turn() -> None:
+    async with served() as serving, guests(serving) as there:
+        there.fill_turn()
+        connection, pipe = there.come()
+        connection.data_received(b"\r\n")
+        connection.retire()
+        await turns(4)
+        assert pipe.closed
+
+
+async def test_a_defect_in_a_later_turn_costs_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with served() as serving, guests(serving) as there:
+        there.fill_turn()
+        connection, pipe = there.come()
+        connection.data_received(post())
+
+        def fail(data: bytes) -> None:
+            raise RuntimeError("a defect")
+
+        monkeypatch.setattr(connection._parser, "feed", fail)
+        await turns(4)
+        assert pipe.closed
+        assert [str(context["exception"]) for context in serving.defects] == ["a defect"]
+        serving.defects.clear()
+
+
 async def hang(request: Request, sink: Sink) -> None:
     """A stream that goes on for ever."""
     sink.head(200, SSE)
@@ -211,12 +288,20 @@ async def test_real_clients_that_leave_together_leave_nothing_behind() -> None:
 
 
 async def test_an_answer_that_ends_while_its_client_waits_to_be_given_up_closes_the_connection() -> None:
-    async with served() as serving, guests(serving) as there:
+    go_on = asyncio.Event()
+
+    async def wait(request: Request, sink: Sink) -> None:
+        await go_on.wait()
+        await echo(request, sink)
+
+    async with served(wait) as serving, guests(serving) as there:
         connection, pipe = there.come()
         connection.data_received(post())
+        await turns(2)
         there.fill_turn()
         there.fill_turn()
         assert connection.eof_received()
+        go_on.set()
         await turns(6)
         assert pipe.closed
         assert serving.dispatch.outcome == [None]
