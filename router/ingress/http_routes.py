@@ -106,10 +106,16 @@ class Routes:
         self._leaving = True
 
     @property
-    def glance(self) -> Callable[[Mapping[str, str]], None] | None:
-        """Refuses clients without a key before their large bodies are read; None where no keys are asked for."""
-        gate = self._gate
-        return None if gate is None else lambda noted: _checked(gate, noted)
+    def glance(self) -> Callable[[Mapping[str, str]], None]:
+        """Refuses large bodies before they are read: compressed ones, and those of clients who lack a key."""
+        return self._glance
+
+    def _glance(self, noted: Mapping[str, str]) -> None:
+        if self._gate is not None:
+            self._gate.check("http", noted)
+        encoding = noted.get("content-encoding")
+        if encoding is not None:
+            _check_encoding(encoding)
 
     def request_id(self, request: HttpRequest | None) -> str:
         """The client's own where it may choose one, else 32 random hexadecimal digits."""
@@ -244,10 +250,6 @@ class Routes:
 def _check_encoding(value: str) -> None:
     if any(coding.strip().lower() not in ("", "identity") for coding in value.split(",")):
         raise UnsupportedEncoding(f"A body in the encoding {cut(value)!r} is not taken: send it as it is")
-
-
-def _checked(gate: Gate, noted: Mapping[str, str]) -> None:
-    gate.check("http", noted)
 
 
 def _is_form(request: HttpRequest) -> bool:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import operator
 import ssl
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Final, Protocol, cast
 
 from router.errors import KvlaneError, ReplicaLost, from_wire
@@ -305,6 +307,14 @@ class Lane(Relay, asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
+    def _fail(self, streams: Iterator[Stream], error: ReplicaLost) -> None:
+        """Ends these, a part in each turn: each tells its client, or goes elsewhere."""
+        for stream in islice(streams, MOST_OUTPUTS // DEAR):
+            if not stream.done.done():
+                stream.done.set_exception(ReplicaLost(error.message))
+        if operator.length_hint(streams):
+            self._loop.call_soon(self._fail, streams, error)
+
     def _stepped_together(self, steps: Sequence[Step]) -> None:
         """Steps that came at once, for the loop was late: what they have of one stream goes to its sink as one."""
         if not steps:
@@ -497,9 +507,7 @@ class Lane(Relay, asyncio.Protocol):
         self._error = error
         self._catch_up()
         streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            if not stream.done.done():
-                stream.done.set_exception(ReplicaLost(error.message))
+        self._fail(iter(tuple(streams.values())), error)
         self._listener.lane_lost(self, error)
         if transport is not None:
             transport.abort()

@@ -16,6 +16,8 @@ from router.testing import make_request
 from router.types import EngineInfo, Headers, Load, Receipt, Rpc
 
 STREAMS = 3 * MOST_OUTPUTS + 10
+AT_ONCE = MOST_OUTPUTS // DEAR
+"""Answers that begin or end in one turn."""
 
 
 class Pipe(asyncio.Transport):
@@ -123,10 +125,6 @@ async def test_each_turn_of_the_loop_delivers_a_part_of_it(bench: Bench) -> None
     await bench.outcomes()
 
 
-AT_ONCE = MOST_OUTPUTS // DEAR
-"""Answers that begin or end in one turn."""
-
-
 @pytest.mark.parametrize("begins", [True, False], ids=["beginnings", "ends"])
 async def test_of_answers_that_begin_or_end_a_turn_delivers_fewer(bench: Bench, begins: bool) -> None:
     head, end = (frames.Head(200, ()), None) if begins else (None, End("stop"))
@@ -194,6 +192,25 @@ async def test_a_lane_that_is_lost_meanwhile_still_delivers_all_that_came(bench:
     await asyncio.sleep(0)
     assert bench.delivered == delivered
     assert len(bench.owner.lost) == 1
+
+
+async def test_a_lost_lanes_streams_fail_a_part_at_a_time(bench: Bench) -> None:
+    bench.lane.connection_lost(None)
+    assert bench.lane.streams == 0
+    seen = [0]
+    while seen[-1] < STREAMS:
+        await asyncio.sleep(0)
+        seen.append(sum(task.done() for task in bench.tasks))
+    assert max(after - before for before, after in itertools.pairwise(seen)) <= AT_ONCE
+    assert {type(each) for each in await bench.outcomes()} == {ReplicaLost}
+
+
+async def test_a_stream_that_is_aborted_while_a_lost_lanes_streams_fail_stays_aborted(bench: Bench) -> None:
+    bench.lane.connection_lost(None)
+    bench.tasks[-1].cancel()
+    outcomes = await bench.outcomes()
+    assert type(outcomes[-1]) is asyncio.CancelledError
+    assert {type(each) for each in outcomes[:-1]} == {ReplicaLost}
 
 
 async def test_streams_whose_end_did_not_come_fail_with_the_lane(bench: Bench) -> None:

@@ -171,6 +171,18 @@ async def test_httpx_streams_and_reuses_its_connection() -> None:
         assert serving.ingress.connections == 1
 
 
+@pytest.mark.parametrize("framing", ["Content-Length: 20000000", "Transfer-Encoding: chunked"])
+async def test_a_large_compressed_body_is_refused_before_it_is_sent(framing: str) -> None:
+    async with served() as serving:
+        client = await serving.connect()
+        client.write(f"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\n{framing}\r\n\r\n".encode())
+        refused = await client.answer()
+        assert (refused.status, refused.headers["x-kvlane-error"]) == (415, "unsupported_encoding")
+        assert refused.headers["connection"] == "close"
+        await client.close()
+        assert not serving.dispatch.requests
+
+
 async def test_the_openai_client_streams_and_does_not_stream() -> None:
     def chunk(text: str, finish: str | None) -> bytes:
         choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": finish}
