@@ -62,6 +62,9 @@ async def _compare(args: argparse.Namespace, shapes: Sequence[Shape]) -> list[di
         engine = _engine(args, up)
         running = [up.enter_context(stacks.bare(engine, logs / "vllm-serve.log"))]
         running.append(up.enter_context(stacks.kvlane(engine, logs / "vllm-kvlane.log", policy=args.policy, fast=True)))
+        if args.as_it_comes:
+            log = logs / "vllm-serve-as-it-comes.log"
+            running.append(up.enter_context(stacks.bare(engine, log, as_it_comes=True)))
         if args.app_alone:
             log = logs / "vllm-kvlane-app.log"
             running.append(up.enter_context(stacks.kvlane(engine, log, policy=args.policy, fast=False)))
@@ -111,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", default="cost", help="of the router (default: cost)")
     parser.add_argument(
         "--app-alone", action="store_true", help="kvlane also with all tokens rendered by vLLM's own server"
+    )
+    parser.add_argument(
+        "--as-it-comes",
+        action="store_true",
+        help="`vllm serve` also with the threads and processes that it chooses itself on CPU",
     )
     parser.add_argument("--limit-s", type=number(float, above=0), default=120.0, help="of a single load (default: 120)")
     parser.add_argument("--json", metavar="FILE", help="write the rows here as well")

