@@ -332,10 +332,8 @@ class Connection(asyncio.Protocol):
         call = self.calls.pop(stream, None)
         if call is not None:
             call.over()
-            if call.begun and call.task is not None:
-                self._site.pace.run(self.loop, call.task.cancel)
-            elif call.task is not None:
-                call.task.cancel()  # It costs next to nothing, and nothing is asked for nobody.
+            if call.task is not None:
+                self._site.pace.cancel(self.loop, call.task, begun=call.begun)
             self._left()
 
     def _left(self) -> None:

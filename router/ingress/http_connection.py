@@ -504,10 +504,7 @@ class Connection(asyncio.Protocol):
         if exchange is not None:
             exchange.abandon()
         if task is not None:
-            if self._begun:
-                self._site.pace.run(self._loop, task.cancel)
-            else:
-                task.cancel()  # It costs next to nothing, and nothing is asked for nobody.
+            self._site.pace.cancel(self._loop, task, begun=self._begun)
             self._site.adopt(task)
 
     def retire(self) -> None:

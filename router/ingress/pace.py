@@ -29,6 +29,13 @@ class Pace:
         self._left = left - 1
         return True
 
+    def cancel(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None], *, begun: bool) -> None:
+        """Cancels the task in its turn; at once where it has not begun to run, so that nothing is asked for nobody."""
+        if begun:
+            self.run(loop, task.cancel)
+        else:
+            task.cancel()
+
     def run(self, loop: asyncio.AbstractEventLoop, work: Callable[[], object]) -> None:
         """Does this at once or in a later turn."""
         if self.admits(loop, work):
