@@ -97,6 +97,8 @@ class Engines:
             sent = map(frames.decode_up, frames.FrameSplitter(1 << 30).feed(b"".join(pipe.written)))
             asked = [frame for frame in sent if isinstance(frame, Submit)]
             pipe.written.clear()
+            if not asked:
+                continue
             chains = [chain for call in asked if (chain := frames.unpack_chain(call.chain)) is not None]
             blocks = [block for chain in chains for block in chain.blocks]
             depths = [KV_BLOCK * (at + 1) for chain in chains for at in range(len(chain.blocks))]

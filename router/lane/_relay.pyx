@@ -211,6 +211,15 @@ cdef Py_ssize_t _read_step(
     return outputs if reader.at == reader.end else -1
 
 
+cdef inline bint _is_whole(bytes data) noexcept:
+    """Whether these are one frame, and no large one."""
+    cdef const unsigned char *start = <const unsigned char *> PyBytes_AS_STRING(data)
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
+    if size < 4 or size - 4 >= LARGE_BYTES or size > PACED_BYTES:
+        return False
+    return (start[0] | start[1] << 8 | start[2] << 16 | <uint32_t> start[3] << 24) == <uint32_t> (size - 4)
+
+
 cdef Py_ssize_t _frame(char *to, const unsigned char *payload, Py_ssize_t size) noexcept nogil:
     """Writes the chunk as HTTP/1 frames it, in `FRAMING_BYTES` more at the most; returns its length."""
     cdef char digits[16]
@@ -338,14 +347,16 @@ cdef class Relay:
 
     def data_received(self, data):
         self._heard = True
-        if self.ready and type(data) is bytes and self._relayed(<bytes> data):
+        if self.ready and type(data) is bytes and _is_whole(<bytes> data):
+            if not self._relayed(<bytes> data):
+                self.ready = self._alone(PyBytes_FromStringAndSize(PyBytes_AS_STRING(data) + 4, len(data) - 4))
             return
         self.ready = False
         self._read(data)
         self.ready = self.taker is not None and self._at_rest()
 
     cdef bint _relayed(self, bytes data) except -1:
-        """Whether the data was one plain step, which then is done with."""
+        """Whether this frame was a plain step, which then is done with."""
         cdef const unsigned char *start = <const unsigned char *> PyBytes_AS_STRING(data)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
         cdef Py_ssize_t count, i
@@ -357,10 +368,6 @@ cdef class Relay:
         cdef dict streams
         cdef Stream stream
         cdef Taker taker
-        if size < 4 or size - 4 >= LARGE_BYTES or size > PACED_BYTES:
-            return False
-        if (start[0] | start[1] << 8 | start[2] << 16 | <uint32_t> start[3] << 24) != <uint32_t> (size - 4):
-            return False
         count = _read_step(start, size, &acked, &load, pieces)
         if count < 0 or load.asleep != self.taker.asleep:
             return False

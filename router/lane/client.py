@@ -270,6 +270,24 @@ class Lane(Relay, asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing() and self._behind is None:
             self._transport.resume_reading()
 
+    def _alone(self, body: bytes) -> bool:
+        """A frame that came with nothing before or behind it, as most do. Whether the next one may come so as well."""
+        try:
+            if not self.steps % SAMPLE:
+                self._meter.frame(len(body))
+            frame = frames.decode_down(body)
+            if type(frame) is Step and DEAR * len(frame.outputs) <= MOST_OUTPUTS:
+                self._deliver(frame.outputs)
+                self._stepped(frame)
+            elif isinstance(frame, Step | LargeStep) and _portion(frame.outputs, 0) < len(frame.outputs):
+                self._put_off(())
+                self._go_on(frame, 0)
+            else:
+                self._received(frame)
+        except FrameError as error:
+            self._broken(error)
+        return self._behind is None
+
     def _take(self, bodies: Sequence[memoryview]) -> None:
         """Frames in their order; of more than one turn's part only the first, and the rest in later turns."""
         late: list[Step] = []

@@ -411,24 +411,27 @@ def test_broken_frames_break_the_lane_alike(broken: bytes, then: list[Any]) -> N
 
 
 class Seen:
-    """Counts reads that went the long way."""
+    """Notes what did not go the short way: frames that came alone, and reads of anything else."""
 
     def __init__(self, lane: Any) -> None:
-        self.reads = 0
-        self._read = lane._read
-        self._lane = lane
+        self.ways: list[str] = []
+        self._read, self._alone = lane._read, lane._alone
+        lane._read, lane._alone = self.read, self.alone
 
-    def __call__(self, data: bytes) -> None:
-        self.reads += 1
+    def read(self, data: bytes) -> None:
+        self.ways.append("read")
         self._read(data)
+
+    def alone(self, body: bytes) -> object:
+        self.ways.append("alone")
+        return self._alone(body)
 
 
 def opened() -> tuple[World, Any, Seen]:
     world = World(client, model, http_response)
     lane = world.lanes[0]
     lane.data_received(frames.encode(Step(1, 9, Load(), [])))
-    seen = lane._read = Seen(lane)
-    return world, lane, seen
+    return world, lane, Seen(lane)
 
 
 PLAIN = Step(1, 9, Load(1, step_ms=3.0, step_decodes=1), [Output(1, b"abc", 1), Output(3, b"m", 1)])
@@ -437,7 +440,7 @@ PLAIN = Step(1, 9, Load(1, step_ms=3.0, step_decodes=1), [Output(1, b"abc", 1), 
 def test_a_plain_step_that_comes_alone_goes_the_short_way() -> None:
     world, lane, seen = opened()
     lane.data_received(frames.encode(PLAIN))
-    assert seen.reads == 0
+    assert seen.ways == []
     assert world.log[-3:] == [(0, "now", b"3\r\nabc\r\n"), ("first", 0.0, 0.5), (3, b"m", 1)]
     assert lane.account.load == PLAIN.load
     world.close()
@@ -452,19 +455,49 @@ def test_a_plain_step_that_comes_alone_goes_the_short_way() -> None:
         frames.encode(Step(1, 9, Load(), [], CacheReport(1))),
         frames.encode(Step(1, 9, Load(-1), [])),
         frames.encode(Step(1, 9, Load(step_ms=1e200), [])),
-        frames.encode(Step(1, 9, Load(), [Output(1, b"x" * (128 << 10), 1)])),
         frames.encode(Step(1, 9, Load(), [Output(99)] * 257)),
-        frames.encode(PLAIN) * 2,
         frames.encode(frames.Pong(1)),
+    ],
+    ids=["asleep", "end", "head", "report", "negative", "slow", "many", "pong"],
+)
+def test_what_else_comes_alone_is_taken_without_cutting_it_up(data: bytes) -> None:
+    world, lane, seen = opened()
+    lane.data_received(data)
+    assert seen.ways == ["alone"]
+    for _ in range(3):
+        world.turn()
+    steps = lane.steps
+    lane.data_received(frames.encode(PLAIN))
+    assert lane.steps == steps + 1
+    world.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        frames.encode(Step(1, 9, Load(), [Output(1, b"x" * (128 << 10), 1)])),
+        frames.encode(PLAIN) * 2,
         bytearray(frames.encode(PLAIN)),
     ],
-    ids=["asleep", "end", "head", "report", "negative", "slow", "large", "many", "two", "pong", "no bytes"],
+    ids=["large", "two", "no bytes"],
 )
 def test_all_else_goes_the_long_way(data: bytes) -> None:
     world, lane, seen = opened()
     lane.data_received(data)
-    assert seen.reads == 1
-    world.loop.run_until_complete(asyncio.sleep(0))
+    assert seen.ways == ["read"]
+    world.turn()
+    world.close()
+
+
+def test_behind_a_step_that_takes_several_turns_frames_wait() -> None:
+    world, lane, seen = opened()
+    lane.data_received(frames.encode(Step(2, 9, Load(), [Output(99)] * 600)))
+    lane.data_received(frames.encode(PLAIN))
+    assert seen.ways == ["alone", "read"]
+    assert (0, "now", b"3\r\nabc\r\n") not in world.log
+    for _ in range(4):
+        world.turn()
+    assert (0, "now", b"3\r\nabc\r\n") in world.log
     world.close()
 
 
@@ -474,7 +507,7 @@ def test_what_follows_a_frame_in_pieces_waits_for_its_rest() -> None:
     lane.data_received(frame[:9])
     lane.data_received(frame[9:])
     lane.data_received(frame)
-    assert (seen.reads, lane.steps) == (2, 3)
+    assert (seen.ways, lane.steps) == (["read", "read"], 3)
     world.close()
 
 
@@ -492,7 +525,7 @@ def test_whatever_a_replica_counts_adds_up(count: int) -> None:
     before = lane.tokens
     lane.data_received(frames.encode(Step(1, 9, Load(), [Output(1, b"x", count)])))
     lane.data_received(frames.encode(Step(2, 9, Load(), [Output(1, b"x", 2**40)])))
-    assert (lane.tokens - before, seen.reads) == (count + 2**40, 1)
+    assert (lane.tokens - before, seen.ways) == (count + 2**40, ["alone"])
     world.close()
 
 
