@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import random
 import struct
 import sys
@@ -39,7 +40,7 @@ from router.policies import registry
 from router.prefix.prefixes import Prefixes
 from router.receipts import Explainer
 from router.replicas import Replicas
-from router.types import EngineInfo, Load, ModelCard, RouteInfo
+from router.types import CacheMode, EngineInfo, Load, ModelCard, RouteInfo
 
 BURST: Final = 8
 """Requests that come together, and answers in a frame."""
@@ -77,8 +78,7 @@ class Engines:
     """Replicas at the other end of their lanes (`router.lane.carriers.Carrier`)."""
 
     def __init__(self) -> None:
-        self._lanes: list[tuple[asyncio.Protocol, Pipe]] = []
-        self._seq = 1
+        self._lanes: list[tuple[asyncio.Protocol, Pipe, Iterator[int]]] = []
 
     async def connect(self, record: ReplicaRecord, protocol: Callable[[], asyncio.Protocol]) -> asyncio.BaseTransport:
         lane, pipe = protocol(), Pipe()
@@ -87,13 +87,12 @@ class Engines:
         info = EngineInfo("sim", (ModelCard(MODEL, "", 100_000),), routes, 256, 4000, 32)
         lane.data_received(frames.encode(Welcome(frames.VERSION, record.replica, info, Load())))
         lane.data_received(frames.encode(Step(1, 0, Load(), [], CacheReport(1, snapshot=True))))
-        self._lanes.append((lane, pipe))
+        self._lanes.append((lane, pipe, itertools.count(2)))
         return pipe
 
     def answers(self) -> Iterator[tuple[asyncio.Protocol, bytes, int]]:
         """A frame for each lane that something was asked on, and how many answers are in it."""
-        self._seq += 1
-        for lane, pipe in self._lanes:
+        for lane, pipe, seqs in self._lanes:
             sent = map(frames.decode_up, frames.FrameSplitter(1 << 30).feed(b"".join(pipe.written)))
             asked = [frame for frame in sent if isinstance(frame, Submit)]
             pipe.written.clear()
@@ -102,15 +101,16 @@ class Engines:
             chains = [chain for call in asked if (chain := frames.unpack_chain(call.chain)) is not None]
             blocks = [block for chain in chains for block in chain.blocks]
             depths = [KV_BLOCK * (at + 1) for chain in chains for at in range(len(chain.blocks))]
+            seq = next(seqs)
             report = CacheReport(
-                self._seq,
+                seq,
                 stored=struct.pack(f"<{len(blocks)}Q", *blocks),
                 depths=struct.pack(f"<{len(depths)}I", *depths),
             )
             load = Load(0, 0, 0, 0.3, 20.0, step_prefill_tokens=1000 * len(asked))
-            acked = asked[-1].stream if asked else 0
+            acked = asked[-1].stream
             outputs = [Output(call.stream, _ANSWER, 1, frames.End(), _HEAD) for call in asked]
-            yield lane, frames.encode(Step(self._seq, acked, load, outputs, report)), len(asked)
+            yield lane, frames.encode(Step(seq, acked, load, outputs, report)), len(asked)
 
 
 class Router:
@@ -191,6 +191,9 @@ async def measure(args: argparse.Namespace, garbage_mode: str) -> tuple[float, f
             pipe.written.clear()
         while router.prefixes.sweep():
             pass
+    known = router.prefixes.status()
+    if known.gaps or any(replica.mode is not CacheMode.EXACT for replica in known.replicas.values()):
+        raise RuntimeError("the router lost count of what the replicas hold")
     await router.replicas.close()
     return 1e6 * cost.spent / done, 1e3 * len(pauses) / done, 1e6 * sum(pauses) / done, 1e3 * max(pauses, default=0.0)
 

@@ -1,6 +1,6 @@
 """The short way of a plain step, from a lane's bytes to the clients (see `router/lane/relay.py`).
 
-Rule: a frame is read whole before anything of it is done, and whatever is not plain goes the long way untouched. No
+Rule: a frame is read whole before anything of it is done, and whatever is not plain goes the long way unread. No
 reference is borrowed over a call: a sink may end its stream, others' and the lane.
 """
 
@@ -346,13 +346,15 @@ cdef class Relay:
         self.now = now
 
     def data_received(self, data):
+        cdef bint whole = self.ready and type(data) is bytes and _is_whole(<bytes> data)
         self._heard = True
-        if self.ready and type(data) is bytes and _is_whole(<bytes> data):
-            if not self._relayed(<bytes> data):
-                self.ready = self._alone(PyBytes_FromStringAndSize(PyBytes_AS_STRING(data) + 4, len(data) - 4))
+        if whole and self._relayed(<bytes> data):
             return
         self.ready = False
-        self._read(data)
+        if whole:
+            self._alone(PyBytes_FromStringAndSize(PyBytes_AS_STRING(data) + 4, len(data) - 4))
+        else:
+            self._read(data)
         self.ready = self.taker is not None and self._at_rest()
 
     cdef bint _relayed(self, bytes data) except -1:

@@ -270,8 +270,8 @@ class Lane(Relay, asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing() and self._behind is None:
             self._transport.resume_reading()
 
-    def _alone(self, body: bytes) -> bool:
-        """A frame that came with nothing before or behind it, as most do. Whether the next one may come so as well."""
+    def _alone(self, body: bytes) -> None:
+        """A frame that came with nothing before or behind it, as most do."""
         try:
             if not self.steps % SAMPLE:
                 self._meter.frame(len(body))
@@ -286,7 +286,6 @@ class Lane(Relay, asyncio.Protocol):
                 self._received(frame)
         except FrameError as error:
             self._broken(error)
-        return self._behind is None
 
     def _take(self, bodies: Sequence[memoryview]) -> None:
         """Frames in their order; of more than one turn's part only the first, and the rest in later turns."""

@@ -6,6 +6,7 @@ A router's own parts ask: prefix stage and lane, over loopback. KV space is smal
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 from collections.abc import AsyncIterator
@@ -47,6 +48,8 @@ KV_TOKENS = 3072
 BLOCK_BYTES = 64
 """A prefix block of the tiny model's text is shorter than the smallest KV block."""
 WORDS = ("the", "harbour", "town", "wakes", "before", "sun", "how", "many", "requests", "what", "is", "of", "moon")
+FRESH = itertools.count(1000)
+"""Seeds of words that no try of a test has left in a cache."""
 REPEATED = " the"
 """An answer of this word alone is tokenized as it was generated, which random weights' answers seldom are."""
 
@@ -352,28 +355,31 @@ async def test_several_answers_or_prompts_in_one_request_mislead_nobody(stack: S
 
 
 async def test_a_cache_salt_keeps_equal_prompts_apart(stack: Stack) -> None:
-    messages = [said("user", some_words(21, 90))]
+    messages = [said("user", some_words(next(FRESH), 90))]
     async with stack.router() as router:
         plain = await router.chat(messages, stack.block_tokens, max_tokens=2)
-        salted = http(CHAT, messages=messages, max_tokens=2, cache_salt="one")
-        assert router.held(salted).blocks == 0
-        answers = [
-            await router.chat(messages, stack.block_tokens, max_tokens=2, cache_salt=salt)
-            for salt in ("one", "one", "two")
-        ]
+        await router.learns_of(http(CHAT, messages=messages))
+        answers = []
+        for salt, known in (("one", False), ("one", True), ("two", False)):
+            salted = http(CHAT, messages=messages, max_tokens=2, cache_salt=salt)
+            assert (router.held(salted).blocks > 0) is known
+            answers.append(await router.chat(messages, stack.block_tokens, max_tokens=2, cache_salt=salt))
+            await router.learns_of(salted)
         assert cached(plain) == 0
         assert [cached(answer) > 0 for answer in answers] == [False, True, False]
         assert all(abs(gap) <= 1 for gap in router.gaps), router.gaps
 
 
 async def test_an_adapter_keeps_equal_prompts_apart(coarse: Stack) -> None:
-    messages = [said("user", some_words(31, 150))]
+    messages = [said("user", some_words(next(FRESH), 150))]
     async with coarse.router() as router:
         for model in (MODEL, ADAPTER):
-            assert router.held(http(CHAT, messages=messages, model=model)).blocks == 0
-            found = [
-                cached(await router.chat(messages, coarse.block_tokens, max_tokens=2, model=model)) for _ in range(2)
-            ]
+            asking = http(CHAT, messages=messages, model=model)
+            assert router.held(asking).blocks == 0
+            found = []
+            for _ in range(2):
+                found.append(cached(await router.chat(messages, coarse.block_tokens, max_tokens=2, model=model)))
+                await router.learns_of(asking)
             assert found[0] == 0
             assert found[1] > 0
         assert all(abs(gap) <= 1 for gap in router.gaps), router.gaps
@@ -391,6 +397,7 @@ async def test_a_reset_of_the_cache_is_told_though_no_step_follows(stack: Stack)
             while router.held(http(CHAT, messages=messages)).blocks:
                 await asyncio.sleep(0.01)
         assert cached(await router.chat(messages, stack.block_tokens, max_tokens=2)) == 0
+        await router.learns_of(http(CHAT, messages=messages))
         assert cached(await router.chat(messages, stack.block_tokens, max_tokens=2)) > 0
         assert [abs(gap) <= 1 for gap in router.gaps] == [True] * 3
         assert router.prefixes.mode("a") is CacheMode.EXACT

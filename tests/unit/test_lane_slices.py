@@ -125,21 +125,39 @@ async def test_each_turn_of_the_loop_delivers_a_part_of_it(bench: Bench) -> None
     await bench.outcomes()
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "with another"])
 @pytest.mark.parametrize("begins", [True, False], ids=["beginnings", "ends"])
-async def test_of_answers_that_begin_or_end_a_turn_delivers_fewer(bench: Bench, begins: bool) -> None:
+async def test_of_answers_that_begin_or_end_a_turn_delivers_fewer(bench: Bench, begins: bool, alone: bool) -> None:
     head, end = (frames.Head(200, ()), None) if begins else (None, End("stop"))
     dear = [Output(number, b"x", 1, end, head) for number in range(1, 4 * AT_ONCE + 1)]
     load, seen = Load(running=5), []
-    bench.come(Step(1, STREAMS, load, dear), step(2, b"two"))
+    more = () if alone else (step(2, b"two"),)
+    bench.come(Step(1, STREAMS, load, dear), *more)
     assert bench.lane.account.load == load
     while len(bench.delivered) < len(dear):
         seen.append(len(bench.delivered))
         await asyncio.sleep(0)
     assert seen[:3] == [AT_ONCE, 2 * AT_ONCE, 3 * AT_ONCE]
     await bench.caught_up()
+    if alone:
+        bench.come(step(2, b"two"))
+        await bench.caught_up()
     assert bench.lane.steps == 2
     left = STREAMS if begins else STREAMS - len(dear)
     assert len(bench.delivered) == len(dear) + left
+    bench.lane.close()
+    await bench.outcomes()
+
+
+@pytest.mark.parametrize("more", [0, 1])
+async def test_as_many_as_a_turn_delivers_that_come_alone_wait_for_no_other_turn(bench: Bench, more: int) -> None:
+    bench.come(
+        Step(1, STREAMS, Load(), [Output(number, b"x", 1, End("stop")) for number in range(1, AT_ONCE + 1 + more)])
+    )
+    assert len(bench.delivered) == AT_ONCE
+    assert bench.pipe.reading is not bool(more)
+    await bench.caught_up()
+    assert len(bench.delivered) == AT_ONCE + more
     bench.lane.close()
     await bench.outcomes()
 

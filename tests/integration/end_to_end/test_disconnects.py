@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import statistics
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,16 +27,30 @@ def beside(stack: Stack, phase: str) -> Iterator[int]:
     """
     eventually(stack.idle, told=stack.held)  # What other tests left would end meanwhile, and be counted.
     count = 0
+    connections: list[socket.socket] = []
+
+    def told() -> object:
+        return count, stack.held(), list(map(answered, connections)), stack.log()[-2000:]
+
     with ExitStack() as held:
         # However they are routed: one engine may be full before the other is.
         while phase == "before the first token" and stack.metric("kvlane_replica_running") < PLACES:
             assert count < 2 * PLACES, "the engines do not fill"
-            held.enter_context(post_raw(stack, long_body(stream=False)))
+            connections.append(held.enter_context(post_raw(stack, long_body(stream=False))))
             count += 1
-            eventually(lambda count=count: stack.holds(count), told=stack.held)  # type: ignore[misc]
+            eventually(lambda count=count: stack.holds(count), told=told)  # type: ignore[misc]
         yield count
         assert stack.holds(count), "the engines were not full all the time"
     eventually(stack.idle, ABORT_DEADLINE_S)
+
+
+def answered(connection: socket.socket) -> bytes | None:
+    """The beginning of what has come already, if anything has."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(300)
+    except BlockingIOError:
+        return None
 
 
 @pytest.mark.parametrize("phase", ["before the first token", "mid-stream", "not streamed"])
