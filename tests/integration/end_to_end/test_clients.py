@@ -47,6 +47,7 @@ def test_the_official_client_gets_tools_logprobs_and_choices(client: openai.Open
         messages=MESSAGES,  # type: ignore[arg-type]
         tools=TOOLS,  # type: ignore[arg-type]
         tool_choice={"type": "function", "function": {"name": "weather"}},
+        temperature=0,  # Sampled, random weights' arguments may be null, or longer than that.
         max_tokens=200,
     )
     (call,) = forced.choices[0].message.tool_calls or ()
