@@ -2,8 +2,8 @@
 
 Rule: what the framework would do with such a request is to parse and validate its body and to write the answer's head.
 That is all that is done here, and the head is the one that vLLM's application gave to the first such stream. Whatever
-is not a plain success up to the first event has had no effect, and is left to the application, which answers it from
-the beginning.
+is not a plain success up to the first event is left to the application, which answers it from the beginning: vLLM may
+count a refusal of it twice.
 """
 
 from __future__ import annotations

@@ -155,6 +155,8 @@ class _Answer:
         self._prompt_ids: Sequence[int] = ()
         self._prompt_logprobs: list[pb.PositionLogprobs] = []
         self._prompt_positions = 0
+        self._prompt_told_by: int | None = None
+        """Each choice brings the whole prompt's logprobs; those of the first one that does are taken."""
         self._usage: pb.Usage | None = None
         self._queue: Any = None
 
@@ -182,7 +184,11 @@ class _Answer:
             self._prompt_ids = result.prompt_token_ids or ()
             self._usage = pb.Usage(prompt_tokens=len(self._prompt_ids), cached_tokens=result.num_cached_tokens or 0)
         if result.prompt_logprobs:
-            self._take_prompt_logprobs(result.prompt_logprobs)
+            choice = result.outputs[0].index
+            if self._prompt_told_by is None:
+                self._prompt_told_by = choice
+            if self._prompt_told_by == choice:
+                self._take_prompt_logprobs(result.prompt_logprobs)
         last = result.outputs[-1] if result.finished and result.outputs else None
         for output in result.outputs:
             self._add_output(output, self._usage, is_last=output is last)

@@ -8,6 +8,7 @@ import inspect
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -132,6 +133,8 @@ def _up(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    # A reload that is asked for before there is anything to reload would end the process.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from router import workers
 
     file = WatchedFile(arguments.config) if arguments.config is not None else None  # Before it is read.

@@ -139,7 +139,6 @@ class App:
             asyncio.create_task(self._membership.run(self.replicas.listed), name="membership"),
             asyncio.create_task(self.replicas.keep_alive(), name="keep alive"),
             asyncio.create_task(self.replicas.sweep(), name="sweep"),
-            asyncio.create_task(self._publish_readiness(), name="readiness"),
             asyncio.create_task(self._metrics.loop_lag.watch(), name="loop lag"),
         ]
         for task in self._tasks:
@@ -171,6 +170,8 @@ class App:
                     handshake_refused=self._metrics.security.handshake_refused,
                     gate=self._gate,
                 )
+                self._tasks.append(asyncio.create_task(self._publish_readiness(self._grpc), name="readiness"))
+                self._tasks[-1].add_done_callback(_report)
                 if shared is None:
                     self.grpc_port = await self._grpc.start()
             if shared is not None:
@@ -274,10 +275,9 @@ class App:
         counts = {name: each.connections for name, each in (("http", self._http), ("grpc", self._grpc)) if each}
         return {name: count for name, count in counts.items() if count is not None}
 
-    async def _publish_readiness(self) -> None:
+    async def _publish_readiness(self, grpc: GrpcIngress) -> None:
         while True:
-            if self._grpc is not None:
-                await self._grpc.set_ready(self.replicas.readiness().ready)
+            await grpc.set_ready(self.replicas.readiness().ready)
             await self.replicas.wait_for_news()
 
 

@@ -40,7 +40,7 @@ from router.ingress.grpc_requests import (
     generate_request,
     models_request,
 )
-from router.ingress.grpc_sink import StreamSink, UnarySink
+from router.ingress.grpc_sink import UnarySink, taken
 from router.keys import Key
 from router.options import GrpcOptions
 from router.turns import in_turns
@@ -150,30 +150,18 @@ class InferenceService:
             try:
                 await self._dispatch.run(request, sink)
                 sink.complete()
-                await self._flushed(sink)
+                await taken(sink, self._options.read_timeout_s)
             except ClientTooSlow:
                 raise
             except Exception as error:
                 # What came before the failure is the client's; the status goes out behind it.
                 sink.stop()
-                await self._flushed(sink, error)
+                await taken(sink, self._options.read_timeout_s, error)
                 raise
             finally:
                 await sink.close()
 
         return streamed
-
-    async def _flushed(self, sink: StreamSink, failure: Exception | None = None) -> None:
-        """Waits until the client has taken all of an ended stream.
-
-        Raises `failure`, by default `ClientTooSlow`, where it takes nothing for `read_timeout_s`.
-        """
-        limit_s = self._options.read_timeout_s
-        before = sink.unread_bytes
-        while not await sink.flushed(limit_s):
-            if sink.unread_bytes == before:
-                raise failure or ClientTooSlow(f"the client left {before} bytes unread for {limit_s:g} s")
-            before = sink.unread_bytes
 
     async def _request(self, asked: _Asked, parse: Parse) -> Request:
         """The request to route. Raises `InvalidRequest`, `RequestTimeout`, and `DeadlineExceeded` without time left."""

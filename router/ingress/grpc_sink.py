@@ -7,6 +7,7 @@ to the client is the edge's: see `grpc_aio.AioSink` and `h2_call.H2Sink`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 from kvlane.v1 import inference_pb2 as pb
 
@@ -49,6 +50,29 @@ def check_room(unread_bytes: int, buffer_bytes: int) -> None:
     """Raises `ClientTooSlow` where a client has left more unread than is kept for it."""
     if unread_bytes > buffer_bytes:
         raise ClientTooSlow(f"the client left more than {buffer_bytes} bytes of its stream unread")
+
+
+class Unread(Protocol):
+    """Output on its way to a client."""
+
+    @property
+    def unread_bytes(self) -> int:
+        """What the client has not taken yet."""
+
+    async def flushed(self, limit_s: float) -> bool:
+        """Whether the client has taken everything; waits for that up to `limit_s`."""
+
+
+async def taken(output: Unread, limit_s: float, failure: Exception | None = None) -> None:
+    """Waits until the client has taken all of an ended output.
+
+    Raises `failure`, by default `ClientTooSlow`, where it takes nothing for `limit_s` seconds.
+    """
+    before = output.unread_bytes
+    while not await output.flushed(limit_s):
+        if output.unread_bytes == before:
+            raise failure or ClientTooSlow(f"the client left {before} bytes unread for {limit_s:g} s")
+        before = output.unread_bytes
 
 
 class StreamSink(ABC):

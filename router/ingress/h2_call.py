@@ -12,10 +12,10 @@ from typing import Final, Protocol
 
 import grpc
 
-from router.errors import BadFraming, KvlaneError, Overloaded
+from router.errors import KvlaneError, Overloaded
 from router.ingress import h2_headers
 from router.ingress.grpc_errors import Trailers
-from router.ingress.grpc_sink import StreamSink, route_message
+from router.ingress.grpc_sink import StreamSink, route_message, taken
 from router.ingress.h2_headers import Head
 from router.ingress.h2_messages import Message, MessageCutter, decompressed
 from router.ingress.h2_output import Output
@@ -42,14 +42,15 @@ class Receiving(Protocol):
     wire: Wire
 
     def hold(self, size: int) -> bool:
-        """Counts bytes of requests that nobody has read yet (less, where negative); False where they are too many."""
+        """Counts bytes of requests that nobody has read yet, and of those that grew by decompression until their calls
+        are over (less, where negative); False where they are too many."""
 
 
 class H2Call:
     """One call (see `grpc_call.Call`)."""
 
     __slots__ = (
-        *("_connection", "_cutter", "_fault", "_held", "_inbox", "_waiter", "deadline"),
+        *("_connection", "_cutter", "_fault", "_grown", "_held", "_inbox", "_waiter", "deadline"),
         *("begun", "ended", "head", "listening", "linger_by", "output", "task"),
     )
 
@@ -65,6 +66,7 @@ class H2Call:
         self.listening = True
         """What comes is read."""
         self._held = 0
+        self._grown = 0
         self.ended = False
         """The client has sent its last."""
         self.deadline = None if head.timeout_s is None else connection.loop.time() + head.timeout_s
@@ -87,7 +89,7 @@ class H2Call:
             self._inbox += self._cutter.feed(data)
             self._count()
             if len(self._inbox) > MAX_UNREAD_MESSAGES:
-                raise BadFraming("more request messages than are read")
+                raise Overloaded("more request messages came than are read")
         except KvlaneError as error:
             self._fault = error
             self._forget()
@@ -102,6 +104,8 @@ class H2Call:
     def over(self) -> None:
         """The stream is gone: nothing comes or goes any more."""
         self._forget()
+        self._connection.hold(-self._grown)
+        self._grown = 0
         self.listening = False
         self.output.kill()
 
@@ -152,8 +156,14 @@ class H2Call:
             return message
         limit, encoding = self._connection.options.max_message_bytes, self.head.encoding
         if len(message) <= _INLINE_BYTES:
-            return decompressed(message, encoding, limit)
-        return await asyncio.to_thread(decompressed, message, encoding, limit)
+            grown = decompressed(message, encoding, limit)
+        else:
+            grown = await asyncio.to_thread(decompressed, message, encoding, limit)
+        if self.listening:  # Else the call is over.
+            self._grown += len(grown)
+            if not self._connection.hold(len(grown)):
+                raise Overloaded("this connection's compressed requests hold too many bytes")
+        return grown
 
     def stream(self, request_id: str) -> H2Sink:
         self.stop_reading()
@@ -162,6 +172,7 @@ class H2Call:
     async def answer(self, message: bytes, request_id: str = "") -> None:
         self.stop_reading()
         self.send(message, request_id)
+        await taken(self.output, self._connection.options.read_timeout_s)
 
     async def fail(self, code: grpc.StatusCode, message: str, trailers: Trailers = ()) -> None:
         self.stop_reading()

@@ -29,9 +29,9 @@ from router.ingress.grpc_requests import FORWARDED
 from router.ingress.h2_call import H2Call
 from router.ingress.h2_frames import HEAD_BYTES, MAX_WINDOW
 from router.ingress.h2_guard import Guard
-from router.ingress.h2_headers import TABLE_EMPTIED, Head, Refusal, read_head
+from router.ingress.h2_headers import TABLE_EMPTIED, Head, Refusal, malformed, read_head
 from router.ingress.h2_intake import Intake
-from router.ingress.h2_judge import Judge
+from router.ingress.h2_judge import Judge, Malformed
 from router.ingress.h2_site import Site
 from router.ingress.h2_wire import Wire
 from router.lane.carriers import tune
@@ -120,12 +120,17 @@ class Connection(asyncio.Protocol):
 
     def _failed(self, error: Exception) -> None:
         if isinstance(error, ProtocolError):
-            what = _QUOTED.split(str(error), maxsplit=1)[0]
-            log.info("%s broke the protocol: %r", self.peer_name, cut(what, LOGGED_CHARS))
+            what = self._broke(error)
             self._goodbye(error.error_code, what.encode(errors="replace")[:64])
         else:
             log.error("a defect in the HTTP/2 edge; %s loses its connection", self.peer_name, exc_info=error)
             self._goodbye(ErrorCodes.INTERNAL_ERROR)
+
+    def _broke(self, error: ProtocolError) -> str:
+        """Logs what the client did wrong, and returns it."""
+        what = _QUOTED.split(str(error), maxsplit=1)[0]
+        log.info("%s broke the protocol: %r", self.peer_name, cut(what, LOGGED_CHARS))
+        return what
 
     def eof_received(self) -> None:
         # A client that will send nothing more, not even window updates, is gone.
@@ -188,6 +193,8 @@ class Connection(asyncio.Protocol):
             self._called(stream, head, ended=bool(flags & h2_frames.END_STREAM))
             return
         opens = stream not in self.calls
+        if self._is_over(stream):
+            self._guard.control()
         self._judge.read(block)
         self._ask(frame)
         if opens and (call := self.calls.get(stream)) is not None:
@@ -256,6 +263,8 @@ class Connection(asyncio.Protocol):
                 call.end_of_request()
         elif isinstance(event, StreamReset):
             self._was_reset(event.stream_id)
+        elif isinstance(event, Malformed):
+            self._was_malformed(event)
         elif isinstance(event, RemoteSettingsChanged):
             self._settings_changed(event)
 
@@ -271,6 +280,15 @@ class Connection(asyncio.Protocol):
         if call is not None and not call.output.opened:
             self._guard.reset()
         self._give_up(stream)
+
+    def _was_malformed(self, event: Malformed) -> None:
+        stream = event.stream_id or 0
+        what = self._broke(event.error)
+        self._guard.control()
+        if stream in self.calls:
+            self._reset(stream, event.error.error_code)
+        else:
+            self._called(stream, malformed(what), ended=event.ended)
 
     def _settings_changed(self, event: RemoteSettingsChanged) -> None:
         if SettingCodes.HEADER_TABLE_SIZE in event.changed_settings:

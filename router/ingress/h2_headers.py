@@ -107,6 +107,11 @@ _BAD_ENCODING: Final = Refusal(
 )
 
 
+def malformed(what: str) -> Refusal:
+    """Answers a request that breaks HTTP's rules."""
+    return _refused("400", grpc.StatusCode.INTERNAL, f"the request is malformed: {what}")
+
+
 def read_head(fields: Iterable[tuple[bytes, bytes]], wanted: frozenset[bytes]) -> Head | Refusal:
     """The call that these headers begin; of its metadata only what is wanted, of each name the last value.
 

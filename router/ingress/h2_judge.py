@@ -11,8 +11,12 @@ from typing import Final
 
 from h2.config import H2Configuration
 from h2.connection import AllowedStreamIDs, H2Connection
+from h2.events import Event
+from h2.exceptions import InvalidBodyLengthError, ProtocolError, StreamClosedError, StreamIDTooLowError
 from h2.settings import SettingCodes, Settings
 from h2.stream import StreamClosedBy, StreamInputs, StreamState
+from hpack.exceptions import HPACKError
+from hyperframe.frame import DataFrame, Frame, HeadersFrame, WindowUpdateFrame
 
 from router.ingress.h2_frames import DEFAULT_WINDOW, END_HEADERS, END_STREAM, PREFACE
 from router.ingress.h2_headers import MAX_LIST_BYTES, Head
@@ -21,6 +25,16 @@ _STREAM_WINDOW: Final = 1 << 18
 _CONNECTION_WINDOW: Final = 1 << 22
 _MAX_HEADS: Final = 64
 _HARD_LIST_BYTES: Final = 4 * MAX_LIST_BYTES  # Above it, a list of headers costs the connection and not the call.
+
+
+class Malformed(Event):
+    """A request, or its trailers, that breaks HTTP's rules: an error of its stream alone (RFC 9113, 8.1.1)."""
+
+    def __init__(self, stream: int, error: ProtocolError, *, ended: bool) -> None:
+        self.stream_id = stream
+        self.error = error
+        self.ended = ended
+        """Nothing follows it on its stream."""
 
 
 class Judge(H2Connection):
@@ -97,6 +111,34 @@ class Judge(H2Connection):
         """DATA came for a stream that is over, and counts in the connection's window; returns what to reopen it by."""
         self._inbound_flow_control_window_manager.window_consumed(size)
         return self._inbound_flow_control_window_manager.process_bytes(size) or 0
+
+    def _receive_headers_frame(self, frame: HeadersFrame) -> tuple[list[Frame], list[Event]]:
+        """As h2 does, which would end the connection for a malformed request."""
+        try:
+            judged: tuple[list[Frame], list[Event]] = super()._receive_headers_frame(frame)
+        except (StreamClosedError, StreamIDTooLowError):
+            raise
+        except ProtocolError as error:
+            # A block that cannot be read costs the table by which all others are.
+            if frame.stream_id not in self.streams or isinstance(error.__cause__, HPACKError):
+                raise
+            return [], [Malformed(frame.stream_id, error, ended="END_STREAM" in frame.flags)]
+        return judged
+
+    def _receive_data_frame(self, frame: DataFrame) -> tuple[list[Frame], list[Event]]:
+        """As h2 does, which would end the connection for a body of another length than its headers say."""
+        try:
+            judged: tuple[list[Frame], list[Event]] = super()._receive_data_frame(frame)
+        except InvalidBodyLengthError as error:
+            reopen = self._inbound_flow_control_window_manager.process_bytes(frame.flow_controlled_length)
+            frames: list[Frame] = [WindowUpdateFrame(0, window_increment=reopen)] if reopen else []
+            return frames, [Malformed(frame.stream_id, error, ended="END_STREAM" in frame.flags)]
+        return judged
+
+    def _stream_is_closed_by_reset(self, stream_id: int) -> bool:
+        """Of streams that are over all count as reset; of older ones than are remembered it is taken for granted."""
+        known = len(self._closed_streams) < self.MAX_CLOSED_STREAMS
+        return bool(super()._stream_is_closed_by_reset(stream_id)) if known else stream_id not in self.streams
 
     def forget(self, stream: int) -> None:
         """What still comes for this stream is answered as for one that we reset."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +78,17 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert done.returncode == 0
     assert done.stdout.startswith("Policies")
     assert done.stderr == ""
+
+
+def test_a_reload_asked_for_while_serve_begins_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(*args: object, **options: object) -> int:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return 0
+
+    monkeypatch.setattr("router.workers.serve", serve)
+    monkeypatch.setattr("router.workers.log_to_stderr", lambda config: None)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert main(["serve"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import logging
 import ssl
 from collections.abc import Callable
 
+import grpc
+import grpc.aio
 import pytest
 from hpack import Encoder
 from hyperframe.frame import (
@@ -20,21 +23,23 @@ from hyperframe.frame import (
     RstStreamFrame,
     SettingsFrame,
 )
+from kvlane.v1 import inference_pb2 as pb
 
 from router.errors import ClientTooSlow
 from router.ingress import h2_call, h2_connection
+from router.ingress.grpc import FLUSH_S
 from router.ingress.h2_call import H2Call
 from router.ingress.h2_connection import Connection
 from router.ingress.h2_edge import H2Edge
 from router.ingress.h2_frames import PREFACE
 from router.types import Request, Sink
-from tests.unit.grpc_serving import Served, hangs, message, says, serving, until, within
-from tests.unit.h2_peer import BODY, HEADERS, Peer, framed, peer
+from tests.unit.grpc_serving import SERVICE, Served, hangs, message, says, serving, until, within
+from tests.unit.h2_peer import BODY, HEADERS, Peer, framed, messages, peer
 from tests.unit.test_grpc_lifecycle import pems as pems
 
 pytestmark = pytest.mark.timeout(60)
 
-PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR, CALM = 1, 3, 5, 6, 11
+PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR, CANCEL, CALM = 1, 3, 5, 6, 8, 11
 
 
 def connections(served: Served) -> set[Connection]:
@@ -109,25 +114,6 @@ BROKEN_LATER: dict[str, tuple[list[Frame | bytes], int]] = {
         PROTOCOL_ERROR,
     ),
     "a priority that depends on itself": ([PriorityFrame(3, depends_on=3)], PROTOCOL_ERROR),
-    "upper-case names": (
-        [HeadersFrame(1, Encoder().encode([*HEADERS, ("X-Upper", "a")]), flags=["END_HEADERS"])],
-        PROTOCOL_ERROR,
-    ),
-    "no path": (
-        [HeadersFrame(1, Encoder().encode([(":method", "POST"), (":scheme", "http")]), flags=["END_HEADERS"])],
-        PROTOCOL_ERROR,
-    ),
-    "a connection header": (
-        [HeadersFrame(1, Encoder().encode([*HEADERS, ("connection", "close")]), flags=["END_HEADERS"])],
-        PROTOCOL_ERROR,
-    ),
-    "more data than content-length": (
-        [
-            HeadersFrame(1, Encoder().encode([*HEADERS, ("content-length", "3")]), flags=["END_HEADERS"]),
-            DataFrame(1, b"four", flags=["END_STREAM"]),
-        ],
-        PROTOCOL_ERROR,
-    ),
 }
 
 
@@ -149,6 +135,155 @@ async def test_a_broken_protocol_ends_its_connection_by_name_and_no_other(
         await other.echo()
         assert 1 not in other.ended
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+MALFORMED: dict[str, list[tuple[str, str]]] = {
+    "upper-case names": [*HEADERS, ("X-Upper", "a")],
+    "a space in a name": [*HEADERS, ("x upper", "a")],
+    "a space behind a value": [*HEADERS, ("x-padded", "a ")],
+    "a line in a value": [*HEADERS, ("x-lines", "a\nb")],
+    "no path": [(":method", "POST"), (":scheme", "http"), *HEADERS[3:]],
+    "no authority": [each for each in HEADERS if each[0] != ":authority"],
+    "another host": [*HEADERS, ("host", "other")],
+    "an unknown pseudo-header": [(":odd", "a"), *HEADERS],
+    "a pseudo-header behind others": [*HEADERS[1:], HEADERS[0]],
+    "a connection header": [*HEADERS, ("connection", "close")],
+    "a transfer-encoding": [*HEADERS, ("transfer-encoding", "chunked")],
+    "te with more than trailers": [*(each for each in HEADERS if each[0] != "te"), ("te", "trailers, deflate")],
+    "an odd content-length": [*HEADERS, ("content-length", "three")],
+}
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["whole", "with data behind it"])
+@pytest.mark.parametrize("case", MALFORMED)
+async def test_a_malformed_request_ends_its_stream_alone(case: str, ended: bool) -> None:
+    async with serving(hangs("a")) as served, peer(served) as client:
+        client.call(1)
+        await client.some(1, 10)
+        client.call(3, None if ended else BODY, headers=MALFORMED[case])
+        answer = await client.answer(3)
+        assert (answer.headers[":status"], answer.status) == ("400", grpc.StatusCode.INTERNAL.value[0])
+        assert answer.headers["grpc-message"].startswith("the request is malformed: ")
+        client.data(3, b"late", end=True)
+        client.call(5, headers=[*HEADERS, ("x-session-id", "five")])  # The table of headers is as it was.
+        await client.some(5, 10)
+        assert 1 not in client.ended
+        assert [request.session_id for request in served.dispatch.requests] == ["", "five"]
+
+
+@pytest.mark.parametrize("header", [("x-padded", "bar "), ("host", "other"), ("connection", "close")])
+async def test_grpc_metadata_that_makes_a_call_malformed_costs_the_channels_other_calls_nothing(
+    header: tuple[str, str],
+) -> None:
+    async with serving(hangs("a")) as served:
+        other = served.generate()
+        assert [(await other.read()).text for _ in range(2)] == ["", "a"]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await served.generate(metadata=(header,)).read()
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert "malformed" in (caught.value.details() or "")
+        served.dispatch.script = says("b")
+        assert [each.text async for each in served.generate()] == ["", "b"]
+        assert not other.done()
+        other.cancel()
+
+
+@pytest.mark.parametrize(
+    "end",
+    [[DataFrame(1, b"four", flags=["END_STREAM"])], [DataFrame(1, b"four")], [DataFrame(1, b"", flags=["END_STREAM"])]],
+)
+async def test_a_body_of_another_length_than_told_resets_its_stream_alone(end: list[Frame]) -> None:
+    async with serving(hangs("a")) as served, peer(served) as client:
+        client.call(1, None, end=False, headers=[*HEADERS, ("content-length", "3")])
+        client.call(3)
+        client.send(*end)
+        await client.some(3, 10)
+        assert (await client.answer(1)).reset == PROTOCOL_ERROR
+        assert 3 not in client.ended
+
+
+async def test_bodies_of_another_length_than_told_count_in_the_connections_window() -> None:
+    async with serving(says("a")) as served, peer(served) as client:
+        for stream in range(1, 801, 2):
+            client.call(stream, bytes(16384), headers=[*HEADERS, ("content-length", "3")])
+            await client.echo() if stream % 20 == 1 else None
+        await client.echo()
+        assert client.window_opened >= 400 * 16384 // 2
+        client.call(901)
+        assert (await client.answer(901)).status == 0
+
+
+EMBED = [(name, f"{SERVICE}Embed" if name == ":path" else value) for name, value in HEADERS]
+EMBED_BODY = framed(pb.EmbedRequest(model="tiny", texts=["a"]).SerializeToString())
+
+
+async def test_a_stop_waits_for_a_long_unary_answer_whose_client_reads() -> None:
+    async def embeds(request: Request, sink: Sink) -> None:
+        sink.data(long, 1)
+
+    long = pb.EmbedResponse(embeddings=[pb.Embedding(values=[1.0] * 500_000)]).SerializeToString()
+    async with serving(embeds) as served, peer(served) as client:
+        client.call(1, EMBED_BODY, headers=EMBED)
+        await client.some(1, 60_000)
+        stopping = asyncio.create_task(served.ingress.stop(30))
+        await asyncio.sleep(2.5 * FLUSH_S)  # What the stop grants to those who take nothing more.
+        assert not stopping.done()
+        for stream in (0, 1):
+            client.open_window(stream, 4 << 20)
+        assert messages((await client.answer(1)).data) == [long]
+        assert client.answers[1].status == 0
+        await within(stopping)
+
+
+async def test_a_client_that_reads_no_more_of_a_unary_answer_is_given_up() -> None:
+    async def embeds(request: Request, sink: Sink) -> None:
+        sink.data(bytes(2 << 20), 1)
+
+    async with serving(embeds, read_timeout_s=0.05) as served, peer(served) as client:
+        client.call(1, EMBED_BODY, headers=EMBED)
+        await client.some(1, 60_000)
+        await until(lambda: any(call.abandoned for call in calls(served)))
+        sweep(served, 0)
+        sweep(served, h2_call.LINGER_S + 1)
+        assert (await client.answer(1)).reset == CANCEL
+
+
+async def test_what_compressed_requests_grow_to_is_bounded_on_a_connection() -> None:
+    packed = gzip.compress(pb.GenerateRequest(model="tiny", text="a" * 900_000).SerializeToString())
+    compressed = [*HEADERS, ("grpc-encoding", "gzip")]
+    async with serving(hangs(), max_message_bytes=1_000_000) as served, peer(served) as client:
+        for stream in range(1, 17, 2):
+            client.call(stream, framed(packed, compressed=True), headers=compressed)
+        await until(lambda: len(served.dispatch.requests) == 8)
+        client.call(17, framed(packed, compressed=True), headers=compressed)
+        assert (await client.answer(17)).status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        for stream in range(1, 17, 2):
+            client.reset(stream)
+        await until(lambda: not calls(served))
+        served.dispatch.script = says("a")
+        client.call(19, framed(packed, compressed=True), headers=compressed)
+        assert (await client.answer(19)).status == 0
+
+
+async def test_trailers_that_do_not_end_their_stream_reset_it_alone() -> None:
+    async with serving(hangs("a")) as served, peer(served) as client:
+        for stream in (1, 3):
+            client.call(stream, end=False)
+            await client.some(stream, 10)
+        client.send(HeadersFrame(3, client.encoder.encode([("x-trailer", "a")]), flags=["END_HEADERS"]))
+        assert (await client.answer(3)).reset == PROTOCOL_ERROR
+        assert 1 not in client.ended
+
+
+async def test_trailers_of_a_call_that_was_over_long_ago_are_passed_over() -> None:
+    async with serving(says("a")) as served, peer(served) as client:
+        for stream in range(1, 801, 2):
+            client.call(stream)
+            await client.answer(stream)
+        trailers = client.encoder.encode([("x-trailer", "a")])
+        client.send(HeadersFrame(1, trailers, flags=["END_HEADERS", "END_STREAM"]))
+        client.call(901)
+        assert (await client.answer(901)).status == 0
 
 
 async def test_a_stream_that_goes_wrong_after_its_end_is_reset_or_passed_over() -> None:
@@ -206,9 +341,22 @@ def refused_streams(client: Peer, number: int) -> None:
     client.call(2 * number + 1, b"", end=False)
 
 
+def malformed(client: Peer, number: int) -> None:
+    client.call(2 * number + 1, None, headers=MALFORMED["another host"])
+
+
+def trailers_of_the_dead(client: Peer, number: int) -> None:
+    if number == 0:
+        client.call(1, None, end=False)
+        client.reset(1)
+    client.send(HeadersFrame(1, b"", flags=["END_HEADERS", "END_STREAM"]))
+
+
 @pytest.mark.parametrize(
     "flood",
     [
+        malformed,
+        trailers_of_the_dead,
         pings,
         settings,
         priorities,

@@ -20,6 +20,7 @@ import httpx
 import msgspec
 import openai
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvlane.client import Client, Delta, KvlaneCallError
 from kvlane.v1 import inference_pb2 as pb
 
@@ -28,6 +29,7 @@ from engine.replica import Replica
 from router import keys
 from router.app import App, may_be_held
 from router.errors import ReplicaLost
+from router.ingress.http import HttpIngress
 from router.lane.frames import Submit
 from router.options import (
     AuthOptions,
@@ -574,3 +576,32 @@ async def test_held_clients_with_keys_over_tls_are_served_by_a_router_that_goes_
         await http.aclose()
         await asyncio.wait_for(leaving, DEADLINE_S)
         assert there.waiting() == there.app._admission.in_flight == 0
+
+
+async def test_grpc_health_says_ready_however_late_its_port_is_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = HttpIngress.start
+
+    async def start_late(ingress: HttpIngress) -> int:
+        await eventually(
+            lambda: all(lane.account for lane in found.app.replicas.lanes()) and found.app.replicas.lanes()
+        )
+        await asyncio.sleep(0)  # What was told of them was heard.
+        return await start(ingress)
+
+    monkeypatch.setattr(HttpIngress, "start", start_late)
+    found = Site(tmp_path)
+    await found.scale_up()
+    app = found.app = App(found.config)
+    await app.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel, asyncio.timeout(DEADLINE_S):
+            health = health_pb2_grpc.HealthStub(channel)
+            while (
+                await health.Check(health_pb2.HealthCheckRequest())
+            ).status != health_pb2.HealthCheckResponse.SERVING:
+                await asyncio.sleep(0.01)
+    finally:
+        await app.stop(0)
+        await found.scale_down()

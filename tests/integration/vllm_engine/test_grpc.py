@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any
@@ -13,7 +14,16 @@ from engine.tiny_model import CONTEXT_TOKENS
 from engine.vllm import VllmEngine
 from router.errors import InvalidRequest, KvlaneError, ModelNotFound, NotSupported, PathNotFound
 from tests.integration.vllm_engine.asked import SCHEMA, TOOLS, Sampling, bad_generate
-from tests.integration.vllm_fixtures import FOREIGN_WARNINGS, MODEL, ask, grpc_call, post
+from tests.integration.vllm_fixtures import (
+    ENGINE_ARGS,
+    FOREIGN_WARNINGS,
+    MODEL,
+    ask,
+    grpc_call,
+    http_call,
+    post,
+    submit,
+)
 
 pytestmark = [
     pytest.mark.vllm,
@@ -116,6 +126,22 @@ async def test_logprobs_over_grpc(engine: VllmEngine) -> None:
     only_chosen = await generate(engine, max_tokens=1, logprobs=0)
     assert not only_chosen[0].logprobs[0].top
     assert only_chosen[0].logprobs[0].chosen.logprob < 0
+
+
+async def test_prompt_logprobs_come_once_though_the_choices_begin_apart(engine: VllmEngine) -> None:
+    """The engine has a place for one choice; the other begins later, and brings the prompt's logprobs again."""
+    long = {"model": MODEL, "prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    busy = [submit(engine, http_call("/v1/completions", long)) for _ in range(ENGINE_ARGS["max_num_seqs"] - 1)]
+    try:
+        await asyncio.gather(*(out.started.wait() for out, _ in busy))
+        messages = await generate(engine, "Hello there", n=2, max_tokens=5, ignore_eos=True, prompt_logprobs=1)
+    finally:
+        for _, abort in busy:
+            abort()
+    assert sum(len(message.prompt_logprobs) for message in messages) == messages[-1].usage.prompt_tokens
+    assert len(messages[0].prompt_logprobs) == messages[-1].usage.prompt_tokens
+    for index in (0, 1):
+        assert sum(len(message.token_ids) for message in messages if message.index == index) == 5
 
 
 async def test_a_stop_string_ends_the_text_before_it(engine: VllmEngine) -> None:
