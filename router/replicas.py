@@ -320,7 +320,10 @@ class Replicas:
             known = self._members.get(name)
             if known is not None and not _same(known.record, record):
                 known.unlisted()
-                self._members[f"{name} at {known.record.host}:{known.record.port}"] = known
+                aside = f"{name} at {known.record.host}:{known.record.port}"
+                while aside in self._members:  # It was there before, and is still leaving.
+                    aside += " again"
+                self._members[aside] = known
                 known = None
             if known is None:
                 self._members[name] = _Member(self, record)

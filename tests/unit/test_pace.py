@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,6 +68,29 @@ async def test_who_comes_while_others_wait_is_behind_them() -> None:
     turns.ask(6)
     await turns.pass_by(10)
     assert [number for _, number in turns.heard] == list(range(7))
+
+
+@pytest.mark.parametrize("per_turn", [1, 2, 5])
+async def test_neither_a_crowd_that_leaves_nor_one_that_asks_holds_the_other_up(per_turn: int) -> None:
+    turns, left = Turns(per_turn), list[int]()
+    loop = asyncio.get_running_loop()
+    for number in range(100):
+        turns.pace.run(loop, lambda number=number: left.append(number))  # type: ignore[misc]
+    for number in range(4):
+        turns.ask(number)
+    await turns.pass_by(9)
+    assert [number for _, number in turns.heard] == list(range(4))
+    assert len(left) >= 4
+    await turns.pass_by(100)
+    assert left == list(range(100))
+    for number in range(4, 104):
+        turns.ask(number)
+    for number in range(4):
+        turns.pace.run(loop, lambda number=number: left.append(number))  # type: ignore[misc]
+    await turns.pass_by(9)
+    assert left == [*range(100), *range(4)]
+    await turns.pass_by(100)
+    assert [number for _, number in turns.heard] == list(range(104))
 
 
 async def test_those_who_always_have_more_to_ask_take_turns() -> None:

@@ -94,6 +94,20 @@ async def test_a_replica_at_a_new_address_is_reached_anew(fleet: Fleet) -> None:
     await eventually(lambda: [lane.replica for lane in fleet.router.lanes()] == ["a"])
 
 
+async def test_of_a_replica_that_goes_to_and_fro_between_addresses_no_lane_is_forgotten(fleet: Fleet) -> None:
+    await fleet.add("a")
+    await fleet.add("b")
+    await fleet.until(lambda: fleet.ready() == 2)
+    here, there = fleet.records["a"], msgspec.structs.replace(fleet.records["b"], replica="a")
+    sessions = [fleet.replicas[name]._sessions for name in ("a", "b")]
+    for at, record in enumerate([here, there] * 3, 1):
+        fleet.list({"a": record})
+        await fleet.until(lambda: fleet.ready() == 1)
+        await eventually(lambda at=at: sum(map(len, sessions)) >= at)  # type: ignore[misc]
+    await fleet.router.close()
+    await eventually(lambda: not any(sessions))
+
+
 async def test_a_replica_that_comes_up_late_is_joined_by_back_off(fleet: Fleet) -> None:
     await fleet.add("a")
     await fleet.until(lambda: fleet.ready() == 1)
