@@ -179,7 +179,8 @@ class Connection(asyncio.Protocol):
 
     def _is_busywork(self, kind: int, flags: int, stream: int, frame: bytes) -> bool:
         if kind == h2_frames.DATA:
-            return len(frame) == HEAD_BYTES and not flags & h2_frames.END_STREAM
+            padding = 1 + frame[HEAD_BYTES] if flags & h2_frames.PADDED and len(frame) > HEAD_BYTES else 0
+            return len(frame) <= HEAD_BYTES + padding and not flags & h2_frames.END_STREAM
         return kind not in (h2_frames.CONTINUATION, h2_frames.RST_STREAM)
 
     def _is_over(self, stream: int) -> bool:

@@ -17,6 +17,7 @@ DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDO
 END_STREAM: Final = 0x1
 ACK: Final = 0x1
 END_HEADERS: Final = 0x4
+PADDED: Final = 0x8
 HEAD_BYTES: Final = 9
 MAX_BODY_BYTES: Final = 1 << 14
 """Of a frame, both ways: what every peer takes, and what we take ourselves."""

@@ -16,8 +16,8 @@ RESETS_PER_S: Final = 200.0
 once: a client whose deadlines pass all together is none that attacks."""
 CONTROL_BURST: Final = 1000
 CONTROL_PER_S: Final = 100.0
-"""Frames that ask for an answer or for nothing: PRIORITY, empty DATA, unknown ones, and errors of one stream that we
-answer by a reset."""
+"""Frames that ask for an answer or for nothing: PRIORITY, DATA that is empty or all padding, unknown ones, and errors
+of one stream that we answer by a reset."""
 SETTINGS_BURST: Final = 100
 SETTINGS_PER_S: Final = 10.0
 """Settings may move the windows of all streams at once."""

@@ -316,6 +316,12 @@ def empty_data(client: Peer, number: int) -> None:
     client.send(DataFrame(1, b""))
 
 
+def padded_data_of_nothing(client: Peer, number: int) -> None:
+    if number == 0:
+        client.call(1, None, end=False)
+    client.send(DataFrame(1, b"", pad_length=1, flags=["PADDED"]))
+
+
 def empty_data_of_the_dead(client: Peer, number: int) -> None:
     if number == 0:
         client.call(1, None, end=False)
@@ -362,6 +368,7 @@ def trailers_of_the_dead(client: Peer, number: int) -> None:
         priorities,
         empty_data,
         empty_data_of_the_dead,
+        padded_data_of_nothing,
         unknown_frames,
         rapid_resets,
         bad_windows,
