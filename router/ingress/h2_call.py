@@ -42,8 +42,10 @@ class Receiving(Protocol):
     wire: Wire
 
     def hold(self, size: int) -> bool:
-        """Counts bytes of requests that nobody has read yet, and of those that grew by decompression until their calls
-        are over (less, where negative); False where they are too many."""
+        """Counts bytes of requests that nobody has read yet (less, where negative); False where they are too many."""
+
+    def keep(self, size: int) -> bool:
+        """Counts the bytes that compressed requests grew to, while their calls have them; as `hold`, by themselves."""
 
 
 class H2Call:
@@ -104,8 +106,7 @@ class H2Call:
     def over(self) -> None:
         """The stream is gone: nothing comes or goes any more."""
         self._forget()
-        self._connection.hold(-self._grown)
-        self._grown = 0
+        self._let_go()
         self.listening = False
         self.output.kill()
 
@@ -141,6 +142,7 @@ class H2Call:
         return self._connection.peer_name
 
     async def read(self) -> bytes | None:
+        self._let_go()  # Who asks for the next message is done with the last.
         while not self._inbox:
             if self._fault is not None:
                 raise self._fault
@@ -160,9 +162,9 @@ class H2Call:
         else:
             grown = await asyncio.to_thread(decompressed, message, encoding, limit)
         if self.listening:  # Else the call is over.
-            self._grown += len(grown)
-            if not self._connection.hold(len(grown)):
-                raise Overloaded("this connection's compressed requests hold too many bytes")
+            self._grown = len(grown)
+            if not self._connection.keep(self._grown):
+                raise Overloaded("this connection's compressed requests hold too many bytes until their calls end")
         return grown
 
     def stream(self, request_id: str) -> H2Sink:
@@ -206,6 +208,11 @@ class H2Call:
         change, self._held = held - self._held, held
         if change and not self._connection.hold(change):
             raise Overloaded("this connection's requests hold too many bytes that are not whole messages yet")
+
+    def _let_go(self) -> None:
+        if self._grown:
+            self._connection.keep(-self._grown)
+            self._grown = 0
 
     def _forget(self) -> None:
         self._inbox.clear()

@@ -53,6 +53,9 @@ UNHEARD_BYTES: Final = 4 << 20
 """What is read of a client that has its last words, and thrown away: about what a window lets it have under way."""
 
 _HELD_MESSAGES: Final = 8  # How many of the largest messages one connection's requests may hold unread.
+_KEPT_MESSAGES: Final = (
+    8  # And how many of these its running calls may have got from compressed ones, which cost little.
+)
 _UNREAD_STREAMS: Final = 16  # How many full buffers of answers one connection may leave unread in all.
 _STINGY_BYTES: Final = 64  # Windows that open by less make us send frame after frame of next to nothing.
 _WANTED: Final = frozenset(name.encode() for name in (*FORWARDED, *CREDENTIALS))
@@ -76,7 +79,7 @@ class Connection(asyncio.Protocol):
         self.wire = Wire(loop, self._retired, self._guard.sent, unread_bytes)
         self._judge = Judge(self.options.max_concurrent_streams)
         self._intake = Intake(loop, site.pace, self._received, self._failed)
-        self._held = 0
+        self._held = self._kept = 0
         self._draining = False
         self._closing = False
         self._unheard_bytes = 0
@@ -128,8 +131,8 @@ class Connection(asyncio.Protocol):
 
     def _broke(self, error: ProtocolError) -> str:
         """Logs what the client did wrong, and returns it."""
-        what = _QUOTED.split(str(error), maxsplit=1)[0]
-        log.info("%s broke the protocol: %r", self.peer_name, cut(what, LOGGED_CHARS))
+        what = cut(_QUOTED.split(str(error), maxsplit=1)[0], LOGGED_CHARS)
+        log.info("%s broke the protocol: %r", self.peer_name, what)
         return what
 
     def eof_received(self) -> None:
@@ -324,6 +327,11 @@ class Connection(asyncio.Protocol):
         """See `h2_call.Receiving`."""
         self._held += size
         return size < 0 or self._held <= _HELD_MESSAGES * self.options.max_message_bytes
+
+    def keep(self, size: int) -> bool:
+        """See `h2_call.Receiving`."""
+        self._kept += size
+        return size < 0 or self._kept <= _KEPT_MESSAGES * self.options.max_message_bytes
 
     # -- streams that end
 

@@ -137,8 +137,9 @@ class Judge(H2Connection):
 
     def _stream_is_closed_by_reset(self, stream_id: int) -> bool:
         """Of streams that are over all count as reset; of older ones than are remembered it is taken for granted."""
-        known = len(self._closed_streams) < self.MAX_CLOSED_STREAMS
-        return bool(super()._stream_is_closed_by_reset(stream_id)) if known else stream_id not in self.streams
+        if super()._stream_is_closed_by_reset(stream_id):
+            return True
+        return len(self._closed_streams) >= self.MAX_CLOSED_STREAMS and stream_id not in self.streams
 
     def forget(self, stream: int) -> None:
         """What still comes for this stream is answered as for one that we reset."""

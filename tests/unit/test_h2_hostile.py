@@ -11,6 +11,7 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2
 from hpack import Encoder
 from hyperframe.frame import (
     ContinuationFrame,
@@ -39,6 +40,7 @@ from tests.unit.test_grpc_lifecycle import pems as pems
 
 pytestmark = pytest.mark.timeout(60)
 
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR, CANCEL, CALM = 1, 3, 5, 6, 8, 11
 
 
@@ -263,6 +265,55 @@ async def test_what_compressed_requests_grow_to_is_bounded_on_a_connection() -> 
         served.dispatch.script = says("a")
         client.call(19, framed(packed, compressed=True), headers=compressed)
         assert (await client.answer(19)).status == 0
+
+
+async def test_compressed_requests_beyond_their_bound_cost_plain_calls_nothing() -> None:
+    body = pb.GenerateRequest(model="tiny", text="a" * 900_000).SerializeToString()
+    async with serving(hangs(), max_message_bytes=1_000_000) as served, peer(served) as client:
+        for stream in range(1, 19, 2):
+            client.call(
+                stream, framed(gzip.compress(body), compressed=True), headers=[*HEADERS, ("grpc-encoding", "gzip")]
+            )
+        assert (await client.answer(17)).status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        for stream in range(19, 39, 2):
+            client.call(stream, framed(body))
+        await until(lambda: len(served.dispatch.requests) == 18)
+        assert client.ended == {17}
+
+
+async def test_answered_messages_of_a_compressed_call_are_not_counted_any_more() -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="", host="a" * 50_000).SerializeToString()
+    headers = [
+        *((name, REFLECTION if name == ":path" else value) for name, value in HEADERS),
+        ("grpc-encoding", "gzip"),
+    ]
+    async with serving(hangs(), max_message_bytes=1 << 16) as served, peer(served) as client:
+        client.open_window(0, 1 << 24)
+        client.call(1, None, headers=headers, end=False)
+        client.open_window(1, 1 << 24)
+        for number in range(1, 31):
+            client.data(1, framed(gzip.compress(request), compressed=True))
+            await client.some(1, number * 50_000)  # An answer repeats its request.
+        client.data(1, b"", end=True)
+        assert (await client.answer(1)).status == 0
+
+
+@pytest.mark.parametrize("before", [3, 300])
+async def test_headers_after_the_end_of_a_running_call_reset_it_alone(before: int) -> None:
+    async with serving(says("a")) as served, peer(served) as client:
+        for stream in range(1, 2 * before, 2):
+            client.call(stream)
+            await client.answer(stream)
+        served.dispatch.script = hangs("a")
+        good, bad = 2 * before + 1, 2 * before + 3
+        for stream in (good, bad):
+            client.call(stream)
+            await client.some(stream, 10)
+        trailers = client.encoder.encode([("x-trailer", "a")])
+        client.send(HeadersFrame(bad, trailers, flags=["END_HEADERS", "END_STREAM"]))
+        assert (await client.answer(bad)).reset == STREAM_CLOSED
+        await client.echo()
+        assert good not in client.ended
 
 
 async def test_trailers_that_do_not_end_their_stream_reset_it_alone() -> None:
